@@ -1,0 +1,1 @@
+"""cffi build of the header writer."""

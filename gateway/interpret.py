@@ -1,0 +1,87 @@
+"""The seam between bytes and meaning: what the HTTP relay tells an interpreter, and what it gets back.
+
+LLM and MCP parsers implement Interpreter. The relay asks `recognise` once per request; with None the call is a plain
+HTTP call. An interpreter never does I/O, never delays a byte, and gives up (usage_visible=False) instead of raising.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from clrk.gateway.telemetry.spans import AttributeValue
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request as the agent sent it. path is the request target's path, query without `?`; headers in wire order."""
+
+    method: str
+    scheme: str
+    host: str
+    port: int
+    path: str
+    query: str
+    headers: tuple[tuple[str, str], ...]
+
+    def header(self, name: str) -> str | None:
+        """Return the first value of a header; name in lower case."""
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """A response's status and headers, in wire order."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+
+    def header(self, name: str) -> str | None:
+        """Return the first value of a header; name in lower case."""
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an interpreter understood of one exchange.
+
+    Shape: name is the span's name; error_type is set for provider and JSON-RPC errors that the HTTP status does not
+    show (also put into attributes as error.type); status_message goes into the span's status.
+    """
+
+    name: str
+    attributes: dict[str, AttributeValue] = field(default_factory=dict)
+    error_type: str | None = None
+    status_message: str = ""
+
+
+class Interpreter(Protocol):
+    """Follows one exchange, chunk by chunk.
+
+    Order: request_data*, request_end, response_head, response_data*, response_end.
+    """
+
+    @property
+    def wants_whole_request(self) -> bool:
+        """True when the relay must collect the request body and pass it through rewrite_request before sending."""
+
+    def rewrite_request(self, body: bytes) -> bytes:
+        """Return the body to send instead; the same object when nothing changes. At most once, before request_data."""
+
+    def request_data(self, chunk: bytes) -> None:
+        """Take request bytes as the agent sent them."""
+
+    def request_end(self) -> None:
+        """The request body is complete."""
+
+    def response_head(self, head: ResponseHead, elapsed_s: float) -> None:
+        """Take the response head; elapsed_s counts from the moment the request began to go upstream."""
+
+    def response_data(self, chunk: bytes, elapsed_s: float) -> bytes:
+        """Take response bytes as the upstream sent them and return what the agent gets: almost always the same object."""
+
+    def response_end(self, *, complete: bool) -> bytes:
+        """The response ended (complete=False: aborted). Return withheld bytes that the agent still has to get."""
+
+    def facts(self) -> Facts:
+        """Return what was understood; valid at any time, called once at the end."""

@@ -1,0 +1,184 @@
+"""The control protocol between clrk-runtime and clrk-gateway: what may be said, and in which direction.
+
+One AF_UNIX SOCK_SEQPACKET pair; a packet is one MessagePack struct with SCM_RIGHTS fds. Both sides treat the other as
+hostile: unknown types, oversized fields and missing fds are a ProtocolError, and the connection is over.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Final
+
+import msgspec
+
+PROTOCOL_VERSION: Final = 1
+MAX_PACKET_SIZE: Final = 65_536
+MAX_FDS: Final = 16
+
+_Name = Annotated[str, msgspec.Meta(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+_Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+_Traceparent = Annotated[str, msgspec.Meta(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")]
+_Tracestate = Annotated[str, msgspec.Meta(max_length=512, pattern=r"^[\x20-\x7e]*$")]
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class AgentKey(msgspec.Struct, frozen=True):
+    """Names one agent resource."""
+
+    namespace: _Name
+    name: _Name
+
+
+# --- runtime -> gateway -------------------------------------------------------------------------------------------
+
+
+class ConfigureFd(enum.IntEnum):
+    """Index of each fd that comes with Configure."""
+
+    CONFIG = 0  # memfd: JSON of GatewayConfig (core/gateway_config.py)
+    FLOWS = 1  # BPF map of flow records
+    INGRESS = 2  # listening TCP socket
+    ADMIN_UNIX = 3  # listening unix socket
+    ADMIN_TCP = 4  # listening TCP socket
+
+
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """First message, and again after each reload (then with the CONFIG fd alone)."""
+
+    version: int
+    generation: int
+
+
+class StartedFd(enum.IntEnum):
+    """Index of each fd that comes with Started; the listeners were opened inside the sandbox's network namespace."""
+
+    EGRESS_V4 = 0
+    EGRESS_V6 = 1
+    METADATA_V4 = 2
+    METADATA_V6 = 3
+    DNS_UDP = 4
+    DNS_TCP = 5
+    OTLP = 6
+    STDIN = 7  # write end
+    STDOUT = 8  # read end
+    STDERR = 9  # read end
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """A sandbox belongs to the invocation from now on; sent before the agent's first instruction.
+
+    Units: *_ns are CLOCK_REALTIME nanoseconds. header_v4/v6 are the templates registered with the kernel.
+    """
+
+    invocation_id: _Uuid
+    sandbox_id: str
+    netns_name: str
+    netns_cookie: int
+    uid: int
+    header_v4: bytes
+    header_v6: bytes
+    warm: bool
+    acquire_start_ns: int
+    acquire_end_ns: int
+
+
+class Spawned(msgspec.Struct, frozen=True, tag=True):
+    """The sandbox's first process exists (pid in the initial pid namespace)."""
+
+    invocation_id: _Uuid
+    pid: int
+    spawn_start_ns: int
+    spawn_end_ns: int
+
+
+class StartFailure(enum.StrEnum):
+    """Why a run did not start."""
+
+    UNKNOWN_AGENT = "unknown_agent"
+    POOL_EXHAUSTED = "pool_exhausted"
+    DRAINING = "draining"
+    SANDBOX_FAILED = "sandbox_failed"
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The run will not happen; nothing of it is left."""
+
+    invocation_id: _Uuid
+    reason: StartFailure
+    message: _Text
+
+
+class ExitReason(enum.StrEnum):
+    """What ended the run."""
+
+    EXITED = "exited"  # by itself: see exit_code, signal
+    TIMEOUT = "timeout"
+    OOM = "oom"
+    STOPPED = "stopped"  # StopRun or shutdown
+
+
+class Exited(msgspec.Struct, frozen=True, tag=True):
+    """The agent's main process is gone and everything in the sandbox is being killed.
+
+    Shape: exit_code is 0..255 as a shell shows it (128+N for signal N).
+    Units: cpu_s in seconds of user and system time, max_rss_bytes the peak of one process, exit_ns CLOCK_REALTIME.
+    """
+
+    invocation_id: _Uuid
+    reason: ExitReason
+    exit_code: int
+    cpu_s: float
+    max_rss_bytes: int
+    exit_ns: int
+
+
+class Removed(msgspec.Struct, frozen=True, tag=True):
+    """Namespaces, cgroups, map entries and files of the run are gone."""
+
+    invocation_id: _Uuid
+    teardown_start_ns: int
+    teardown_end_ns: int
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Refuse new invocations with 503; answer Drained when none is left."""
+
+
+class Counters(msgspec.Struct, frozen=True, tag=True):
+    """Kernel counters by name, for `clrk` and metrics; sent once a second while they change."""
+
+    values: dict[str, int]
+
+
+# --- gateway -> runtime -------------------------------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The gateway serves ingress with the configuration of this generation."""
+
+    version: int
+    generation: int
+
+
+class StartRun(msgspec.Struct, frozen=True, tag=True):
+    """Start one run of a TaskAgent. timeout_s may only shorten the agent's own timeout; 0 means the agent's."""
+
+    invocation_id: _Uuid
+    agent: AgentKey
+    traceparent: _Traceparent
+    tracestate: _Tracestate = ""
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+
+
+class StopRun(msgspec.Struct, frozen=True, tag=True):
+    """Kill a run: the caller went away, or its answer is complete. Unknown ids are ignored (it may just have ended)."""
+
+    invocation_id: _Uuid
+
+
+class Drained(msgspec.Struct, frozen=True, tag=True):
+    """No invocation is in flight and every span is in the store."""
+
+
+RuntimeMessage = Configure | Started | Spawned | StartFailed | Exited | Removed | Drain | Counters
+GatewayMessage = Ready | StartRun | StopRun | Drained

@@ -1,0 +1,390 @@
+"""The resource kinds of this version (CONTRACT section 3), as pydantic models. Unknown fields are errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+from clrk.core.ids import agent_uid
+
+API_VERSIONS: Final = ("clrk/v1alpha1", "clrk.apoxy.dev/v1alpha1")
+MAX_TIMEOUT_S: Final = 3600.0
+MAX_BODY_BYTES: Final = 32 * 1024 * 1024
+
+_DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
+_QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|m)?")
+_SCALE: Final = {
+    "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
+    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
+}  # fmt: skip
+
+
+def parse_duration(value: object) -> float:
+    """Return seconds of `90`, `90s`, `1m30s`, `250ms`, `1h`, `7d`.
+
+    Raises: ValueError with the accepted forms.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and value and (found := _DURATION.fullmatch(value)):
+        days, hours, minutes, seconds, millis = (float(group or 0) for group in found.groups())
+        return days * 86_400 + hours * 3600 + minutes * 60 + seconds + millis / 1000
+    raise ValueError(f"{value!r} is not a duration; write for example 100s, 5m, 1h30m or 7d")
+
+
+def parse_quantity(value: object) -> float:
+    """Return the number of a Kubernetes quantity: `512Mi`, `1`, `500m`, `1.5`.
+
+    Raises: ValueError with the accepted forms.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and (found := _QUANTITY.fullmatch(value)):
+        return float(found[1]) * _SCALE[found[2] or ""]
+    raise ValueError(f"{value!r} is not a quantity; write for example 512Mi, 1Gi, 500m or 2")
+
+
+def _check_dns_label(value: str) -> str:
+    if len(value) > 63 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", value):
+        raise ValueError(f"{value!r} is not a DNS label: a-z, 0-9 and -, at most 63 characters")
+    return value
+
+
+def _check_host_pattern(value: str) -> str:
+    """`example.com`, `*.example.com` (one label) or `**.example.com` (any depth)."""
+    name = re.sub(r"^\*\*?\.", "", value)
+    if len(value) > 253 or not re.fullmatch(
+        r"[a-z0-9_]([-a-z0-9_]*[a-z0-9_])?(\.[a-z0-9_]([-a-z0-9_]*[a-z0-9_])?)*", name
+    ):
+        raise ValueError(
+            f"{value!r} is not a host name; write it lower-case without scheme or port, *.x or **.x allowed"
+        )
+    return value
+
+
+def _check_ip_port(value: str) -> str:
+    host, sep, port = value.rpartition(":")
+    try:
+        ip_address(host.removeprefix("[").removesuffix("]"))
+        if not sep or not 0 < int(port) < 65_536:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{value!r} is not ip:port; write for example 127.0.0.1:8080 or [::1]:8080") from None
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
+ByteCount = Annotated[float, BeforeValidator(parse_quantity), Field(ge=0)]
+DnsLabel = Annotated[str, AfterValidator(_check_dns_label)]
+HostPattern = Annotated[str, AfterValidator(_check_host_pattern)]
+IpPort = Annotated[str, AfterValidator(_check_ip_port)]
+Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class Model(BaseModel):
+    """Base of every resource part: camelCase in YAML, unknown fields refused, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True)
+
+
+class Metadata(Model):
+    """Name of a resource."""
+
+    name: DnsLabel
+    namespace: DnsLabel = "default"
+    labels: dict[str, str] = {}
+
+
+# --- Runtime --------------------------------------------------------------------------------------------------------
+
+
+class Listener(Model):
+    """One listening address."""
+
+    listen: IpPort
+
+
+class UidRange(Model):
+    """Numeric uids (and equal gids) that belong to clrk: the first is the gateway's, the rest are the sandboxes'."""
+
+    start: Annotated[int, Field(ge=1000, le=2**31)] = 2_000_000
+    count: Annotated[int, Field(ge=2, le=65_536)] = 4096
+
+
+class HostLimits(Model):
+    """Ceilings of the whole host."""
+
+    max_sandboxes: Annotated[int, Field(ge=1, le=10_000)] = 256
+
+
+class RuntimeSpec(Model):
+    """The host daemon."""
+
+    ingress: Listener = Listener(listen="127.0.0.1:8080")
+    admin: Listener = Listener(listen="127.0.0.1:8081")
+    state_dir: str = "/var/lib/clrk"
+    uid_range: UidRange = UidRange()
+    limits: HostLimits = HostLimits()
+    retention: Seconds = 7 * 86_400.0
+
+
+class Resource(Model):
+    """Common head of every document."""
+
+    api_version: Literal["clrk/v1alpha1", "clrk.apoxy.dev/v1alpha1"] = "clrk/v1alpha1"
+    metadata: Metadata
+
+
+class Runtime(Resource):
+    """At most one."""
+
+    kind: Literal["Runtime"]
+    spec: RuntimeSpec = RuntimeSpec()
+
+
+# --- TaskAgent ------------------------------------------------------------------------------------------------------
+
+
+class SecretKeyRef(Model):
+    """One key of a Secret in the agent's namespace."""
+
+    name: DnsLabel
+    key: str
+
+
+class ValueFrom(Model):
+    """Where an environment value comes from."""
+
+    secret_key_ref: SecretKeyRef
+
+
+class EnvVar(Model):
+    """One environment variable of the agent."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    value: str | None = None
+    value_from: ValueFrom | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EnvVar:
+        if (self.value is None) == (self.value_from is None):
+            raise ValueError("give either value or valueFrom")
+        return self
+
+
+class Mount(Model):
+    """A host path shown in the sandbox. A relative hostPath is relative to the file that declares it."""
+
+    host_path: str
+    path: Annotated[str, Field(pattern=r"^/")]
+    read_only: bool = True
+
+
+class TemplateSpec(Model):
+    """What to run."""
+
+    command: Annotated[list[str], Field(min_length=1)]
+    args: list[str] = []
+    env: list[EnvVar] = []
+    workdir: Annotated[str, Field(pattern=r"^/")] = "/tmp"  # noqa: S108 - the sandbox's own
+    rootfs: Annotated[str, Field(pattern=r"^/")] = "/"
+    mounts: list[Mount] = []
+
+
+class Template(Model):
+    """Wrapper, as in Kubernetes."""
+
+    spec: TemplateSpec
+
+
+class Resources(Model):
+    """cgroup limits of one sandbox. cpu in CPUs, memory in bytes."""
+
+    cpu: Annotated[float, BeforeValidator(parse_quantity), Field(gt=0)] = 1.0
+    memory: Annotated[float, BeforeValidator(parse_quantity), Field(ge=4 * 2**20)] = 512 * 2**20
+    pids: Annotated[int, Field(ge=4)] = 256
+
+
+class GatewayRef(Model):
+    """Names an EgressGateway of the same namespace."""
+
+    name: DnsLabel = "default"
+
+
+class EgressRef(Model):
+    """Which gateway carries the agent's calls."""
+
+    gateway_ref: GatewayRef
+
+
+class Delivery(Model):
+    """How the agent gets the event and gives its answer (CONTRACT sections 5 to 7)."""
+
+    mode: Literal["Stdin", "Metadata"] = "Stdin"
+    content_type: str = "application/octet-stream"
+
+
+class TaskAgentSpec(Model):
+    """One run per request."""
+
+    template: Template
+    resources: Resources = Resources()
+    timeout: Annotated[Seconds, Field(gt=0, le=MAX_TIMEOUT_S)] = 100.0
+    max_concurrent: Annotated[int, Field(ge=0)] = 0
+    egress_refs: Annotated[list[EgressRef], Field(max_length=1)] = []
+    delivery: Delivery = Delivery()
+
+
+class TaskAgent(Resource):
+    """An agent that runs once per request."""
+
+    kind: Literal["TaskAgent"]
+    spec: TaskAgentSpec
+
+    @property
+    def uid(self) -> str:
+        """Stable uid of the resource."""
+        return agent_uid("TaskAgent", self.metadata.namespace, self.metadata.name)
+
+    @property
+    def revision(self) -> str:
+        """First 12 hex digits of the SHA-256 of the spec: changes when, and only when, the spec does."""
+        canonical = json.dumps(self.spec.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @property
+    def gateway_name(self) -> str:
+        """The EgressGateway that this agent uses, in its own namespace."""
+        return self.spec.egress_refs[0].gateway_ref.name if self.spec.egress_refs else "default"
+
+
+# --- Egress ---------------------------------------------------------------------------------------------------------
+
+
+class HostAlias(Model):
+    """The operator's word on where a name lives; exempt from the address refusals of CONTRACT section 10."""
+
+    hostnames: Annotated[list[HostPattern], Field(min_length=1)]
+    address: IpPort
+
+
+class TlsSpec(Model):
+    """Which TLS connections are opened and read."""
+
+    mode: Literal["Intercept", "Passthrough"] = "Intercept"
+    passthrough_hosts: list[HostPattern] = []
+
+
+class UpstreamTls(Model):
+    """Extra roots, beside the system's, for verifying upstreams (PEM file, relative to the declaring file)."""
+
+    ca_file: str | None = None
+
+
+class Otlp(Model):
+    """Where spans are exported, beside the embedded store."""
+
+    endpoint: str
+    protocol: Literal["http/protobuf"] = "http/protobuf"
+    headers: dict[str, str] = {}
+    timeout: Seconds = 10.0
+
+
+class EgressGatewaySpec(Model):
+    """How agents reach the outside."""
+
+    default_policy: Literal["deny-all", "allow-all"] = "deny-all"
+    tls: TlsSpec = TlsSpec()
+    otlp: Otlp | None = None
+    upstream_tls: UpstreamTls = Field(default=UpstreamTls(), alias="upstreamTLS")
+    host_aliases: list[HostAlias] = []
+    request_timeout: Seconds = 300.0
+
+
+class EgressGateway(Resource):
+    """An exit for agents."""
+
+    kind: Literal["EgressGateway"]
+    spec: EgressGatewaySpec = EgressGatewaySpec()
+
+
+class HttpMatch(Model):
+    """Narrows an HTTP host: methods upper-case, paths are prefixes or globs with `*`."""
+
+    methods: list[Annotated[str, Field(pattern=r"^[A-Z]+$")]] = []
+    paths: list[Annotated[str, Field(pattern=r"^/")]] = []
+
+
+class L4Rule(Model):
+    """Matches if (host or CIDR) and port match; with http, the request must match it too."""
+
+    cidrs: list[IPv4Network | IPv6Network] = []
+    hostnames: list[HostPattern] = []
+    ports: list[Port] = []
+    protocols: list[Literal["TCP"]] = ["TCP"]
+    http: HttpMatch | None = None
+
+    @model_validator(mode="after")
+    def _some_destination(self) -> L4Rule:
+        if not self.cidrs and not self.hostnames:
+            raise ValueError("give hostnames or cidrs; a rule without either would match nothing")
+        return self
+
+
+class EgressL4RouteSpec(Model):
+    """Allow rules of one gateway."""
+
+    gateway_ref: GatewayRef = GatewayRef()
+    rules: Annotated[list[L4Rule], Field(min_length=1)]
+
+
+class EgressL4Route(Resource):
+    """Allows destinations."""
+
+    kind: Literal["EgressL4Route"]
+    spec: EgressL4RouteSpec
+
+
+class Secret(Resource):
+    """Values that are never printed and never in a sandbox unless valueFrom asks."""
+
+    kind: Literal["Secret"]
+    data: dict[str, str] = Field(default={}, repr=False)
+    from_file: dict[str, str] = {}
+    from_env: dict[str, str] = {}
+
+
+AnyResource = Annotated[Runtime | TaskAgent | EgressGateway | EgressL4Route | Secret, Field(discriminator="kind")]
+KINDS: Final = ("Runtime", "TaskAgent", "EgressGateway", "EgressL4Route", "Secret")
+
+# Part of the contract, not of this version: named in the error so that nobody hunts for a typing mistake.
+NOT_YET_KINDS: Final = ("DaemonAgent", "AIProviderRoute", "MCPRoute", "CredentialInjectionPolicy")
+NOT_YET_FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    "Runtime": ("gateway.workers",),
+    "TaskAgent": ("warmPoolSize", "warmPoolIdleTTL", "schedule", "scheduleInput", "identity", "streaming", "state"),
+    "EgressGateway": ("upstreamProxy", "mode", "otlp.captureBody"),
+}
+
+
+class GatewayConfig(Model):
+    """What the runtime hands to the gateway: no secrets of agents, no commands it could run.
+
+    Shape: ca_cert_pem and ca_key_pem are the per-host CA; upstream_ca_pem maps namespace/name of an EgressGateway to
+    the PEM text of its upstreamTLS.caFile (read by the runtime, since the gateway sees no host files).
+    """
+
+    runtime: RuntimeSpec
+    agents: list[TaskAgent]
+    gateways: list[EgressGateway]
+    routes: list[EgressL4Route]
+    ca_cert_pem: str
+    ca_key_pem: str = Field(repr=False)
+    upstream_ca_pem: dict[str, str] = {}
+    host_addresses: list[str] = []
+    environment: dict[str, Any] = {}
