@@ -78,7 +78,7 @@ class Interpreter(Protocol):
         """Take the response head; elapsed_s counts from the moment the request began to go upstream."""
 
     def response_data(self, chunk: bytes, elapsed_s: float) -> bytes:
-        """Take response bytes as the upstream sent them and return what the agent gets: almost always the same object."""
+        """Take response bytes and return what the agent gets: almost always the same object."""
 
     def response_end(self, *, complete: bool) -> bytes:
         """The response ended (complete=False: aborted). Return withheld bytes that the agent still has to get."""

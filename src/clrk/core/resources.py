@@ -18,6 +18,7 @@ MAX_TIMEOUT_S: Final = 3600.0
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
+_LABEL: Final = re.compile(r"[a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9_])?")
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|m)?")
 _SCALE: Final = {
     "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
@@ -58,13 +59,9 @@ def _check_dns_label(value: str) -> str:
 
 def _check_host_pattern(value: str) -> str:
     """`example.com`, `*.example.com` (one label) or `**.example.com` (any depth)."""
-    name = re.sub(r"^\*\*?\.", "", value)
-    if len(value) > 253 or not re.fullmatch(
-        r"[a-z0-9_]([-a-z0-9_]*[a-z0-9_])?(\.[a-z0-9_]([-a-z0-9_]*[a-z0-9_])?)*", name
-    ):
-        raise ValueError(
-            f"{value!r} is not a host name; write it lower-case without scheme or port, *.x or **.x allowed"
-        )
+    labels = re.sub(r"^\*\*?\.", "", value).split(".")
+    if len(value) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise ValueError(f"{value!r} is not a host name; write it lower-case, no scheme, no port; *.x and **.x allowed")
     return value
 
 
