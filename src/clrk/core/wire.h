@@ -55,6 +55,16 @@
 #define CLRK_TLV_TRACEPARENT 0xE9
 #define CLRK_TLV_CONNECTION 0xEB
 
+/* Longest value of each text field; all of them at once leave room for the NOOP TLV (csrc/stamp.c asserts it). */
+#define CLRK_MAX_AGENT_NAMESPACE 63
+#define CLRK_MAX_AGENT_NAME 63
+#define CLRK_MAX_AGENT_UID 36
+#define CLRK_MAX_AGENT_REVISION 40
+#define CLRK_MAX_INVOCATION_ID 36
+#define CLRK_MAX_SANDBOX_ID 16
+#define CLRK_MAX_NETNS 32
+#define CLRK_MAX_TRACEPARENT 55
+
 #define CLRK_KIND_DAEMON_AGENT 0
 #define CLRK_KIND_TASK_AGENT 1
 
