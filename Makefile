@@ -1,2 +1,75 @@
+# Every target works from a fresh clone; artefacts and caches go under .output/ (the environment under .venv/).
 .DELETE_ON_ERROR:
-help: ; @echo skeleton
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+
+OUT := .output
+# Caches per user: root's `make test` must not spoil a user's `make check`.
+CACHE := $(OUT)/cache-$(shell id -un)
+BIN := .venv/bin
+PYTEST := $(BIN)/python -P -m pytest -o cache_dir=$(CACHE)/pytest
+PY_PATHS := src runtime ebpf gateway netns tests examples setup.py
+C_FILES := $(shell find ebpf src/clrk/core examples tests -name '*.[ch]' ! -name '_stamp.c' 2>/dev/null)
+C_WARNINGS := -Wall -Wextra -Werror -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wundef \
+	-Wpointer-arith -Wwrite-strings -Wformat=2 -Wvla
+
+.PHONY: help setup demo test check lint lint-c type arch unit kernel e2e bench fmt clean need-venv need-root
+
+help: ## Show this text
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Install what is missing: Debian packages (as root) and .venv; a second run is quick
+	@packaging/setup.sh
+
+demo: setup need-root ## Set up, run one traced request through real sandboxes, and walk the debugging session
+	@examples/demo/run
+
+test: setup need-root lint lint-c type arch ## Set up and run everything: static checks, unit, kernel and e2e tests (root)
+	@CLRK_MUST_WORK=1 $(PYTEST) tests
+
+check: need-venv lint lint-c type arch unit ## Everything that needs no root: static checks and unit tests
+
+lint: need-venv ## ruff: style, imports, security, formatting
+	@$(BIN)/ruff check --cache-dir $(CACHE)/ruff $(PY_PATHS)
+	@$(BIN)/ruff format --cache-dir $(CACHE)/ruff --check $(PY_PATHS)
+
+lint-c: need-venv ## clang-format, and gcc and clang with warnings as errors, for the C sources
+	@$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	@for compiler in gcc clang; do for file in ebpf/csrc/*.c; do \
+		$$compiler -std=gnu11 -O2 $(C_WARNINGS) -Isrc/clrk/core -Iebpf/csrc -fsyntax-only "$$file"; done; done
+
+type: need-venv ## mypy, strict
+	@$(BIN)/mypy --cache-dir $(CACHE)/mypy -p clrk
+
+arch: need-venv ## import-linter: who may import whom
+	@$(BIN)/lint-imports --cache-dir $(CACHE)/import-linter
+
+unit: need-venv ## Tests that need no root
+	@$(PYTEST) tests/unit
+
+kernel: need-venv need-root ## Tests against the running kernel: BPF, namespaces, sandboxes (root)
+	@CLRK_MUST_WORK=1 $(PYTEST) tests/kernel
+
+e2e: need-venv need-root ## Tests with the real daemon and real agents (root)
+	@CLRK_MUST_WORK=1 $(PYTEST) tests/e2e
+
+bench: setup need-root ## Measure, as ratios in alternation; the figures of docs/benchmarks.md (root)
+	@$(BIN)/python -P tests/bench/run.py
+
+fmt: need-venv ## Format Python and C
+	@$(BIN)/ruff check --cache-dir $(CACHE)/ruff --fix $(PY_PATHS)
+	@$(BIN)/ruff format --cache-dir $(CACHE)/ruff $(PY_PATHS)
+	@$(BIN)/clang-format -i $(C_FILES)
+
+clean: ## Remove .output, .venv and everything built
+	@rm -rf $(OUT) .venv build dist src/*.egg-info ebpf/_stamp.c ebpf/_stamp*.o ebpf/_stamp*.so
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+need-venv:
+	@test -x $(BIN)/python || { echo "no .venv yet: run 'sudo make setup' first" >&2; exit 1; }
+	@mkdir -p $(CACHE)
+
+need-root:
+	@test "$$(id -u)" -eq 0 || { echo "this needs root (namespaces, cgroups, BPF): use sudo" >&2; exit 1; }

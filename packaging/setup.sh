@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# Installs what clrk needs on Debian 12: packages through apt (root only), then .venv through pip.
+#
+# Idempotent: a second run asks dpkg and a stamp file, and returns in about a second. Works from any checkout path.
+# Exits 0 when everything is there, 1 when something is missing; the last lines say what and why.
+set -euo pipefail
+umask 022 # the sandboxes' own uids read the venv through a bind mount
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+LOGS="$ROOT/.output/setup"
+# The system's interpreter by its path: bcc and seccomp are Debian packages, importable from nowhere else.
+PYTHON=/usr/bin/python3
+
+step() { printf '== %s\n' "$*"; }
+warn() { printf '   %s\n' "$*" >&2; }
+
+failures=()
+fail() { failures+=("$*"); warn "$*"; }
+
+mkdir -p "$LOGS"
+
+# --- Debian packages ---------------------------------------------------------------------------------------------
+
+# package|how to see that it is there already, however it was installed
+packages() {
+	cat <<-'LIST'
+		python3-venv|/usr/bin/python3 -c 'import ensurepip'
+		python3-dev|test -e /usr/include/python3.11/Python.h || dpkg_has python3-dev
+		python3-bpfcc|/usr/bin/python3 -c 'import bcc'
+		python3-seccomp|/usr/bin/python3 -c 'import seccomp'
+		build-essential|command -v gcc && command -v make && test -e /usr/include/stdlib.h
+		libcap-dev|test -e /usr/include/sys/capability.h
+		bubblewrap|command -v bwrap
+		util-linux|command -v unshare
+		iproute2|command -v ip
+		curl|command -v curl
+		ca-certificates|test -e /etc/ssl/certs/ca-certificates.crt
+		nodejs|command -v node
+		clang|command -v clang
+		vagrant|command -v vagrant
+	LIST
+}
+
+dpkg_has() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+missing_packages() {
+	local package probe
+	while IFS='|' read -r package probe; do
+		eval "$probe" >/dev/null 2>&1 || printf '%s\n' "$package"
+	done < <(packages)
+}
+
+have_headers() {
+	[ -e "/lib/modules/$(uname -r)/build/include" ] || [ -e /sys/kernel/kheaders.tar.xz ] ||
+		dpkg_has "linux-headers-$(dpkg --print-architecture)"
+}
+
+apt_run() { # apt_run LOG ARGUMENT...: quiet on the terminal, everything in the log
+	local log="$LOGS/$1"
+	shift
+	DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 "$@" >"$log" 2>&1 || {
+		tail -n 5 "$log" >&2
+		return 1
+	}
+}
+
+install_headers() {
+	local exact any
+	exact="linux-headers-$(uname -r)"
+	any="linux-headers-$(dpkg --print-architecture)"
+	if apt-cache show "$exact" >/dev/null 2>&1 && apt_run headers.log install --no-install-recommends "$exact"; then
+		step "installed $exact"
+	elif apt_run headers.log install --no-install-recommends "$any"; then
+		step "no $exact in this package list; installed $any, which bcc can use as well"
+	else
+		fail "kernel headers: neither $exact nor $any could be installed (see $LOGS/headers.log); without them or kheaders bcc can not compile the BPF programs"
+	fi
+}
+
+install_packages() {
+	local missing headers=yes package
+	mapfile -t missing < <(missing_packages)
+	have_headers || headers=no
+	if [ ${#missing[@]} -eq 0 ] && [ "$headers" = yes ]; then
+		step "Debian packages: all there"
+		return
+	fi
+	[ "$headers" = yes ] || missing+=("kernel headers")
+	if ! command -v apt-get >/dev/null; then
+		fail "no apt-get here; install by hand: ${missing[*]}"
+		return
+	fi
+	if [ "$(id -u)" -ne 0 ]; then
+		fail "not root, so apt was left alone; run 'sudo make setup' to install: ${missing[*]}"
+		return
+	fi
+	step "apt: installing ${missing[*]}"
+	apt_run update.log update || fail "apt-get update failed (see $LOGS/update.log)"
+	[ "$headers" = yes ] || { unset 'missing[-1]' && install_headers; }
+	for package in "${missing[@]}"; do
+		step "apt: $package"
+		apt_run "apt-$package.log" install --no-install-recommends "$package" ||
+			fail "$package could not be installed (see $LOGS/apt-$package.log)"
+	done
+}
+
+# --- Python ------------------------------------------------------------------------------------------------------
+
+# Everything that decides what is in .venv; the checkout's path too, because a venv can not be moved.
+wanted_stamp() {
+	{
+		printf '%s\n' "$ROOT"
+		"$PYTHON" --version
+		cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT/packaging/setup.sh" "$ROOT/src/clrk/core/wire.h"
+		find "$ROOT/ebpf" -type f \( -name _build.py -o -path '*/csrc/*' \) ! -name '*.o' -print0 | sort -z | xargs -0r cat
+	} | sha256sum | cut -d' ' -f1
+}
+
+venv_works() { "$VENV/bin/python" -I -c 'import clrk, clrk.ebpf._stamp, pytest, mcp, bcc, seccomp, prctl' 2>>"$LOGS/imports.log"; }
+
+install_venv() {
+	local stamp
+	if [ ! -x "$PYTHON" ]; then
+		fail "$PYTHON is not there; clrk needs Debian's python3 (3.11 or newer)"
+		return
+	fi
+	stamp="$(wanted_stamp)"
+	if [ "$(cat "$VENV/.clrk-setup" 2>/dev/null)" = "$stamp" ] && venv_works; then
+		step ".venv: up to date"
+		return
+	fi
+	if [ ! -x "$VENV/bin/pip" ]; then
+		step ".venv: creating"
+		"$PYTHON" -m venv --clear --system-site-packages "$VENV" || {
+			fail "python3 -m venv failed; is python3-venv installed?"
+			return
+		}
+	fi
+	step ".venv: pip itself (Debian's is too old for some wheels)"
+	pip_run pip.log --upgrade pip || return 0
+	step ".venv: clrk, its dependencies, the tools and the agents' SDKs (a minute or two the first time)"
+	pip_run install.log --editable "$ROOT[dev,agents]" || return 0
+	: >"$LOGS/imports.log"
+	if venv_works; then
+		printf '%s\n' "$stamp" >"$VENV/.clrk-setup"
+	else
+		fail "the environment is incomplete: $(tail -n 1 "$LOGS/imports.log")"
+	fi
+}
+
+pip_run() {
+	local log="$LOGS/$1"
+	shift
+	if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >"$log" 2>&1; then
+		tail -n 15 "$log" >&2
+		fail "pip install $* failed (see $log)"
+		return 1
+	fi
+}
+
+# Under sudo the checkout is still its owner's: what we made in it is handed over, so that `make check` needs no root.
+hand_over() {
+	local made=("$VENV" "$ROOT/.output")
+	[ "$(id -u)" -eq 0 ] && [ "$(stat -c %u "$ROOT")" -ne 0 ] || return 0
+	made+=("$ROOT"/src/*.egg-info "$ROOT"/ebpf/_stamp*)
+	for path in "${made[@]}"; do
+		[ ! -e "$path" ] || chown -R --reference="$ROOT" "$path"
+	done
+}
+
+install_packages
+install_venv
+hand_over
+
+if [ ${#failures[@]} -gt 0 ]; then
+	step "setup is NOT complete:"
+	printf '   - %s\n' "${failures[@]}"
+	exit 1
+fi
+step "setup complete"
