@@ -1,0 +1,227 @@
+"""What no document can know alone: names given twice, references, files and addresses."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path as FilePath
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from clrk.core.resources import (
+    EgressGateway,
+    EgressL4Route,
+    Resource,
+    Runtime,
+    RuntimeSpec,
+    Secret,
+    TaskAgent,
+    TaskAgentSpec,
+)
+from clrk.runtime.config.declared import Declared, Key, Problems, Resources
+from clrk.runtime.config.describe import nearest
+from clrk.runtime.config.nodes import Path
+
+MAX_READ_BYTES: Final = 1024 * 1024  # of a secret or a CA bundle
+
+R = TypeVar("R", bound=Resource)
+
+
+def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: Problems) -> Resources:
+    """Check the documents against each other and the host, and read the files they name. Findings go to problems."""
+    unique = _drop_duplicates(declared, problems)
+    gateways = _of_kind(unique, EgressGateway)
+    secrets = {one.key: _read_secret(one, spec, environ, problems) for one, spec in _pairs(unique, Secret)}
+    upstream_ca_pem = {}
+    for one, gateway in _pairs(unique, EgressGateway):
+        _check_otlp(one, gateway, problems)
+        if (pem := _read_ca(one, gateway, problems)) is not None:
+            upstream_ca_pem["/".join(one.key)] = pem
+    for one, agent in _pairs(unique, TaskAgent):
+        _check_agent(one, agent, gateways, secrets, problems)
+    for one, route in _pairs(unique, EgressL4Route):
+        path = ("spec", "gatewayRef", "name")
+        _check_gateway(one, path, route.spec.gateway_ref.name, gateways, problems)
+    return Resources(
+        runtime=_the_runtime(unique, problems),
+        agents=_of_kind(unique, TaskAgent),
+        gateways=gateways,
+        routes=_of_kind(unique, EgressL4Route),
+        secrets=secrets,
+        upstream_ca_pem=upstream_ca_pem,
+    )
+
+
+def _pairs(declared: Iterable[Declared], kind: type[R]) -> list[tuple[Declared, R]]:
+    return [(one, one.resource) for one in declared if isinstance(one.resource, kind)]
+
+
+def _of_kind(declared: Iterable[Declared], kind: type[R]) -> dict[Key, R]:
+    return {one.key: resource for one, resource in _pairs(declared, kind)}
+
+
+def _drop_duplicates(declared: Iterable[Declared], problems: Problems) -> list[Declared]:
+    first: dict[tuple[str, Key], Declared] = {}
+    for one in declared:
+        earlier = first.setdefault((one.kind, one.key), one)
+        if earlier is not one:
+            where = f"{earlier.file}:{earlier.document.line_of(('metadata', 'name'))}"
+            namespace, name = one.key
+            problems.add_at(one, ("metadata", "name"), f"{namespace}/{name} is already declared at {where}")
+    return list(first.values())
+
+
+# --- Runtime --------------------------------------------------------------------------------------------------------
+
+
+def _the_runtime(declared: Iterable[Declared], problems: Problems) -> RuntimeSpec:
+    found = _pairs(declared, Runtime)
+    for one, _ in found[1:]:
+        first = found[0][0]
+        where = f"{first.file}:{first.document.line}"
+        problems.add_at(one, ("kind",), f"a host has one Runtime; the other is at {where}")
+    if not found:
+        return RuntimeSpec()
+    one, runtime = found[0]
+    if runtime.spec.ingress.listen == runtime.spec.admin.listen:
+        text = f"the same address as spec.ingress.listen: {runtime.spec.ingress.listen}"
+        problems.add_at(one, ("spec", "admin", "listen"), text)
+    return runtime.spec
+
+
+# --- TaskAgent ------------------------------------------------------------------------------------------------------
+
+
+def _check_agent(
+    one: Declared,
+    agent: TaskAgent,
+    gateways: Mapping[Key, EgressGateway],
+    secrets: Mapping[Key, Mapping[str, str]],
+    problems: Problems,
+) -> None:
+    for index, ref in enumerate(agent.spec.egress_refs):  # without egressRefs: "default", or everything is denied
+        ref_path = ("spec", "egressRefs", index, "gatewayRef", "name")
+        _check_gateway(one, ref_path, ref.gateway_ref.name, gateways, problems)
+    _check_env(one, agent.spec, secrets, problems)
+    template: Path = ("spec", "template", "spec")
+    if not FilePath(agent.spec.template.spec.rootfs).is_dir():
+        problems.add_at(one, (*template, "rootfs"), f"no such folder: {agent.spec.template.spec.rootfs}")
+    taken: dict[str, int] = {}
+    for index, mount in enumerate(agent.spec.template.spec.mounts):
+        path: Path = (*template, "mounts", index)
+        if not FilePath(mount.host_path).exists():
+            problems.add_at(one, (*path, "hostPath"), f"no such file or folder: {mount.host_path}")
+        if ".." in FilePath(mount.path).parts or mount.path == "/":
+            problems.add_at(one, (*path, "path"), f"{mount.path!r} can not be a mount point; name a folder below /")
+        if (other := taken.setdefault(mount.path, index)) != index:
+            problems.add_at(one, (*path, "path"), f"{mount.path} is already taken by mounts[{other}]")
+
+
+def _check_env(
+    one: Declared, spec: TaskAgentSpec, secrets: Mapping[Key, Mapping[str, str]], problems: Problems
+) -> None:
+    namespace = one.key[0]
+    taken: dict[str, int] = {}
+    for index, variable in enumerate(spec.template.spec.env):
+        path: Path = ("spec", "template", "spec", "env", index)
+        if variable.name.startswith("CLRK_"):
+            problems.add_at(one, (*path, "name"), "names that begin with CLRK_ are set by the runtime")
+        if (other := taken.setdefault(variable.name, index)) != index:
+            problems.add_at(one, (*path, "name"), f"{variable.name} is already set by env[{other}]")
+        if "\0" in (variable.value or ""):
+            problems.add_at(one, (*path, "value"), "holds a NUL character")
+        if variable.value_from is None:
+            continue
+        ref, path = variable.value_from.secret_key_ref, (*path, "valueFrom", "secretKeyRef")
+        values = secrets.get((namespace, ref.name))
+        if values is None and ("Secret", namespace, ref.name) in problems.broken:
+            continue
+        if values is None:
+            names = [name for space, name in secrets if space == namespace]
+            text = f"no Secret {ref.name!r} in namespace {namespace!r}{nearest(ref.name, names)}"
+            problems.add_at(one, (*path, "name"), text)
+        elif ref.key not in values:
+            text = f"Secret {ref.name!r} has no key {ref.key!r}{nearest(ref.key, values)}"
+            problems.add_at(one, (*path, "key"), text)
+
+
+# --- Egress ---------------------------------------------------------------------------------------------------------
+
+
+def _check_gateway(one: Declared, path: Path, name: str, gateways: Mapping[Key, Any], problems: Problems) -> None:
+    namespace = one.key[0]
+    if (namespace, name) not in gateways and ("EgressGateway", namespace, name) not in problems.broken:
+        names = [other for space, other in gateways if space == namespace]
+        problems.add_at(one, path, f"no EgressGateway {name!r} in namespace {namespace!r}{nearest(name, names)}")
+
+
+def _check_otlp(one: Declared, gateway: EgressGateway, problems: Problems) -> None:
+    if gateway.spec.otlp is None:
+        return
+    try:
+        url = urlsplit(gateway.spec.otlp.endpoint)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        text = "not a URL; write for example http://127.0.0.1:4318"
+        problems.add_at(one, ("spec", "otlp", "endpoint"), text)
+
+
+def _read_ca(one: Declared, gateway: EgressGateway, problems: Problems) -> str | None:
+    if gateway.spec.upstream_tls.ca_file is None:
+        return None
+    path = ("spec", "upstreamTLS", "caFile")
+    pem = _read_text(one, path, FilePath(gateway.spec.upstream_tls.ca_file), problems)
+    if pem is None:
+        return None
+    try:
+        certificates = x509.load_pem_x509_certificates(pem.encode())
+    except ValueError:
+        certificates = []
+    if not certificates:
+        problems.add_at(one, path, f"no PEM certificate in {gateway.spec.upstream_tls.ca_file}")
+        return None
+    return pem
+
+
+# --- Secret ---------------------------------------------------------------------------------------------------------
+
+
+def _read_secret(one: Declared, secret: Secret, environ: Mapping[str, str], problems: Problems) -> dict[str, str]:
+    """Return the values of a Secret; a key that could not be read has an empty value, so that refs to it still hold."""
+    values = dict(secret.data)
+    for source, written in (("fromFile", secret.from_file), ("fromEnv", secret.from_env)):
+        for key, name in written.items():
+            path = (source, key)
+            if key in values:
+                problems.add_at(one, path, "this key is already given")
+            elif source == "fromEnv":
+                if name not in environ:
+                    problems.add_at(one, path, f"the runtime's environment has no {name}")
+                values[key] = environ.get(name, "")
+            else:  # an editor ends a file with a newline, which is never meant to be part of a token
+                values[key] = (_read_text(one, path, FilePath(name), problems) or "").removesuffix("\n")
+    for key, value in values.items():
+        if "\0" in value:
+            source = next(name for name in ("data", "fromFile", "fromEnv") if one.document.value.get(name, {}).get(key))
+            problems.add_at(one, (source, key), "holds a NUL character")
+    return values
+
+
+def _read_text(one: Declared, path: Path, file: FilePath, problems: Problems) -> str | None:
+    """Return the text of a regular file of at most 1 MiB; what is wrong with it is noted without its content."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            problems.add_at(one, path, f"not a regular file: {file}")
+        elif file.stat().st_size > MAX_READ_BYTES:
+            problems.add_at(one, path, f"over {MAX_READ_BYTES // 2**20} MiB: {file}")
+        else:
+            return file.read_text(encoding="utf-8")
+    except OSError as exc:
+        problems.add_at(one, path, f"{exc.strerror}: {file}")
+    except UnicodeDecodeError:
+        problems.add_at(one, path, f"not UTF-8 text: {file}")
+    return None

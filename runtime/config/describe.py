@@ -1,0 +1,144 @@
+"""What is wrong with a document, in the words of its author: field paths as written, nearest valid names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from clrk.core.resources import KINDS, NOT_YET_FIELDS, NOT_YET_KINDS
+from clrk.runtime.config.nodes import Document, Finding, Path
+
+_PLAIN = {
+    "missing": "is missing",
+    "string_type": "not text; numbers and yes/no need quotes",
+    "list_type": "not a list; begin each entry with `- `",
+    "dict_type": "not a mapping of names to values",
+    "model_type": "not a mapping of fields",
+    "model_attributes_type": "not a mapping of fields",
+    "int_type": "not a whole number",
+    "int_from_float": "not a whole number",
+    "int_parsing": "not a whole number",
+    "bool_type": "not true or false",
+    "bool_parsing": "not true or false",
+}
+
+
+def format_path(path: Path) -> str:
+    """Return `spec.template.spec.env[0].value`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return `; did you mean "x"?`, else the valid names, else nothing."""
+    choices = sorted(set(valid))
+    folded = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
+    if close:
+        return f'; did you mean "{folded[close[0]]}"?'
+    return f"; valid: {', '.join(choices)}" if choices and len(choices) <= 20 else ""
+
+
+def describe_kind(kind: str) -> str:
+    """Return why kind is not one of this version's."""
+    if kind in NOT_YET_KINDS:
+        return f"kind {kind} is part of the contract but not in this version{nearest('', KINDS)}"
+    return f"unknown kind {kind!r}{nearest(kind, (*KINDS, *NOT_YET_KINDS))}"
+
+
+def describe_errors(model: type[BaseModel], document: Document, error: ValidationError) -> Iterator[Finding]:
+    """Yield one finding for each place that pydantic complained about."""
+    seen: set[Path] = set()
+    for detail in error.errors(include_url=False):
+        path = _written_path(model, detail["loc"], document)
+        if path in seen:  # one value tried against several types of a union
+            continue
+        seen.add(path)
+        yield Finding(document.line_of(path), path, _describe(model, path, detail))
+
+
+def _written_path(model: type[BaseModel], loc: Path, document: Document) -> Path:
+    """Cut from loc what pydantic adds and the author never wrote: the branch names of unions."""
+    existing = document.nearest(loc)
+    if len(existing) < len(loc) and any(loc[len(existing)] == name for name in _fields_at(model, existing)):
+        return loc[: len(existing) + 1]  # a missing field, named although it is not there
+    return existing
+
+
+def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails) -> str:
+    code = detail["type"]
+    if code == "extra_forbidden":
+        return _describe_unknown(model, path)
+    if code.startswith(("ip_v4_network", "ip_v6_network")):
+        return "not a network with a clean host part; write for example 10.0.0.0/8 or fd00::/8"
+    if code in ("literal_error", "enum"):
+        valid = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        given = detail["input"]
+        return (
+            f"{given!r} is not allowed{nearest(str(given), valid)}" if isinstance(given, str) else _PLAIN["string_type"]
+        )
+    if code == "value_error":
+        return detail["msg"].removeprefix("Value error, ")
+    if code == "string_pattern_mismatch":
+        return f"must match {detail['ctx']['pattern']}"
+    return _PLAIN.get(code) or detail["msg"].replace("Input should be", "must be", 1)
+
+
+def _describe_unknown(model: type[BaseModel], path: Path) -> str:
+    name = str(path[-1])
+    dotted = ".".join(part for part in path[1:] if isinstance(part, str))
+    later = NOT_YET_FIELDS.get(model.__name__, ()) if path[0] == "spec" else ()
+    if any(field == dotted or field.startswith(f"{dotted}.") for field in later):
+        return "is part of the contract but not in this version; remove it"
+    return f"unknown field{nearest(name, _fields_at(model, path[:-1]))}"
+
+
+def _fields_at(model: type[BaseModel], path: Path) -> tuple[str, ...]:
+    """Return the field names, as written in YAML, of the model that describes the value at path."""
+    current: Any = model
+    for part in path:
+        if isinstance(part, int):
+            current = _first_argument(current)
+            continue
+        inner = _model_of(current)
+        if inner is None:
+            current = _first_argument(current)
+            continue
+        named = [info for name, info in inner.model_fields.items() if part in (info.alias, name)]
+        if not named:
+            return ()
+        current = named[0].annotation
+    inner = _model_of(current)
+    return tuple(info.alias or name for name, info in inner.model_fields.items()) if inner else ()
+
+
+def _first_argument(annotation: Any) -> Any:
+    """Return T of list[T], V of dict[K, V]."""
+    annotation = _strip(annotation)
+    arguments = get_args(annotation)
+    return arguments[-1] if arguments else None
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    annotation = _strip(annotation)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _strip(annotation: Any) -> Any:
+    """Unwrap Annotated[T, ...] and T | None."""
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            annotation = get_args(annotation)[0]
+        elif origin in (Union, types.UnionType):
+            annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
+        else:
+            return annotation
