@@ -6,8 +6,8 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 OUT := .output
-# Caches per user: root's `make test` must not spoil a user's `make check`.
-CACHE := $(OUT)/cache-$(shell id -un)
+# Caches per user: root's `make test` must not spoil a user's `make check`, nor a foreign checkout stop it.
+CACHE := $(shell mkdir -p $(OUT)/cache-$$(id -un) 2>/dev/null && echo $(OUT)/cache-$$(id -un) || echo $$HOME/.cache/clrk)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -P -m pytest -o cache_dir=$(CACHE)/pytest
 PY_PATHS := src runtime ebpf gateway netns tests examples setup.py
