@@ -1,0 +1,214 @@
+"""The admin API: HTTP and JSON on the unix socket for `clrk`; on loopback TCP nothing but health.
+
+Who may open the socket may see every trace and run every agent (group `clrk`); the API itself asks nobody who they are.
+Listings are `{"items": […]}`, streams are NDJSON, errors are problem+json (RFC 9457).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
+from typing import Final
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from clrk import __version__
+from clrk.core.resources import MAX_BODY_BYTES, TaskAgent
+from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_summary
+from clrk.gateway.admin.invocations import await_outcome
+from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
+from clrk.gateway.telemetry.query import SpanFilter
+from clrk.gateway.telemetry.store import StoreError, TraceStore
+
+RunTask = Callable[[web.Request, str, str], Awaitable[web.StreamResponse]]
+
+_MAX_WAIT_S: Final = 60.0
+_FLUSH_S: Final = 1.0
+_DEFAULT_TAIL: Final = 1000
+_ID_PREFIX: Final = re.compile(r"[0-9a-f-]{1,36}")
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+def build_admin_app(*, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask) -> web.Application:
+    """Return the application for the unix socket.
+
+    Shape: run_task(request, namespace, name) answers `POST /v1/agents/{namespace}/{name}/run` exactly as the ingress
+    answers an invocation.
+    """
+    api = _AdminApi(store, catalogue, run_task)
+    app = web.Application(middlewares=[_problems], client_max_size=MAX_BODY_BYTES)
+    app.router.add_get("/v1/status", api.status)
+    app.router.add_get("/v1/agents", api.agents)
+    app.router.add_get("/v1/agents/{namespace}/{name}", api.agent)
+    app.router.add_get("/v1/agents/{namespace}/{name}/logs", api.logs)
+    app.router.add_post("/v1/agents/{namespace}/{name}/run", api.run)
+    app.router.add_get("/v1/traces", api.traces)
+    app.router.add_get("/v1/traces/{invocation}", api.trace)
+    app.router.add_get("/v1/invocations/{invocation}", api.invocation)
+    return app
+
+
+def build_health_app(ready: Callable[[], bool]) -> web.Application:
+    """Return the application for the TCP listener: it says whether we live and serve, and nothing else."""
+
+    async def healthz(_request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_request: web.Request) -> web.Response:
+        return web.Response(text="ready\n") if ready() else web.Response(status=503, text="not ready\n")
+
+    app = web.Application()
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    return app
+
+
+@web.middleware
+async def _problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ParameterError as exc:
+        return _problem(400, str(exc))
+    except StoreError as exc:
+        return _problem(503, str(exc))
+    except web.HTTPException as exc:
+        return _problem(exc.status, f"{request.method} {request.path}: {exc.reason}", dict(exc.headers))
+
+
+def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> web.Response:
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    kept = {key: value for key, value in (headers or {}).items() if key.lower() == "allow"}
+    return web.json_response(body, status=status, content_type="application/problem+json", headers=kept)
+
+
+class _AdminApi:
+    """The handlers."""
+
+    def __init__(self, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask) -> None:
+        self._store = store
+        self._catalogue = catalogue
+        self._run_task = run_task
+
+    async def status(self, _request: web.Request) -> web.Response:
+        cursors, last_seq = {}, 0
+        if readable := await self._store.flush(_FLUSH_S):
+            cursors, last_seq = await self._store.cursors(), await self._store.last_seq()
+        body = {
+            "version": __version__,
+            "agents": len(self._catalogue.all()),
+            "store": {
+                "path": str(self._store.path),
+                "writable": readable,
+                "lastSeq": last_seq,
+                "queuedBytes": self._store.queued_bytes,
+                "counters": dict(self._store.counters),
+            },
+            "exporters": [
+                {"name": name, "exportedSeq": seq, "behind": last_seq - seq} for name, seq in sorted(cursors.items())
+            ],
+        }
+        return web.json_response(body)
+
+    async def agents(self, _request: web.Request) -> web.Response:
+        return web.json_response({"items": [agent_summary(agent) for agent in self._catalogue.all()]})
+
+    async def agent(self, request: web.Request) -> web.Response:
+        return web.json_response(agent_detail(self._find(request)))
+
+    async def run(self, request: web.Request) -> web.StreamResponse:
+        return await self._run_task(request, request.match_info["namespace"], request.match_info["name"])
+
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        """Lines of an agent that is gone from the configuration stay readable: no look-up in the catalogue."""
+        agent = f"{request.match_info['namespace']}/{request.match_info['name']}"
+        tail = _number(request, "tail", _DEFAULT_TAIL, MAX_LIMIT)
+        invocation = ""
+        await self._store.flush(_FLUSH_S)
+        if prefix := request.query.get("invocation", ""):
+            invocation = await self._resolve(prefix)
+        lines = await self._store.logs(agent, invocation_id=invocation, tail=int(tail))
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for line in lines:
+                yield _ENCODER.encode(line) + b"\n"
+
+        return await _ndjson(request, chunks())
+
+    async def traces(self, request: web.Request) -> web.StreamResponse:
+        """Without a limit: everything, oldest first, as a stream. With one: the newest, oldest of them first."""
+        wanted, limit = parse_filter(request.query, time.time_ns())
+        await self._store.flush(_FLUSH_S)
+        return await _ndjson(request, self._newest(wanted, limit) if limit is not None else self._all(wanted))
+
+    async def trace(self, request: web.Request) -> web.StreamResponse:
+        await self._store.flush(_FLUSH_S)
+        invocation = await self._resolve(request.match_info["invocation"])
+        return await _ndjson(request, self._all(SpanFilter(invocation_id=invocation)))
+
+    async def invocation(self, request: web.Request) -> web.Response:
+        wait_s = _number(request, "wait", 0.0, _MAX_WAIT_S)
+        invocation = request.match_info["invocation"]
+        await self._store.flush(_FLUSH_S)
+        outcome = await await_outcome(self._store, invocation, wait_s)
+        if outcome is None:
+            return _problem(404, f"no invocation {invocation[:64]} in the store")
+        return web.json_response(outcome)
+
+    async def _all(self, wanted: SpanFilter) -> AsyncIterator[bytes]:
+        async for page in self._store.spans(wanted):
+            yield b"".join(span.json + b"\n" for span in page)
+
+    async def _newest(self, wanted: SpanFilter, limit: int) -> AsyncIterator[bytes]:
+        newest = [span.json async for page in self._store.spans(wanted, order="newest", limit=limit) for span in page]
+        for raw in reversed(newest):
+            yield raw + b"\n"
+
+    async def _resolve(self, prefix: str) -> str:
+        """Return the invocation id that begins with prefix."""
+        if not _ID_PREFIX.fullmatch(prefix):
+            raise ParameterError(f"{prefix[:64]!r} is no invocation id: it is hex digits and -, or their beginning")
+        found = await self._store.invocations(prefix)
+        if not found:
+            raise web.HTTPNotFound(reason=f"no invocation {prefix} in the store")
+        if len(found) > 1:
+            raise web.HTTPConflict(reason=f"{prefix} is the beginning of {', '.join(found)}; write more of it")
+        return found[0]
+
+    def _find(self, request: web.Request) -> TaskAgent:
+        namespace, name = request.match_info["namespace"], request.match_info["name"]
+        agent = self._catalogue.find(namespace, name)
+        if agent is None:
+            raise web.HTTPNotFound(reason=f"no agent {json.dumps(f'{namespace}/{name}')}")
+        return agent
+
+
+def _number(request: web.Request, name: str, default: float, maximum: float) -> float:
+    raw = request.query.get(name)
+    if raw is None:
+        return default
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,3})?", raw, re.ASCII) or float(raw) > maximum:
+        raise ParameterError(f"{name}: write a number from 0 to {maximum:g}, not {raw[:40]!r}")
+    return float(raw)
+
+
+async def _ndjson(request: web.Request, chunks: AsyncIterator[bytes]) -> web.StreamResponse:
+    """Stream lines. The first is read before the head goes out, so that a store error is a status and not a cut."""
+    first: bytes | None = await anext(chunks, None)
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    if first is not None:
+        await response.write(first)
+        try:
+            async for chunk in chunks:
+                await response.write(chunk)
+        except StoreError:  # half an answer must not look like a whole one: no terminator, but an abort
+            if request.transport is not None:
+                request.transport.abort()
+            return response
+    await response.write_eof()
+    return response

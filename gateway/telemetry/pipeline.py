@@ -1,0 +1,266 @@
+"""Telemetry: takes finished spans and log lines from all of the gateway, completes, keeps and exports them."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import math
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, Self
+from urllib.parse import unquote
+
+from opentelemetry.util.re import parse_env_headers
+
+from clrk import __version__
+from clrk.core.ids import InvocationId, SpanId, new_span_id
+from clrk.core.resources import GatewayConfig
+from clrk.gateway._aio import spawn
+from clrk.gateway.telemetry import attributes as attr
+from clrk.gateway.telemetry.export import ExportTarget, ExportTask, traces_url
+from clrk.gateway.telemetry.spans import (
+    UNSET,
+    Attributes,
+    AttributeValue,
+    Component,
+    Identity,
+    SpanEvent,
+    SpanKind,
+    SpanRecord,
+    Status,
+)
+from clrk.gateway.telemetry.store import FILE_NAME, TraceStore
+from clrk.gateway.telemetry.writer import LogItem
+
+_log = logging.getLogger(__name__)
+
+MAX_VALUE_CHARS: Final = 8192
+MAX_ATTRIBUTES: Final = 256
+MAX_LINE_BYTES: Final = 16_384
+MAX_LOG_BYTES: Final = 1024 * 1024  # per invocation
+_MAX_LOG_LINES: Final = 20_000  # per invocation
+_MAX_LOG_METERS: Final = 4096
+_INT64: Final = 2**63
+ENVIRONMENT_EXPORT: Final = "environment"  # cursor name of the exporter that OTEL_EXPORTER_OTLP_* asks for
+
+
+class Telemetry:
+    """Implements Recorder over the embedded store. Use from the event loop that opened it."""
+
+    def __init__(self, store: TraceStore, environment: Mapping[str, str]) -> None:
+        self.store = store
+        self._base_resource = _base_resource(environment)
+        self._environment = environment
+        self._exports: dict[str, ExportTask] = {}
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._log_meters: collections.OrderedDict[str, list[int]] = collections.OrderedDict()
+
+    @classmethod
+    def open(cls, state_dir: Path, config: GatewayConfig) -> Self:
+        """Open the store in state_dir and start the exporters. Call inside the running loop.
+
+        Never raises for a disk that is full or read-only: the store keeps trying, and counts what it drops.
+        """
+        environment = {**os.environ, **{key: str(value) for key, value in config.environment.items()}}
+        store = TraceStore(state_dir / FILE_NAME, retention_s=config.runtime.retention)
+        telemetry = cls(store, environment)
+        telemetry.reconfigure(config)
+        return telemetry
+
+    def record(
+        self,
+        identity: Identity,
+        *,
+        component: Component,
+        name: str,
+        kind: SpanKind,
+        start_ns: int,
+        end_ns: int,
+        attributes: Attributes,
+        status: Status = UNSET,
+        events: Sequence[SpanEvent] = (),
+        span_id: SpanId | None = None,
+        parent_span_id: str | None = None,
+    ) -> None:
+        """Complete and keep a span; see Recorder. Never raises, never blocks."""
+        try:
+            record = SpanRecord(
+                trace_id=identity.context.trace_id,
+                span_id=span_id or new_span_id(),
+                parent_span_id=identity.context.span_id if parent_span_id is None else parent_span_id,
+                name=_clean_text(name),
+                kind=kind,
+                start_time_unix_nano=start_ns,
+                end_time_unix_nano=max(start_ns, end_ns),
+                status=Status(status.code, _clean_text(status.message)),
+                attributes=clean_attributes(attributes) | identity_attributes(identity),
+                events=[SpanEvent(e.name, e.time_unix_nano, clean_attributes(e.attributes)) for e in events],
+                resource=self._resource(component, identity.egress_gateway),
+            )
+            self.store.add_span(record, invocation_id=identity.invocation_id, gateway=_gateway_key(identity))
+        except Exception:  # the telemetry edge: what a span looked like must never break the call it describes
+            self.store.counters["dropped_bad_item"] += 1
+            _log.exception("span %.64r could not be recorded", name)
+
+    def record_log(self, identity: Identity, stream: str, line: bytes, time_ns: int) -> None:
+        """Keep one line of the agent's output, without its newline. Bounded per invocation; never raises.
+
+        Shape: stream is `stdout` or `stderr`; a line over MAX_LINE_BYTES is cut.
+        """
+        meter = self._log_meters.setdefault(identity.invocation_id, [0, 0])
+        if len(self._log_meters) > _MAX_LOG_METERS:
+            self._log_meters.popitem(last=False)
+        if meter[0] >= MAX_LOG_BYTES or meter[1] >= _MAX_LOG_LINES:
+            self.store.counters["dropped_log_lines"] += 1
+            return
+        line = line[:MAX_LINE_BYTES]
+        meter[0] += len(line)
+        meter[1] += 1
+        self._keep_line(identity, stream, line, time_ns)
+        if meter[0] >= MAX_LOG_BYTES or meter[1] >= _MAX_LOG_LINES:
+            self._keep_line(identity, "clrk", b"output limit reached: further lines are not kept", time_ns)
+
+    def _keep_line(self, identity: Identity, stream: str, line: bytes, time_ns: int) -> None:
+        self.store.add_log(
+            LogItem(identity.invocation_id, identity.agent_namespace, identity.agent_name, stream, time_ns, line)
+        )
+
+    def seen_invocation(self, invocation_id: InvocationId | str) -> bool:
+        """Say whether spans of this invocation were recorded within the retention window."""
+        return self.store.seen_invocation(invocation_id)
+
+    def reconfigure(self, config: GatewayConfig) -> None:
+        """Follow a new configuration: retention, and one exporter per EgressGateway that has `otlp`."""
+        self.store.set_retention(config.runtime.retention)
+        wanted = self._targets(config)
+        for name, export in list(self._exports.items()):
+            if wanted.get(name) != export.target or name == ENVIRONMENT_EXPORT:
+                self._retire(self._exports.pop(name))
+        configured = frozenset(wanted) - {ENVIRONMENT_EXPORT}
+        for name, target in wanted.items():
+            if name not in self._exports:
+                takes = configured.__contains__ if name != ENVIRONMENT_EXPORT else (lambda key: key not in configured)
+                wants = takes if name == ENVIRONMENT_EXPORT else name.__eq__
+                self._exports[name] = ExportTask(self.store, name, target, wants)
+
+    def _retire(self, export: ExportTask) -> None:
+        task = spawn(export.stop(grace_s=0.0), name=f"stop export {export.name}")
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    def _targets(self, config: GatewayConfig) -> dict[str, ExportTarget]:
+        targets = {
+            f"{gateway.metadata.namespace}/{gateway.metadata.name}": ExportTarget(
+                traces_url(otlp.endpoint), tuple(otlp.headers.items()), otlp.timeout
+            )
+            for gateway in config.gateways
+            if (otlp := gateway.spec.otlp) is not None
+        }
+        if (target := environment_target(self._environment)) is not None:
+            targets[ENVIRONMENT_EXPORT] = target
+        return targets
+
+    async def flush(self) -> bool:
+        """Wait until everything recorded so far is in the store; False when the disk does not follow."""
+        return await self.store.flush()
+
+    async def close(self) -> None:
+        """Write everything, give healthy backends a moment to take the rest, end all threads. Idempotent."""
+        await self.store.flush()
+        exports, self._exports = list(self._exports.values()), {}
+        await asyncio.gather(*(export.stop() for export in exports), *self._stopping)
+        await self.store.close()
+
+    def _resource(self, component: Component, egress_gateway: str) -> dict[str, AttributeValue]:
+        resource = {**self._base_resource, attr.CLRK_COMPONENT: component.value}
+        if egress_gateway:
+            resource[attr.CLRK_EGRESS_GATEWAY] = egress_gateway
+        return resource
+
+
+def identity_attributes(identity: Identity) -> dict[str, AttributeValue]:
+    """Return what every span of an invocation carries (CONTRACT section 13)."""
+    values: dict[str, AttributeValue] = {
+        attr.INVOCATION_ID: identity.invocation_id,
+        attr.AGENT_KIND: identity.agent_kind,
+        attr.AGENT_NAMESPACE: identity.agent_namespace,
+        attr.AGENT_NAME: identity.agent_name,
+        attr.AGENT_UID: identity.agent_uid,
+        attr.AGENT_REVISION: identity.agent_revision,
+    }
+    if identity.sandbox_id:
+        values[attr.CLRK_SANDBOX_ID] = identity.sandbox_id
+    return values
+
+
+def clean_attributes(attributes: Attributes) -> dict[str, AttributeValue]:
+    """Return attributes that OTLP and the store can hold: bounded, typed, finite, valid Unicode.
+
+    Values come from agents and upstreams; what does not fit is cut or left out, never an error.
+    """
+    cleaned: dict[str, AttributeValue] = {}
+    for key, value in attributes.items():
+        if len(cleaned) >= MAX_ATTRIBUTES:
+            break
+        match value:
+            case bool():
+                cleaned[key] = value
+            case int():
+                cleaned[key] = max(-_INT64, min(_INT64 - 1, value))
+            case float():
+                if math.isfinite(value):
+                    cleaned[key] = value
+            case str():
+                cleaned[key] = _clean_text(value)
+            case _:
+                cleaned[key] = [_clean_text(item) for item in value[:MAX_ATTRIBUTES]]
+    return cleaned
+
+
+def _clean_text(text: str) -> str:
+    text = str(text)[:MAX_VALUE_CHARS]
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates, as surrogateescape makes them
+
+
+def environment_target(environment: Mapping[str, str]) -> ExportTarget | None:
+    """Return the target that the standard variables name, for spans of gateways without `otlp`.
+
+    Source: OpenTelemetry specification, configuration/sdk-environment-variables.md and protocol/exporter.md.
+    """
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    signal = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
+    endpoint = signal or environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    if not endpoint:
+        return None
+    protocol = environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    if protocol not in (None, "http/protobuf"):
+        _log.error("OTEL_EXPORTER_OTLP_PROTOCOL=%s is not supported: use http/protobuf; nothing is exported", protocol)
+        return None
+    raw = environment.get("OTEL_EXPORTER_OTLP_TRACES_HEADERS") or environment.get("OTEL_EXPORTER_OTLP_HEADERS", "")
+    url = signal or traces_url(endpoint)  # the signal's own variable is taken as it is
+    return ExportTarget(url, tuple(parse_env_headers(raw, liberal=True).items()))
+
+
+def _base_resource(environment: Mapping[str, str]) -> dict[str, AttributeValue]:
+    """Return the resource of all spans. Ours win over OTEL_RESOURCE_ATTRIBUTES, OTEL_SERVICE_NAME wins over ours."""
+    resource: dict[str, AttributeValue] = {}
+    for pair in environment.get("OTEL_RESOURCE_ATTRIBUTES", "").split(","):
+        key, equals, value = pair.partition("=")
+        if equals and key.strip():
+            resource[key.strip()] = unquote(value.strip())
+    resource[attr.SERVICE_NAME] = environment.get("OTEL_SERVICE_NAME") or "clrk"
+    resource[attr.SERVICE_VERSION] = __version__
+    resource[attr.HOST_NAME] = socket.gethostname()
+    return resource
+
+
+def _gateway_key(identity: Identity) -> str:
+    """Return namespace/name of the identity's EgressGateway, which is in the agent's own namespace."""
+    gateway = identity.egress_gateway
+    return gateway if not gateway or "/" in gateway else f"{identity.agent_namespace}/{gateway}"
