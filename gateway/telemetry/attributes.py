@@ -71,6 +71,8 @@ CLRK_EGRESS_GATEWAY: Final = "clrk.egress_gateway"
 # --- clrk's own -----------------------------------------------------------------------------------------------------
 CLRK_SANDBOX_WARM: Final = "clrk.sandbox.warm"  # bool
 CLRK_TRIGGER: Final = "clrk.trigger"  # http, cron, cli or the caller's X-Clrk-Trigger
+CLRK_CALLER_PID: Final = "clrk.caller.pid"  # int: who called over the admin socket, as the kernel says
+CLRK_CALLER_UID: Final = "clrk.caller.uid"  # int
 CLRK_EXIT_CODE: Final = "clrk.exit_code"  # int
 CLRK_EXIT_REASON: Final = "clrk.exit_reason"  # core.messages.ExitReason
 CLRK_PHASE: Final = "clrk.phase"  # Succeeded, Failed, Timeout, Rejected

@@ -1,0 +1,33 @@
+"""Which agents and gateways exist now: the gateway's view of the resources, replaced as a whole at each reload."""
+
+from __future__ import annotations
+
+from clrk.core.resources import EgressGateway, GatewayConfig, TaskAgent
+
+_Key = tuple[str, str]  # namespace, name
+
+
+class AgentTable:
+    """Looks up agents by namespace and name. Who got an agent keeps it, whatever a reload does."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._agents: dict[_Key, TaskAgent] = {}
+        self._gateways: dict[_Key, EgressGateway] = {}
+        self.replace(config)
+
+    def replace(self, config: GatewayConfig) -> None:
+        """Use another configuration from now on."""
+        self._agents = {(agent.metadata.namespace, agent.metadata.name): agent for agent in config.agents}
+        self._gateways = {(entry.metadata.namespace, entry.metadata.name): entry for entry in config.gateways}
+
+    def find(self, namespace: str, name: str) -> TaskAgent | None:
+        """Return the agent, or None."""
+        return self._agents.get((namespace, name))
+
+    def all(self) -> list[TaskAgent]:
+        """Return every agent, by namespace and name."""
+        return [self._agents[key] for key in sorted(self._agents)]
+
+    def gateway_of(self, agent: TaskAgent) -> EgressGateway | None:
+        """Return the EgressGateway that the agent uses; None: everything is denied."""
+        return self._gateways.get((agent.metadata.namespace, agent.gateway_name))

@@ -1,0 +1,260 @@
+"""The gateway put together: configuration in, listeners up, runs served, drained, closed.
+
+Knows nothing of privileges and processes (main.py does), so tests run it inside their own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from clrk.core.errors import ProtocolError
+from clrk.core.messages import (
+    PROTOCOL_VERSION,
+    Configure,
+    ConfigureFd,
+    Counters,
+    Drain,
+    Drained,
+    Exited,
+    Ready,
+    Removed,
+    RuntimeMessage,
+    Spawned,
+    Started,
+    StartFailed,
+)
+from clrk.core.resources import GatewayConfig
+from clrk.gateway._aio import spawn
+from clrk.gateway.admin.app import build_admin_app, build_health_app
+from clrk.gateway.agents import AgentTable
+from clrk.gateway.control_client import ControlClient, ControlError, close_fds
+from clrk.gateway.ingress import Ingress
+from clrk.gateway.invocation import Egress, TelemetrySink
+from clrk.gateway.invocations import Invocations
+from clrk.gateway.telemetry.pipeline import Telemetry
+
+_LOG: Final = logging.getLogger(__name__)
+_MAX_CONFIG_SIZE: Final = 64 * 1024 * 1024
+_DRAIN_ANSWERS_S: Final = 5.0  # for answers that are still on their way to slow callers
+_BACKLOG: Final = 1024
+
+
+class EgressSide(Egress, Protocol):
+    """What the app needs of EgressService."""
+
+    def reconfigure(self, config: GatewayConfig) -> None:
+        """Use another configuration for runs that start from now on."""
+
+    async def close(self) -> None:
+        """Release what outlives a run."""
+
+
+MakeEgress = Callable[[GatewayConfig, int, TelemetrySink], EgressSide]  # owns the fd of the flow records
+
+
+class App:
+    """One gateway process. Runs until the runtime is gone or it has drained on request."""
+
+    def __init__(self, control: socket.socket, state_dir: Path, make_egress: MakeEgress) -> None:
+        self._control = ControlClient(control, self)
+        self._state_dir = state_dir
+        self._make_egress = make_egress
+        self._configures: asyncio.Queue[tuple[Configure, list[int]]] = asyncio.Queue()
+        self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._draining = False
+        self._drained = False
+        self._counters: dict[str, int] = {}
+        self._parts: _Parts | None = None
+
+    async def run(self) -> str:
+        """Serve until the end; returns why it came.
+
+        Raises: ProtocolError when the runtime sends a configuration that can not be used.
+        """
+        self._control.start()
+        configuring = spawn(self._follow_configuration(), name="configuration")
+        configuring.add_done_callback(self._configuration_ended)
+        try:
+            return await asyncio.shield(self._over)
+        finally:
+            configuring.cancel()
+            self._control.close()
+            if self._parts is not None:
+                await self._parts.close()
+
+    def drain(self, *, then_exit: bool = False) -> None:
+        """Refuse new invocations; when the last one has ended, tell the runtime Drained, or end."""
+        if then_exit and (self._parts is None or self._drained):
+            self._end("drained")
+        elif then_exit or not self._draining:
+            self._draining = True
+            _ = spawn(self._drain(then_exit), name="drain")
+
+    # --- the control socket -----------------------------------------------------------------------------------------
+
+    def on_message(self, message: RuntimeMessage, fds: list[int]) -> None:
+        """Take a message of the runtime.
+
+        Raises: ProtocolError for one that can not come now.
+        """
+        match message:
+            case Configure():
+                self._configures.put_nowait((message, fds))
+            case Drain():
+                self.drain()
+            case Counters():
+                self._counters = message.values
+            case Started() | Spawned() | StartFailed() | Exited() | Removed():
+                if self._parts is None:
+                    raise ProtocolError("control_order", f"{type(message).__name__} before Configure")
+                self._parts.invocations.on_message(message, fds)
+
+    def on_gone(self, reason: str) -> None:
+        """End: without the runtime there is nothing to serve."""
+        self._end(reason)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """The kernel's counters as the runtime last sent them."""
+        return self._counters
+
+    def _end(self, reason: str) -> None:
+        if not self._over.done():
+            self._over.set_result(reason)
+
+    # --- configuration ----------------------------------------------------------------------------------------------
+
+    async def _follow_configuration(self) -> None:
+        while True:
+            message, fds = await self._configures.get()
+            try:
+                await self._configure(message, fds)
+            except ControlError as exc:
+                self._end(str(exc))
+            except BaseException:
+                close_fds(fds)
+                raise
+
+    async def _configure(self, message: Configure, fds: list[int]) -> None:
+        expected = len(ConfigureFd) if self._parts is None else 1
+        if message.version != PROTOCOL_VERSION or len(fds) != expected:
+            raise ProtocolError("control_configure", f"version {message.version}, {len(fds)} fds: expected {expected}")
+        config = read_config(fds[ConfigureFd.CONFIG])
+        if self._parts is None:
+            self._parts = await _Parts.open(config, fds, self._control, self._state_dir, self._make_egress)
+            if self._draining:
+                self._parts.invocations.drain()
+        else:
+            self._parts.reconfigure(config)
+        self._control.send(Ready(PROTOCOL_VERSION, message.generation))
+        _LOG.info("ready: generation %d, %d agents", message.generation, len(config.agents))
+
+    def _configuration_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (exc := task.exception()) is not None and not self._over.done():
+            self._over.set_exception(exc)
+
+    async def _drain(self, then_exit: bool) -> None:
+        if self._parts is not None:
+            self._parts.invocations.drain()
+            await self._parts.invocations.idle()
+            await self._parts.finish_answers()
+            await self._parts.telemetry.flush()
+        self._drained = True
+        if then_exit:
+            self._end("drained")
+            return
+        try:
+            self._control.send(Drained())
+        except ControlError as exc:
+            self._end(str(exc))
+
+
+def read_config(fd: int) -> GatewayConfig:
+    """Read the memfd of Configure and close it.
+
+    Raises: ProtocolError; its message holds no values, since the configuration holds a private key.
+    """
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        raw = file.read(_MAX_CONFIG_SIZE + 1)
+    try:
+        return GatewayConfig.model_validate_json(raw)
+    except ValidationError as exc:
+        where = ", ".join(sorted({".".join(map(str, error["loc"])) for error in exc.errors(include_input=False)}))
+        raise ProtocolError("control_configure", f"unusable configuration: {where}") from None
+
+
+class _Parts:
+    """Everything that exists only with a configuration."""
+
+    def __init__(self, config: GatewayConfig, telemetry: Telemetry, egress: EgressSide, control: ControlClient) -> None:
+        self.telemetry = telemetry
+        self.egress = egress
+        self.agents = AgentTable(config)
+        self.invocations = Invocations(
+            control, egress, telemetry,
+            seen=telemetry.seen_invocation, max_running=config.runtime.limits.max_sandboxes,
+        )  # fmt: skip
+        self.ingress = Ingress(self.agents, self.invocations, telemetry)
+        self._runners: list[web.BaseRunner] = []
+
+    @classmethod
+    async def open(
+        cls, config: GatewayConfig, fds: list[int], control: ControlClient, state_dir: Path, make_egress: MakeEgress
+    ) -> _Parts:
+        telemetry = Telemetry.open(state_dir, config)
+        parts = cls(config, telemetry, make_egress(config, fds[ConfigureFd.FLOWS], telemetry), control)
+        await parts._listen(fds)
+        return parts
+
+    async def _listen(self, fds: list[int]) -> None:
+        admin = build_admin_app(
+            store=self.telemetry.store,
+            catalogue=self.agents,
+            run_task=self.ingress.handle_run_task,
+            recall=self.invocations.record,
+        )
+        health = build_health_app(lambda: True)
+        # A caller that goes away must cancel its handler: that is how its run is stopped.
+        ingress = web.Server(self.ingress.handle, handler_cancellation=True, access_log=None)
+        await self._site(web.ServerRunner(ingress), fds[ConfigureFd.INGRESS])
+        await self._site(web.AppRunner(admin, handler_cancellation=True, access_log=None), fds[ConfigureFd.ADMIN_UNIX])
+        await self._site(web.AppRunner(health, access_log=None), fds[ConfigureFd.ADMIN_TCP])
+
+    async def _site(self, runner: web.BaseRunner, fd: int) -> None:
+        await runner.setup()
+        self._runners.append(runner)
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+
+    def reconfigure(self, config: GatewayConfig) -> None:
+        self.agents.replace(config)
+        self.invocations.max_running = config.runtime.limits.max_sandboxes
+        self.telemetry.reconfigure(config)
+        self.egress.reconfigure(config)
+
+    async def finish_answers(self) -> None:
+        """Let answers that are on their way arrive, within reason."""
+        try:
+            async with asyncio.timeout(_DRAIN_ANSWERS_S):
+                await self.ingress.idle()
+        except TimeoutError:
+            _LOG.warning("answers to slow callers are cut off")
+
+    async def close(self) -> None:
+        self.invocations.drain()
+        self.invocations.stop_all()
+        for runner in self._runners:
+            await runner.cleanup()
+        await self.egress.close()
+        await self.telemetry.close()

@@ -1,0 +1,214 @@
+"""All invocations of this gateway: who may start, who is in flight, how each one ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from clrk.core.ids import InvocationId, is_invocation_id, new_invocation_id
+from clrk.core.messages import Exited, Removed, Spawned, Started, StartFailed, StopRun
+from clrk.core.resources import TaskAgent
+from clrk.gateway._aio import spawn
+from clrk.gateway.control_client import close_fds
+from clrk.gateway.invocation import Commands, Egress, Invocation, Order, TelemetrySink
+from clrk.gateway.outcome import Outcome, Phase
+from clrk.gateway.problem import Problem
+
+_LOG: Final = logging.getLogger(__name__)
+_MAX_HISTORY: Final = 10_000  # finished invocations whose phase is remembered
+_RETRY_AFTER: Final = {"Retry-After": "1"}
+RunMessage = Started | Spawned | StartFailed | Exited | Removed
+
+
+@dataclass(frozen=True, slots=True)
+class InvocationRecord:
+    """What is known of an invocation without reading traces. Units: CLOCK_REALTIME nanoseconds; 0: not yet."""
+
+    invocation_id: InvocationId
+    namespace: str
+    agent: str
+    trigger: str
+    phase: Phase
+    start_ns: int
+    end_ns: int = 0
+    exit_code: int | None = None
+    message: str = ""
+
+
+class Invocations:
+    """Admits, starts and remembers invocations. seen says whether an id is in the retention window of the store."""
+
+    def __init__(
+        self,
+        commands: Commands,
+        egress: Egress,
+        telemetry: TelemetrySink,
+        *,
+        seen: Callable[[str], bool],
+        max_running: int,
+    ) -> None:
+        self.max_running = max_running
+        self._commands = commands
+        self._egress = egress
+        self._telemetry = telemetry
+        self._seen = seen
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._live: dict[str, Invocation] = {}
+        self._running: Counter[tuple[str, str]] = Counter()
+        self._history: OrderedDict[str, InvocationRecord] = OrderedDict()
+
+    # --- admission --------------------------------------------------------------------------------------------------
+
+    def claim_id(self, wanted: str | None) -> InvocationId:
+        """Return the caller's id if it may be used, or a new one if none is wanted.
+
+        Raises: Problem 400 or 409 (CONTRACT section 4).
+        """
+        if wanted is None:
+            return new_invocation_id()
+        if not is_invocation_id(wanted):
+            raise Problem(400, "X-Clrk-Invocation-ID: not a canonical lower-case UUID")
+        if wanted in self._history or self._seen(wanted):
+            raise Problem(409, f"X-Clrk-Invocation-ID: {wanted} is the id of another invocation")
+        return InvocationId(wanted)
+
+    def admit(self, invocation_id: InvocationId, agent: TaskAgent, trigger: str) -> Slot:
+        """Take a slot for one invocation; phase Pending. The slot must be released, or given to `start`.
+
+        Raises: Problem 429 or 503; the invocation is then remembered as Rejected.
+        """
+        key = (agent.metadata.namespace, agent.metadata.name)
+        record = InvocationRecord(invocation_id, *key, trigger, Phase.PENDING, time.time_ns())
+        self._remember(record)
+        limit = agent.spec.max_concurrent
+        refusal = None
+        if self._draining:
+            refusal = Problem(503, "this host is draining", {**_RETRY_AFTER, "Connection": "close"})
+        elif limit and self._running[key] >= limit:
+            refusal = Problem(429, f"the agent runs {limit} invocations, its maxConcurrent", _RETRY_AFTER)
+        elif self._running.total() >= self.max_running:
+            refusal = Problem(503, f"the host runs {self.max_running} sandboxes, its maxSandboxes", _RETRY_AFTER)
+        if refusal is not None:
+            self.finish(invocation_id, Outcome(Phase.REJECTED, message=refusal.detail))
+            raise refusal
+        self._running[key] += 1
+        self._idle.clear()
+        return Slot(lambda: self._release(key))
+
+    def _release(self, key: tuple[str, str]) -> None:
+        self._running[key] -= 1
+        if not self._running[key]:
+            del self._running[key]
+        self._check_idle()
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def start(self, order: Order, slot: Slot) -> Invocation:
+        """Begin a run; the slot is released when the run has ended."""
+        invocation = Invocation(order, self._commands, self._egress, self._telemetry)
+        invocation_id = order.identity.invocation_id
+        self._live[invocation_id] = invocation
+
+        def ended(outcome: Outcome) -> None:
+            slot.release()
+            self.finish(invocation_id, outcome)
+
+        invocation.on_end = ended
+        if (record := self._history.get(invocation_id)) is not None:
+            self._remember(replace(record, phase=Phase.RUNNING))
+        _ = spawn(self._live_to_the_end(invocation), name=f"invocation {invocation_id}")
+        return invocation
+
+    async def _live_to_the_end(self, invocation: Invocation) -> None:
+        try:
+            await invocation.live()
+        finally:
+            del self._live[invocation.identity.invocation_id]
+            self._check_idle()
+
+    def on_message(self, message: RunMessage, fds: list[int]) -> None:
+        """Give a message to its invocation. A run that nobody knows is stopped: it must not live unattended.
+
+        Raises: ProtocolError for a message that its invocation can not take.
+        """
+        invocation = self._live.get(message.invocation_id)
+        if invocation is not None:
+            invocation.on_message(message, fds)
+            return
+        close_fds(fds)
+        if isinstance(message, Started):
+            _LOG.warning("a run started that nobody waits for", extra={"invocation_id": message.invocation_id})
+            self._commands.send(StopRun(message.invocation_id))
+
+    # --- draining ---------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Refuse new invocations from now on."""
+        self._draining = True
+
+    async def idle(self) -> None:
+        """Wait until no invocation is in flight and every sandbox is gone."""
+        await self._idle.wait()
+
+    def stop_all(self) -> None:
+        """Cancel everything in flight."""
+        for invocation in list(self._live.values()):
+            invocation.cancel()
+
+    def _check_idle(self) -> None:
+        if not self._live and not self._running:
+            self._idle.set()
+
+    # --- history ----------------------------------------------------------------------------------------------------
+
+    def finish(self, invocation_id: str, outcome: Outcome) -> None:
+        """Remember how an admitted invocation ended."""
+        record = self._history.get(invocation_id)
+        if record is not None:
+            self._remember(
+                replace(
+                    record,
+                    phase=outcome.phase,
+                    end_ns=time.time_ns(),
+                    exit_code=outcome.exit_code,
+                    message=outcome.message,
+                )
+            )
+
+    def record(self, invocation_id: str) -> InvocationRecord | None:
+        """Return what is known of an invocation, or None when it is too long ago or never was."""
+        return self._history.get(invocation_id)
+
+    def records(self, namespace: str, agent: str) -> list[InvocationRecord]:
+        """Return the invocations of an agent that are remembered, the latest first."""
+        found = [entry for entry in self._history.values() if (entry.namespace, entry.agent) == (namespace, agent)]
+        return found[::-1]
+
+    def running(self, namespace: str, agent: str) -> int:
+        """Return how many invocations of an agent are in flight."""
+        return self._running[namespace, agent]
+
+    def _remember(self, record: InvocationRecord) -> None:
+        self._history[record.invocation_id] = record
+        while len(self._history) > _MAX_HISTORY:
+            self._history.popitem(last=False)
+
+
+class Slot:
+    """The right to run one invocation, counted against maxConcurrent and the host's limit."""
+
+    def __init__(self, on_release: Callable[[], None]) -> None:
+        self._on_release: Callable[[], None] | None = on_release
+
+    def release(self) -> None:
+        """Give it back; a second time does nothing."""
+        if self._on_release is not None:
+            on_release, self._on_release = self._on_release, None
+            on_release()

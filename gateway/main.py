@@ -1,0 +1,77 @@
+"""clrk-gateway: started by clrk-runtime as root, drops everything, then serves what the control socket asks for."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import uvloop
+from clrk.gateway.egress.service import EgressService
+
+from clrk.core.errors import ClrkError
+from clrk.core.resources import GatewayConfig
+from clrk.gateway.app import App, EgressSide
+from clrk.gateway.invocation import TelemetrySink
+from clrk.gateway.privileges import drop_privileges, raise_open_files
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the gateway; returns the exit code.
+
+    Privileges: see privileges.py. Everything is imported before they go, so that nothing is loaded afterwards.
+    """
+    options = _parse(argv)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=os.environ.get("CLRK_GATEWAY_LOG_LEVEL", "INFO").upper(),
+        format="%(levelname)s gateway %(name)s: %(message)s",  # the runtime's own log has the time
+    )
+    logging.getLogger("aiohttp.server").setLevel(logging.ERROR)  # its warnings are what strangers send
+    try:
+        raise_open_files()
+        drop_privileges(options.uid, options.gid)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            reason = runner.run(_serve(options.control_fd, options.state_dir))
+    except ClrkError as exc:
+        _LOG.critical("%s", exc)
+        return 1
+    _LOG.info("end: %s", reason)
+    return 0
+
+
+async def _serve(control_fd: int, state_dir: Path) -> str:
+    app = App(socket.socket(fileno=control_fd), state_dir, _make_egress)
+    loop = asyncio.get_running_loop()
+    # Ctrl-C reaches the whole foreground group, but when to stop is the runtime's decision.
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    loop.add_signal_handler(signal.SIGTERM, lambda: app.drain(then_exit=True))
+    return await app.run()
+
+
+def _make_egress(config: GatewayConfig, flows_fd: int, recorder: TelemetrySink) -> EgressSide:
+    return EgressService(config=config, flows_fd=flows_fd, recorder=recorder)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="clrk-gateway", description="Started by clrk-runtime; there is no use in starting it by hand."
+    )
+    parser.add_argument("--uid", type=int, required=True)
+    parser.add_argument("--gid", type=int, required=True)
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--state-dir", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
