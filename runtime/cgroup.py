@@ -122,7 +122,7 @@ class Cgroup:
     def _pids(self) -> list[int]:
         try:
             return [int(line) for line in (self._v2_dir / "cgroup.procs").read_text().split()]
-        except (FileNotFoundError, OSError):
+        except OSError:
             return []
 
     def oom_kills(self) -> int:
@@ -130,6 +130,15 @@ class Cgroup:
         if "memory" in self._v1_dirs:
             return _read_counter(self._v1_dirs["memory"] / "memory.oom_control", "oom_kill")
         return _read_counter(self._v2_dir / "memory.events", "oom_kill")
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that the group had at one time, page cache and tmpfs included; 0 if the kernel can not tell.
+
+        Source: memory.peak since Linux 5.19; memory.max_usage_in_bytes in v1.
+        """
+        if "memory" in self._v1_dirs:
+            return _read_number(self._v1_dirs["memory"] / "memory.max_usage_in_bytes")
+        return _read_number(self._v2_dir / "memory.peak")
 
     def cpu_s(self) -> float:
         """Seconds of user and system time of everything that ever ran in the group."""
@@ -272,9 +281,16 @@ def _read_counter(path: Path, key: str) -> int:
     """Read `key value` of a flat-keyed file; 0 once the group is gone, or on a kernel that does not count it."""
     try:
         lines = path.read_text().splitlines()
-    except (FileNotFoundError, OSError):
+    except OSError:
         return 0
     return next((int(value) for name, _, value in (line.partition(" ") for line in lines) if name == key), 0)
+
+
+def _read_number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _remove_dir(directory: Path) -> None:

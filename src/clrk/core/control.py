@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def receive(sock: socket.socket, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M
     Raises: ProtocolError(code="control_packet") for anything malformed; its fds are closed.
         BlockingIOError when nothing is there; OSError when the peer is gone.
     """
-    packet, fds, flags, _ = socket.recv_fds(sock, MAX_PACKET_SIZE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    packet, fds, flags = _receive_packet(sock)
     if not packet and not fds:
         return None
     try:
@@ -48,3 +49,14 @@ def receive(sock: socket.socket, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M
         for fd in fds:
             os.close(fd)
         raise ProtocolError("control_packet", f"control packet: {exc}") from exc
+
+
+def _receive_packet(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    """socket.recv_fds, but with the flags honoured: that of Python 3.11 drops them, and the fds would outlive exec."""
+    fds = array.array("i")
+    space = socket.CMSG_LEN(MAX_FDS * fds.itemsize)
+    packet, ancillary, flags, _ = sock.recvmsg(MAX_PACKET_SIZE, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return packet, list(fds), flags

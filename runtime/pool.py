@@ -1,0 +1,175 @@
+"""Sandboxes made ahead of demand. A sandbox is used by one run and never returns to the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from contextlib import suppress
+from typing import Final
+
+from clrk.core.errors import ClrkError
+from clrk.core.ids import NetnsName, SandboxId, new_sandbox_id
+from clrk.core.layout import HostLayout
+from clrk.core.resources import RuntimeSpec
+from clrk.netns import namespace
+from clrk.netns.namespace import NamespaceMaker
+
+from .cgroup import Cgroups
+from .sandbox import Sandbox, StampRegistry
+from .spawner import Spawner
+from .undo import Undo
+from .view import HostView
+
+_MAX_BACKOFF_S: Final = 30.0
+_LOG: Final = logging.getLogger(__name__)
+
+
+class PoolExhaustedError(ClrkError):
+    """As many sandboxes exist as the host's limits allow."""
+
+
+class SandboxPool:
+    """Makes, counts and removes the sandboxes of this host. Belongs to one event loop."""
+
+    def __init__(
+        self, *, layout: HostLayout, spec: RuntimeSpec, cgroups: Cgroups, spawner: Spawner, view: HostView,
+        stamp: StampRegistry, ready: int = 4,
+    ) -> None:  # fmt: skip
+        self._layout = layout
+        self._cgroups = cgroups
+        self._spawner = spawner
+        self._view = view
+        self._stamp = stamp
+        self._wanted = ready
+        first = spec.uid_range.start + 1  # the range's first uid is the gateway's
+        self._free_uids = deque(range(first, spec.uid_range.start + spec.uid_range.count))
+        self._limit = min(spec.limits.max_sandboxes, len(self._free_uids))
+        self._maker = NamespaceMaker()
+        self._ready: deque[Sandbox] = deque()
+        self._live: dict[SandboxId, Sandbox] = {}  # ready ones included
+        self._making: set[asyncio.Task[Sandbox]] = set()
+        self._changed = asyncio.Event()
+        self._refill: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Fill the pool, then keep it filled in the background.
+
+        Raises: HostError when the first sandbox can not be made: the host lacks something.
+        """
+        namespace.ensure_netns_dir()
+        self._ready.append(await self._begin_making())
+        self._refill = asyncio.create_task(self._keep_filled(), name="sandbox pool")
+        while len(self._ready) < min(self._wanted, self._limit):
+            await self._changed.wait()
+
+    async def acquire(self) -> Sandbox:
+        """Return a sandbox that nobody used before: one made ahead (`warm`), or one made now.
+
+        Raises: PoolExhaustedError at the limit; HostError when it can not be made.
+        """
+        while not self._ready:
+            if self._closed or len(self._live) + len(self._making) >= self._limit:
+                if self._closed or not self._making:
+                    raise PoolExhaustedError(f"{len(self._live)} sandboxes are in use; the limit is {self._limit}")
+                await self._changed.wait()
+                continue
+            return await self._make_for_caller()
+        sandbox = self._ready.popleft()
+        sandbox.warm = True
+        self._wake()
+        return sandbox
+
+    async def close(self) -> None:
+        """Remove every sandbox, running ones too. Idempotent.
+
+        Raises: ExceptionGroup of what could not be removed.
+        """
+        self._closed = True
+        if self._refill is not None:
+            self._refill.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._refill
+        await asyncio.gather(*self._making, return_exceptions=True)
+        self._ready.clear()
+        results = await asyncio.gather(*(box.remove() for box in tuple(self._live.values())), return_exceptions=True)
+        await asyncio.to_thread(self._maker.close)
+        self._wake()
+        failures = [result for result in results if isinstance(result, Exception)]
+        if failures:
+            raise ExceptionGroup("sandboxes that could not be removed", failures)
+
+    async def _make_for_caller(self) -> Sandbox:
+        making = self._begin_making()
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(self._keep_unclaimed)
+            raise
+
+    def _keep_unclaimed(self, making: asyncio.Task[Sandbox]) -> None:
+        if not making.cancelled() and making.exception() is None and not self._closed:
+            self._ready.append(making.result())
+            self._wake()
+
+    async def _keep_filled(self) -> None:
+        backoff_s = 1.0
+        while True:
+            while not self._wants_more():
+                await self._changed.wait()
+            try:
+                self._ready.append(await asyncio.shield(self._begin_making()))
+                backoff_s = 1.0
+                self._wake()
+            except ClrkError as exc:
+                _LOG.error("sandbox not made ahead", extra={"error": str(exc), "retry_s": backoff_s})
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, _MAX_BACKOFF_S)
+
+    def _wants_more(self) -> bool:
+        return len(self._ready) < self._wanted and len(self._live) + len(self._making) < self._limit
+
+    def _begin_making(self) -> asyncio.Task[Sandbox]:
+        making = asyncio.create_task(self._make(), name="make sandbox")
+        self._making.add(making)
+        making.add_done_callback(self._making.discard)
+        return making
+
+    async def _make(self) -> Sandbox:
+        sandbox_id = self._new_id()
+        uid = self._free_uids.popleft()
+        undo = Undo(f"sandbox {sandbox_id}")
+        try:
+            cgroup = await asyncio.to_thread(self._cgroups.create, sandbox_id)
+            undo.push("cgroup", cgroup.remove)
+            name = NetnsName(self._layout.netns_prefix + sandbox_id)
+            space = await asyncio.wrap_future(self._maker.submit(name))
+        except BaseException:
+            self._free_uids.append(uid)
+            await asyncio.to_thread(undo.run)
+            raise
+        undo.push("namespace", lambda: namespace.remove(name))
+        undo.push("namespace fds", space.close)
+        sandbox = Sandbox(
+            sandbox_id=sandbox_id, uid=uid, space=space, cgroup=cgroup, spawner=self._spawner, view=self._view,
+            stamp=self._stamp, undo=undo, on_removed=self._on_removed,
+        )  # fmt: skip
+        self._live[sandbox_id] = sandbox
+        return sandbox
+
+    def _new_id(self) -> SandboxId:
+        while (sandbox_id := new_sandbox_id()) in self._live:
+            continue
+        return sandbox_id
+
+    def _on_removed(self, sandbox: Sandbox, clean: bool) -> None:
+        del self._live[sandbox.sandbox_id]
+        if clean:
+            self._free_uids.append(sandbox.uid)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have everyone who waits for a change look again: those waiting now run, later ones wait anew."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

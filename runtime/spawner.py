@@ -1,0 +1,260 @@
+"""Starts sandboxes from a small process of its own, and tells how they ended.
+
+Theory of operation. `Spawner.start` forks before the runtime has threads or an event loop, so that the fork of each
+run copies a small single-threaded process. Both sides speak over an AF_UNIX SOCK_SEQPACKET pair, one struct a packet
+(clrk.core.control framing): SpawnRequest with its fds one way, Spawned | SpawnFailed and later Ended the other way.
+For each request the process forks; the child takes its fds, joins the cgroups, enters the network namespace and execs
+bwrap. A pipe that closes on exec tells the parent that the exec happened, or which step failed with which errno.
+
+Death. The spawner gets SIGKILL when the runtime dies, each child when the spawner dies (and bwrap keeps that for the
+processes in the sandbox); the end of the socket makes the spawner exit as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from clrk.core import control
+from clrk.core.errors import HostError, ProtocolError
+
+from .spawner_process import (
+    Ended,
+    Signal,
+    Spawned,
+    SpawnFailed,
+    SpawnReply,
+    SpawnRequest,
+    SpawnStep,
+    serve,
+)
+
+__all__ = ["ExitStatus", "SpawnRequest", "Spawner"]
+
+_REPLIES: Final = msgspec.msgpack.Decoder(SpawnReply)
+_SOCKET_BUFFER_BYTES: Final = 1 << 20
+_PR_SET_PDEATHSIG: Final = 1  # include/uapi/linux/prctl.h
+_LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How a child ended.
+
+    Shape: exit_code is None if a signal killed it; signal is 0 if none did.
+    Units: cpu_s of the child and all descendants that were waited for; max_rss_bytes of the largest of them.
+    """
+
+    exit_code: int | None
+    signal: int
+    cpu_s: float
+    max_rss_bytes: int
+
+
+class Spawner:
+    """The runtime's end. Made by `start`; belongs to one event loop from the first `spawn` on."""
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self.pid: Final = pid
+        self._sock = sock
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._next_id = 1
+        self._starting: dict[int, asyncio.Future[int]] = {}
+        self._running: dict[int, asyncio.Future[ExitStatus]] = {}
+        self._died: asyncio.Event = asyncio.Event()
+
+    @classmethod
+    def start(cls) -> Spawner:
+        """Fork the spawner. Call before any thread or event loop exists.
+
+        Raises: HostError.
+        Side effects: the child leaves the mount propagation of /run/netns, so that runs do not copy those mounts.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as exc:
+            raise HostError(f"fork the spawner: {exc.strerror}") from exc
+        if pid == 0:
+            _become_spawner(ours, theirs, parent)
+        theirs.close()
+        ours.setblocking(False)
+        return cls(ours, pid)
+
+    async def spawn(self, request: SpawnRequest, fds: Sequence[int]) -> int:
+        """Start a run; fds are, in order: stdin, stdout, stderr, the network namespace, then those numbered from 3.
+
+        Returns: the pid of the first process, which has execed.
+        Raises: HostError naming the step that failed, or when the spawner is gone. The caller keeps its fds.
+        """
+        loop = self._attach()
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        started: asyncio.Future[int] = loop.create_future()
+        self._starting[request_id] = started
+        try:
+            await self._send(msgspec.structs.replace(request, request_id=request_id), fds)
+            pid = await started
+        except asyncio.CancelledError:
+            started.add_done_callback(self._kill_unwanted)
+            raise
+        return pid
+
+    async def wait(self, pid: int) -> ExitStatus:
+        """Wait for the end of a run. May be awaited more than once, until `forget`.
+
+        Raises: HostError for an unknown pid, or when the spawner is gone.
+        """
+        if pid not in self._running:
+            raise HostError(f"pid {pid} was not started by this spawner")
+        return await asyncio.shield(self._running[pid])
+
+    def forget(self, pid: int) -> None:
+        """Drop the result of a run that has ended, or that nobody waits for any more."""
+        ended = self._running.pop(pid, None)
+        if ended is not None and ended.done() and not ended.cancelled():
+            ended.exception()  # read, so that asyncio does not report it as never retrieved
+
+    def kill(self, pid: int, signum: int = signal.SIGKILL) -> None:
+        """Signal a run's first process; nothing happens when it has ended (the spawner knows: no pid is reused)."""
+        try:
+            control.send(self._sock, Signal(pid=pid, signum=signum))
+        except OSError as exc:
+            _LOG.warning("signal not sent", extra={"pid": pid, "error": str(exc)})
+
+    async def wait_died(self) -> None:
+        """Return when the spawner is gone; the runtime can not go on then."""
+        self._attach()
+        await self._died.wait()
+
+    def close(self) -> None:
+        """End the spawner, and with it every child that is left; reap it. Idempotent."""
+        if self._sock.fileno() < 0:
+            return
+        self._fail_all()
+        self._sock.close()
+        os.waitpid(self.pid, 0)
+
+    def _attach(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._sock, self._on_readable)
+        return self._loop
+
+    async def _send(self, message: SpawnRequest, fds: Sequence[int]) -> None:
+        while True:
+            try:
+                control.send(self._sock, message, fds)
+                return
+            except BlockingIOError:
+                await self._writable()
+            except ValueError as exc:
+                self._starting.pop(message.request_id, None)
+                raise HostError(f"spawn: command line too long: {exc}") from exc
+            except OSError as exc:
+                self._starting.pop(message.request_id, None)
+                raise HostError(f"spawn: the spawner is gone: {exc.strerror}") from exc
+
+    async def _writable(self) -> None:
+        loop = self._attach()
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_writer(self._sock, _wake, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_writer(self._sock)
+
+    def _on_readable(self) -> None:
+        while True:
+            try:
+                received = control.receive(self._sock, _REPLIES)
+            except BlockingIOError:
+                return
+            except (OSError, ProtocolError) as exc:
+                _LOG.error("spawner connection lost", extra={"error": str(exc)})
+                received = None
+            if received is None:
+                self._fail_all()
+                return
+            self._on_reply(received[0])
+
+    def _on_reply(self, reply: SpawnReply) -> None:
+        match reply:
+            case Spawned(request_id=request_id, pid=pid):
+                self._running[pid] = self._attach().create_future()
+                self._settle(request_id, pid)
+            case SpawnFailed(request_id=request_id, step=step, error=code):
+                started = self._starting.pop(request_id, None)
+                if started is not None and not started.done():
+                    started.set_exception(HostError(f"spawn: {SpawnStep(step).name.lower()}: {os.strerror(code)}"))
+            case Ended():
+                ended = self._running.get(reply.pid)
+                if ended is not None and not ended.done():
+                    ended.set_result(_exit_status(reply))
+
+    def _settle(self, request_id: int, pid: int) -> None:
+        started = self._starting.pop(request_id, None)
+        if started is None or started.cancelled():
+            self.kill(pid)  # nobody waits for it any more
+            self.forget(pid)
+        elif not started.done():
+            started.set_result(pid)
+
+    def _kill_unwanted(self, started: asyncio.Future[int]) -> None:
+        if not started.cancelled() and started.exception() is None:
+            self.kill(started.result())
+            self.forget(started.result())
+
+    def _fail_all(self) -> None:
+        """Every waiter learns that the spawner is gone: its children died with it."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._sock)
+        gone = HostError("the spawner is gone")
+        for started in self._starting.values():
+            if not started.done():
+                started.set_exception(gone)
+        for ended in self._running.values():
+            if not ended.done():
+                ended.set_exception(gone)
+                ended.exception()  # a run that nobody waits for is no error of its own
+        self._starting.clear()
+        self._died.set()
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _exit_status(reply: Ended) -> ExitStatus:
+    signalled = os.WIFSIGNALED(reply.status)
+    return ExitStatus(
+        exit_code=None if signalled else os.WEXITSTATUS(reply.status),
+        signal=os.WTERMSIG(reply.status) if signalled else 0,
+        cpu_s=reply.cpu_s,
+        max_rss_bytes=reply.max_rss_bytes,
+    )
+
+
+def _become_spawner(ours: socket.socket, theirs: socket.socket, parent: int) -> None:
+    """Never returns: this is the forked child."""
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == parent:  # else it died before prctl
+            ours.close()
+            serve(theirs)
+            status = 0
+    finally:
+        os._exit(status)  # without the atexit handlers and buffers of the runtime
