@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 
 from aiohttp import web
@@ -30,7 +31,46 @@ def application() -> web.Application:
     app.router.add_route("*", "/digest", _digest)
     app.router.add_get("/events/{count}/{gap_ms}", _events)
     app.router.add_route("*", "/echo", _echo)
+    gates = Gates()
+    app.router.add_get("/gate/{name}", gates.wait)
+    app.router.add_get("/gate/{name}/arrived/{count}", gates.arrived)
+    app.router.add_post("/gate/{name}/open", gates.open)
     return app
+
+
+class Gates:
+    """Hold requests until somebody outside lets them go: how tests look at agents in the middle of a call."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._waiting: Counter[str] = Counter()
+        self._open: set[str] = set()
+
+    async def wait(self, request: web.Request) -> web.Response:
+        """Answer when the gate is open."""
+        name = request.match_info["name"]
+        async with self._changed:
+            self._waiting[name] += 1
+            self._changed.notify_all()
+            try:
+                await self._changed.wait_for(lambda: name in self._open)
+            finally:
+                self._waiting[name] -= 1
+        return web.Response(text="open\n")
+
+    async def arrived(self, request: web.Request) -> web.Response:
+        """Answer when `count` requests wait at the gate."""
+        name, count = request.match_info["name"], int(request.match_info["count"])
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._waiting[name] >= count)
+        return web.json_response({"waiting": self._waiting[name]})
+
+    async def open(self, request: web.Request) -> web.Response:
+        """Let everybody through, from now on."""
+        async with self._changed:
+            self._open.add(request.match_info["name"])
+            self._changed.notify_all()
+        return web.Response(status=204)
 
 
 async def _order(request: web.Request) -> web.Response:

@@ -1,0 +1,70 @@
+"""One stand-in and one real daemon for the whole session; tests that kill things start their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from stack import ROOT, Daemon, StandIn, agent, egress, stand_in
+
+# Run the source that comes as the event's data: most tests want a line or two of hostile agent.
+RUN_PYTHON = "import json,sys; event=json.load(sys.stdin); exec(event['data'])"
+RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"
+FETCH_AND_RUN = (
+    "import os,sys,urllib.request as r; exec(r.urlopen(os.environ['CLRK_METADATA_URL'] + '/v1/event').read().decode())"
+)
+
+
+@pytest.fixture(scope="session")
+def providers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    """The stand-in."""
+    with stand_in(tmp_path_factory.mktemp("standin")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def raw_dial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the compiled C agent."""
+    folder = tmp_path_factory.mktemp("raw")
+    subprocess.run(["gcc", "-O2", "-Wall", "-o", folder / "raw_dial", ROOT / "examples/agents/raw_dial.c"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dial: Path) -> Iterator[Daemon]:
+    """The daemon, with every agent that the tests need."""
+    venv, agents = ROOT / ".venv", ROOT / "examples/agents"
+    python = ["/usr/bin/python3", "-I", "-c"]
+    keys = {"ANTHROPIC_API_KEY": "placeholder", "OPENAI_API_KEY": "placeholder"}
+    documents = [
+        *egress(providers),
+        agent(
+            "sdk", ["/opt/venv/bin/python", "-I", "/opt/agents/sdk_agent.py"],
+            mounts={"/opt/venv": venv, "/opt/agents": agents}, env=keys,
+        ),
+        agent("curl", ["/bin/bash", "-c", 'curl -sS "http://tools.internal/orders/1042?i=$CLRK_INVOCATION_ID"']),
+        agent("node", ["/usr/bin/node", "/opt/agents/fetch_agent.mjs"], mounts={"/opt/agents": agents}),
+        agent("python", [*python, RUN_PYTHON], mounts={"/opt/raw": raw_dial}),
+        agent("shell", [*python, RUN_SHELL], mounts={"/opt/raw": raw_dial}),
+        agent("deaf", ["/bin/echo", "done"]),
+        agent("flood", ["/usr/bin/yes", "no end of words"], timeout="2s"),
+        agent("sleepy", ["/bin/sleep", "3600"], timeout="1s"),
+        agent("single", [*python, RUN_PYTHON], maxConcurrent=1),
+        agent("teapot", [*python, FETCH_AND_RUN], delivery={"mode": "Metadata"}),
+    ]  # fmt: skip
+    running = Daemon(tmp_path_factory.mktemp("daemon"), f"e2e{os.getpid() % 100_000}", documents)
+    running.start()
+    yield running
+    assert running.stop() == 0, running.log()
+
+
+@pytest_asyncio.fixture
+async def caller() -> AsyncIterator[aiohttp.ClientSession]:
+    """An HTTP client that sends nothing of its own accord."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False) as session:
+        yield session

@@ -1,0 +1,213 @@
+"""The real daemon and the stand-in providers, started and stopped for tests and benchmarks.
+
+Everything belongs to one instance name and one temporary folder; nothing of another clrk on the host is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+READY_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 20.0
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+# --- stand-in -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """Where the stand-in listens, and its log."""
+
+    tls: str
+    mcp: str
+    plain: str
+    ca_file: str
+    requests: Path
+
+    def seen(self) -> list[dict[str, Any]]:
+        """Return every request so far."""
+        return [json.loads(line) for line in self.requests.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def stand_in(folder: Path) -> Iterator[StandIn]:
+    """Run examples/standin on free ports."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "standin.log").open("wb") as log:
+        serve = ROOT / "examples/standin/serve.py"
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, serve, "--dir", folder],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+        )  # fmt: skip
+        assert process.stdout is not None
+        with process.stdout:
+            line = process.stdout.readline()
+        try:
+            assert line, (folder / "standin.log").read_text()
+            said = json.loads(line)
+            yield StandIn(said["tls"], said["mcp"], said["plain"], said["ca_file"], Path(said["requests"]))
+        finally:
+            process.terminate()
+            process.wait(STOP_TIMEOUT_S)
+
+
+# --- daemon -------------------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """One clrk-runtime of its own: instance, ports, state folder, resources."""
+
+    def __init__(self, folder: Path, instance: str, documents: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.instance = instance
+        self.ingress_port = free_port()
+        self.admin_port = free_port()
+        self.state_dir = folder / "state"
+        self.log_path = folder / "runtime.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        runtime = document(
+            "Runtime", "test",
+            ingress={"listen": f"127.0.0.1:{self.ingress_port}"},
+            admin={"listen": f"127.0.0.1:{self.admin_port}"},
+            stateDir=str(self.state_dir),
+        )  # fmt: skip
+        self.config = folder / "resources.yaml"
+        self.config.write_text(yaml.safe_dump_all([runtime, *documents]))
+
+    @property
+    def url(self) -> str:
+        """The ingress."""
+        return f"http://127.0.0.1:{self.ingress_port}"
+
+    def start(self) -> None:
+        """Start, and return when the daemon says that it is ready, as it says it to systemd (sd_notify)."""
+        path = self.folder / "notify.sock"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log_path.open("ab") as log:
+            notify.bind(str(path))
+            notify.settimeout(0.1)
+            self.process = subprocess.Popen(
+                [
+                    "setpriv", "--pdeathsig", "KILL", "--",
+                    BIN / "clrk-runtime", "serve", "--instance", self.instance, "-c", self.config,
+                ],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
+                env=os.environ | {"NOTIFY_SOCKET": str(path)},
+            )  # fmt: skip
+            deadline = time.monotonic() + READY_TIMEOUT_S
+            while not _is_ready(notify):
+                assert self.process.poll() is None, f"the daemon left:\n{self.log()}"
+                assert time.monotonic() < deadline, f"not ready after {READY_TIMEOUT_S} s:\n{self.log()}"
+
+    def stop(self) -> int:
+        """Stop as systemd does; return the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the daemon did not stop on SIGTERM:\n{self.log()}") from None
+
+    def kill(self) -> None:
+        """kill -9 of the runtime alone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(STOP_TIMEOUT_S)
+
+    def log(self) -> str:
+        """Return the end of the daemon's log."""
+        return self.log_path.read_text(errors="replace")[-6000:]
+
+    def clrk(self, *arguments: str, code: int = 0) -> str:
+        """Run the client; its exit code must be `code`."""
+        done = subprocess.run(
+            [BIN / "clrk", *arguments], capture_output=True, text=True, timeout=30, check=False,
+            env=os.environ | {"CLRK_INSTANCE": self.instance, "NO_COLOR": "1", "COLUMNS": "200"},
+        )  # fmt: skip
+        assert done.returncode == code, f"clrk {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def spans(self, invocation_id: str) -> list[dict[str, Any]]:
+        """Return every span of an invocation, as `clrk trace ID --json` prints them."""
+        return [json.loads(line) for line in self.clrk("trace", invocation_id, "--json").splitlines()]
+
+    def spans_when_complete(self, invocation_id: str, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+        """Return the spans once the sandbox is gone: `sandbox.teardown` is the last to be recorded."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            spans = self.spans(invocation_id)
+            if any(span["name"] == "sandbox.teardown" for span in spans):
+                return spans
+            assert time.monotonic() < deadline, [span["name"] for span in spans]
+
+
+def _is_ready(notify: socket.socket) -> bool:
+    try:
+        return b"READY=1" in notify.recv(4096).split(b"\n")
+    except TimeoutError:
+        return False
+
+
+# --- resources ----------------------------------------------------------------------------------------------------
+
+
+def document(kind: str, name: str, **spec: Any) -> dict[str, Any]:
+    """Return one resource."""
+    return {"apiVersion": "clrk/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+def agent(
+    name: str,
+    command: list[str],
+    *,
+    mounts: dict[str, Path] | None = None,
+    env: dict[str, str] | None = None,
+    **spec: Any,
+) -> dict[str, Any]:
+    """Return a TaskAgent. mounts: path in the sandbox → path on the host."""
+    template = {
+        "command": command,
+        "env": [{"name": key, "value": value} for key, value in (env or {}).items()],
+        "mounts": [{"path": path, "hostPath": str(host)} for path, host in (mounts or {}).items()],
+    }
+    return document("TaskAgent", name, template={"spec": template}, **({"timeout": "50s"} | spec))
+
+
+def egress(stand_in: StandIn, rules: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Return the gateway `default`, with the stand-in behind the real names, and its rules."""
+    aliases = [
+        {"hostnames": ["api.anthropic.com", "api.openai.com", "files.internal"], "address": stand_in.tls},
+        {"hostnames": ["mcp.internal"], "address": stand_in.mcp},
+        {"hostnames": ["tools.internal"], "address": stand_in.plain},
+    ]
+    allowed = rules or [
+        {"hostnames": ["api.anthropic.com", "api.openai.com", "mcp.internal", "files.internal"], "ports": [443]},
+        {"hostnames": ["tools.internal"], "ports": [80], "http": {"methods": ["GET", "POST", "PUT"]}},
+    ]
+    return [
+        document("EgressGateway", "default", hostAliases=aliases, upstreamTLS={"caFile": stand_in.ca_file}),
+        document("EgressL4Route", "stand-in", rules=allowed),
+    ]
