@@ -20,7 +20,7 @@ from aiohttp.typedefs import Handler
 from clrk import __version__
 from clrk.core.resources import MAX_BODY_BYTES, TaskAgent
 from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_summary
-from clrk.gateway.admin.invocations import await_outcome
+from clrk.gateway.admin.invocations import Recall, await_outcome
 from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.store import StoreError, TraceStore
@@ -34,13 +34,15 @@ _ID_PREFIX: Final = re.compile(r"[0-9a-f-]{1,36}")
 _ENCODER: Final = msgspec.json.Encoder()
 
 
-def build_admin_app(*, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask) -> web.Application:
+def build_admin_app(
+    *, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask, recall: Recall = lambda _: None
+) -> web.Application:
     """Return the application for the unix socket.
 
     Shape: run_task(request, namespace, name) answers `POST /v1/agents/{namespace}/{name}/run` exactly as the ingress
-    answers an invocation.
+    answers an invocation; recall returns what the gateway remembers of one, without it the store alone is asked.
     """
-    api = _AdminApi(store, catalogue, run_task)
+    api = _AdminApi(store, catalogue, run_task, recall)
     app = web.Application(middlewares=[_problems], client_max_size=MAX_BODY_BYTES)
     app.router.add_get("/v1/status", api.status)
     app.router.add_get("/v1/agents", api.agents)
@@ -89,10 +91,11 @@ def _problem(status: int, detail: str, headers: dict[str, str] | None = None) ->
 class _AdminApi:
     """The handlers."""
 
-    def __init__(self, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask) -> None:
+    def __init__(self, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask, recall: Recall) -> None:
         self._store = store
         self._catalogue = catalogue
         self._run_task = run_task
+        self._recall = recall
 
     async def status(self, _request: web.Request) -> web.Response:
         cursors, last_seq = {}, 0
@@ -154,7 +157,7 @@ class _AdminApi:
         wait_s = _number(request, "wait", 0.0, _MAX_WAIT_S)
         invocation = request.match_info["invocation"]
         await self._store.flush(_FLUSH_S)
-        outcome = await await_outcome(self._store, invocation, wait_s)
+        outcome = await await_outcome(self._store, self._recall, invocation, wait_s)
         if outcome is None:
             return _problem(404, f"no invocation {invocation[:64]} in the store")
         return web.json_response(outcome)

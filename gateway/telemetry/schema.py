@@ -35,7 +35,7 @@ CREATE TABLE spans (
     json BLOB NOT NULL
 );
 CREATE INDEX spans_invocation ON spans (invocation_id, start_ns);
-CREATE INDEX spans_trace ON spans (trace_id);
+CREATE INDEX spans_trace ON spans (trace_id, start_ns);
 CREATE INDEX spans_start ON spans (start_ns);
 CREATE INDEX spans_agent ON spans (agent_name, start_ns);
 CREATE INDEX spans_llm ON spans (start_ns, system, model, response_model, input_tokens) WHERE llm;

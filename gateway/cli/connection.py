@@ -1,0 +1,97 @@
+"""HTTP over the admin's unix socket, with the standard library: `clrk` has to start fast."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from clrk.core.errors import ClrkError
+
+_CONNECT_TIMEOUT_S: Final = 5.0
+_ANSWER_TIMEOUT_S: Final = 120.0
+
+
+class CommandError(ClrkError):
+    """What the user has to be told; the command ends with exit_code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class AdminConnection(http.client.HTTPConnection):
+    """One connection to the admin socket. timeout_s bounds each wait, None waits for ever."""
+
+    def __init__(self, path: Path, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> None:
+        super().__init__("clrk")
+        self._path = path
+        self._timeout_s = timeout_s
+
+    def connect(self) -> None:
+        """Connect to the socket. Raises: CommandError that says what to do."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            self.sock.connect(str(self._path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise CommandError(
+                f"no clrk daemon at {self._path}: start it with `sudo clrk-runtime`, or name its socket with --socket"
+            ) from None
+        except PermissionError:
+            raise CommandError(
+                f"{self._path}: permission denied; run with sudo, or join the group: sudo usermod -aG clrk $USER"
+            ) from None
+        except OSError as exc:
+            raise CommandError(f"connect to {self._path}: {exc.strerror or exc}") from None
+        self.sock.settimeout(self._timeout_s)
+
+
+class Admin:
+    """The admin API. Every method opens its own connection and raises CommandError for an error answer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, *segments: str, query: Mapping[str, str] | None = None) -> Any:
+        """Return the JSON of a resource."""
+        with self._open(segments, query) as response:
+            return json.loads(response.read())
+
+    def lines(self, *segments: str, query: Mapping[str, str] | None = None) -> Iterator[bytes]:
+        """Yield the lines of an NDJSON stream, without their newlines."""
+        with self._open(segments, query) as response:
+            try:
+                for line in response:
+                    yield line.rstrip(b"\n")
+            except (OSError, http.client.HTTPException) as exc:
+                raise CommandError(f"the daemon broke off: {type(exc).__name__}") from exc
+
+    def _open(self, segments: tuple[str, ...], query: Mapping[str, str] | None) -> http.client.HTTPResponse:
+        connection = AdminConnection(self.path)
+        try:
+            connection.request("GET", url_path(*segments) + (f"?{urlencode(query)}" if query else ""))
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as exc:
+            raise CommandError(f"the daemon at {self.path} does not answer: {type(exc).__name__} {exc}") from exc
+        if response.status != 200:
+            raise CommandError(problem_detail(response.status, response.read()))
+        return response
+
+
+def url_path(*segments: str) -> str:
+    """Return `/v1/…` with every segment quoted."""
+    return "/v1/" + "/".join(quote(segment, safe="") for segment in segments)
+
+
+def problem_detail(status: int, body: bytes) -> str:
+    """Return what an error answer says, whatever its form."""
+    try:
+        document = json.loads(body)
+        return str(document.get("detail") or document.get("title"))
+    except (ValueError, AttributeError):
+        return f"HTTP {status}: {body[:500].decode('utf-8', 'replace')}"

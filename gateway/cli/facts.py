@@ -1,0 +1,168 @@
+"""What the client shows of a span: short facts for people, read from its JSON. Pure; nothing here is printable yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from clrk.gateway.telemetry import attributes as attr
+
+_DENIED_NAMES: Final = frozenset({attr.SPAN_EGRESS_DIAL_DENIED, attr.SPAN_EGRESS_DNS_DENIED})
+_ERROR: Final = "STATUS_CODE_ERROR"
+
+
+@dataclass(frozen=True, slots=True)
+class SpanFacts:
+    """One span; raw is its JSON document."""
+
+    raw: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """Return an attribute, or None."""
+        return self.raw["attributes"].get(name)
+
+    @property
+    def name(self) -> str:
+        """Name of the span."""
+        return str(self.raw["name"])
+
+    @property
+    def start_ns(self) -> int:
+        """Start, CLOCK_REALTIME."""
+        return int(self.raw["start_time_unix_nano"])
+
+    @property
+    def end_ns(self) -> int:
+        """End, CLOCK_REALTIME."""
+        return int(self.raw["end_time_unix_nano"])
+
+    @property
+    def agent(self) -> str:
+        """namespace/name, without the namespace `default`."""
+        namespace, name = self.get(attr.AGENT_NAMESPACE), self.get(attr.AGENT_NAME)
+        return f"{name}" if namespace == "default" else f"{namespace}/{name}"
+
+    @property
+    def invocation(self) -> str:
+        """Invocation id."""
+        return str(self.get(attr.INVOCATION_ID))
+
+    @property
+    def denied(self) -> bool:
+        """Policy or a budget refused it."""
+        return (
+            self.name in _DENIED_NAMES
+            or self.get(attr.CLRK_EGRESS_DENY_REASON) is not None
+            or self.get(attr.CLRK_BUDGET_DENIED) is True
+        )
+
+    @property
+    def failed(self) -> bool:
+        """Status Error."""
+        return bool(self.raw["status"]["code"] == _ERROR)
+
+    @property
+    def is_llm_call(self) -> bool:
+        """A call to a model, as opposed to a run of an agent or a tool."""
+        return self.get(attr.GEN_AI_REQUEST_MODEL) is not None or self.get(attr.GEN_AI_RESPONSE_MODEL) is not None
+
+    @property
+    def status(self) -> str:
+        """denied, the error's type, the HTTP status, or ok."""
+        if self.denied:
+            return "denied"
+        if self.failed:
+            return f"error {self.get(attr.ERROR_TYPE) or ''}".rstrip()
+        return str(self.get(attr.HTTP_RESPONSE_STATUS_CODE) or "ok")
+
+    @property
+    def tokens_in(self) -> int | None:
+        """Input tokens, cached ones included."""
+        value = self.get(attr.GEN_AI_USAGE_INPUT_TOKENS)
+        return value if isinstance(value, int) else None
+
+    @property
+    def tokens_out(self) -> int | None:
+        """Output tokens, reasoning included."""
+        value = self.get(attr.GEN_AI_USAGE_OUTPUT_TOKENS)
+        return value if isinstance(value, int) else None
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Cost of the call."""
+        value = self.get(attr.CLRK_COST_USD)
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def request_line(self) -> str:
+        """METHOD host/path of an HTTP call, else empty. The query may hold secrets and is left out."""
+        method = self.get(attr.HTTP_REQUEST_METHOD)
+        if method is None or self.name == attr.SPAN_INGRESS_DISPATCH:
+            return ""
+        host = self.get(attr.SERVER_ADDRESS) or self.get(attr.CLRK_DST_NAME) or ""
+        return f"{method} {host}{self._path}"
+
+    @property
+    def _path(self) -> str:
+        url = self.get(attr.URL_FULL)
+        if isinstance(url, str):
+            try:
+                return urlsplit(url).path
+            except ValueError:
+                return ""
+        return str(self.get(attr.URL_PATH) or "")
+
+    @property
+    def destination(self) -> str:
+        """Where a connection went, by name if there is one."""
+        host = self.get(attr.CLRK_DST_NAME) or self.get(attr.SERVER_ADDRESS) or self.get(attr.NETWORK_PEER_ADDRESS)
+        port = self.get(attr.SERVER_PORT) or self.get(attr.NETWORK_PEER_PORT)
+        if host is None:
+            return str(self.get(attr.DNS_QUESTION_NAME) or "")
+        return f"{host}:{port}" if port else str(host)
+
+    @property
+    def target(self) -> str:
+        """The model, tool or resource, the request line, or the destination."""
+        for name in (
+            attr.GEN_AI_REQUEST_MODEL,
+            attr.GEN_AI_RESPONSE_MODEL,
+            attr.GEN_AI_TOOL_NAME,
+            attr.MCP_RESOURCE_URI,
+        ):
+            if (value := self.get(name)) is not None:
+                return str(value)
+        return self.request_line or self.destination
+
+    @property
+    def process(self) -> str:
+        """executable[pid] as the kernel saw it."""
+        pid, executable = self.get(attr.PROCESS_PID), self.get(attr.PROCESS_EXECUTABLE_NAME)
+        if pid is None and executable is None:
+            return ""
+        return f"{executable or '?'}[{pid or '?'}]"
+
+
+def show_time(ns: int) -> str:
+    """Return local wall-clock time with milliseconds and the date."""
+    moment = datetime.fromtimestamp(ns / 1e9).astimezone()
+    return f"{moment:%m-%d %H:%M:%S}.{moment.microsecond // 1000:03d}"
+
+
+def show_duration(ns: int) -> str:
+    """Return a duration in three significant digits."""
+    seconds = ns / 1e9
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f}µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g}ms"
+    if seconds < 100:
+        return f"{seconds:.3g}s"
+    return f"{seconds // 60:.0f}m{seconds % 60:02.0f}s"
+
+
+def show_cost(usd: float | None) -> str:
+    """Return dollars with as many digits as small amounts need."""
+    return "" if usd is None else f"${usd:.4f}" if usd >= 0.001 or usd == 0 else f"${usd:.2g}"

@@ -1,0 +1,165 @@
+"""`clrk agents run-task`: invoke an agent as a caller would, and end as the invocation ended."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, urlencode
+
+from clrk.gateway.cli import terminal
+from clrk.gateway.cli.agents import agent_key
+from clrk.gateway.cli.connection import Admin, AdminConnection, CommandError, problem_detail, url_path
+
+EXIT_CODES: Final = {"Succeeded": 0, "Failed": 1, "Timeout": 124, "Rejected": 77}
+_CHUNK: Final = 65_536
+_OUTCOME_WAIT_S: Final = 10
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
+# CloudEvents HTTP binding, section 3.1.3.2: space, double quote, percent and all but printable ASCII are encoded.
+_HEADER_SAFE: Final = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
+
+
+def run_task(admin: Admin, args: argparse.Namespace) -> int:
+    """Stream the answer to stdout, byte by byte as it comes; everything else goes to stderr."""
+    namespace, name = agent_key(args.name)
+    body = _read_input(args.input)
+    headers = _headers(args, body)
+    timeout_s = _timeout(args.timeout)
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    path = url_path("agents", namespace, name, "run")
+    if timeout_s is not None:
+        path += "?" + urlencode({"timeout": f"{timeout_s:g}s"})
+    connection = AdminConnection(admin.path, timeout_s)
+    try:
+        connection.request("POST", path, body=body, headers=headers)
+        response = connection.getresponse()
+        invocation = response.getheader("X-Clrk-Invocation-ID", "")
+        if invocation and not args.quiet:
+            terminal.error(f"invocation {invocation}")
+        if response.status >= 400:
+            return _failed(admin, response, invocation)
+        whole = _copy(connection, response, deadline)
+    except TimeoutError:
+        connection.close()  # the caller goes away: the invocation is cancelled
+        raise CommandError(f"no end within {args.timeout}: cancelled", EXIT_CODES["Timeout"]) from None
+    except (OSError, http.client.HTTPException) as exc:
+        raise CommandError(f"the daemon broke off: {type(exc).__name__} {exc}") from exc
+    return _exit_code(admin, invocation, whole=whole)
+
+
+def _copy(connection: AdminConnection, response: http.client.HTTPResponse, deadline: float | None) -> bool:
+    """Copy the body; False when it was cut. The deadline counts for all of it, not for each read."""
+    try:
+        while True:
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                if connection.sock is not None:
+                    connection.sock.settimeout(left)
+            chunk = response.read1(_CHUNK)
+            if not chunk:
+                return True
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+    except (http.client.IncompleteRead, ConnectionError) as exc:
+        if isinstance(exc, BrokenPipeError):
+            raise
+        return False
+
+
+def _failed(admin: Admin, response: http.client.HTTPResponse, invocation: str) -> int:
+    """Explain an error answer; its phase is the invocation's, or what the status says."""
+    body = response.read()
+    terminal.error(problem_detail(response.status, body))
+    if response.status == 504:
+        return EXIT_CODES["Timeout"]
+    if response.status in (500, 502, 507):
+        code = response.getheader("X-Clrk-Exit-Code")
+        if code is not None:
+            terminal.error(f"the agent exited with code {code}")
+        return EXIT_CODES["Failed"]
+    return EXIT_CODES["Rejected"]
+
+
+def _exit_code(admin: Admin, invocation: str, *, whole: bool) -> int:
+    """Ask how the invocation ended: bytes may have been sent before it failed."""
+    if not whole:
+        terminal.error("the answer was cut off")
+    try:
+        outcome = admin.get("invocations", invocation, query={"wait": str(_OUTCOME_WAIT_S)})
+    except CommandError as exc:
+        if not whole:
+            return EXIT_CODES["Failed"]
+        terminal.error(f"how the invocation ended is not known: {exc}")
+        return EXIT_CODES["Succeeded"]
+    if outcome["message"]:
+        terminal.error(outcome["message"])
+    return EXIT_CODES.get(outcome["phase"], 1)
+
+
+def _read_input(text: str | None) -> bytes:
+    if text is None:
+        return b""
+    try:
+        if text == "-":
+            return sys.stdin.buffer.read()
+        if text.startswith("@"):
+            return Path(text[1:]).read_bytes()
+    except OSError as exc:
+        raise CommandError(f"read {text[1:]}: {exc.strerror}", 2) from exc
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _headers(args: argparse.Namespace, body: bytes) -> dict[str, str]:
+    headers = {"X-Clrk-Trigger": "cli"}
+    if body:
+        headers["Content-Type"] = args.content_type or _content_type(body)
+    elif args.content_type:
+        headers["Content-Type"] = args.content_type
+    for pair in args.header:
+        key, equals, value = pair.partition("=")
+        if not equals or not _TOKEN.fullmatch(key):
+            raise CommandError(f"-H {pair!r}: write NAME=VALUE", 2)
+        _set_attribute(headers, key.lower().removeprefix("ce-"), value)
+    for key in ("type", "source", "subject"):
+        if (value := getattr(args, f"ce_{key}")) is not None:
+            _set_attribute(headers, key, value)
+    return headers
+
+
+def _set_attribute(headers: dict[str, str], key: str, value: str) -> None:
+    headers[f"ce-{key}"] = quote(value.encode("utf-8", "surrogateescape"), safe=_HEADER_SAFE)
+
+
+def _content_type(body: bytes) -> str:
+    try:
+        json.loads(body)
+    except ValueError:
+        pass  # not JSON (UnicodeDecodeError is a ValueError too)
+    else:
+        return "application/json"
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError:
+        return "application/octet-stream"
+    return "text/plain; charset=utf-8"
+
+
+def _timeout(text: str | None) -> float | None:
+    if text is None:
+        return None
+    from clrk.core.resources import parse_duration  # pydantic is slow to import: only when asked for
+
+    try:
+        timeout_s = parse_duration(text)
+    except ValueError as exc:
+        raise CommandError(f"--timeout: {exc}", 2) from None
+    if timeout_s <= 0:
+        raise CommandError("--timeout: write more than 0", 2)
+    return timeout_s

@@ -1,0 +1,78 @@
+"""What goes to a terminal. Names and values come from agents and upstreams: none of them may speak to the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDE: Final = 200  # columns when nobody looks: files and pipes do not wrap
+# Cc control, Cf format (bidi overrides, zero width), Cs surrogates, Co private use, Zl and Zp line ends.
+_UNPRINTABLE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def printable(value: object) -> str:
+    """Return text without control characters, escape sequences, bidi overrides or line ends: they show as `\\x1b`."""
+    text = str(value)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character if unicodedata.category(character) not in _UNPRINTABLE else _escaped(character) for character in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def console() -> Console:
+    """Return the console of stdout: colour only on a terminal and without NO_COLOR, no markup, no guessing."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def error(message: object) -> None:
+    """Write one line to stderr."""
+    sys.stderr.write(f"clrk: {printable(message)}\n")
+
+
+def write_json(document: object) -> None:
+    """Write a document; escapes keep control characters out of the terminal."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def write_yaml(document: object) -> None:
+    """Write a document as YAML."""
+    import yaml
+
+    sys.stdout.write(yaml.safe_dump(document, sort_keys=False, allow_unicode=False))
+
+
+def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write an aligned table. Cells are made printable here."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console().print(table)
+
+
+def write_document(document: Any, form: str) -> None:
+    """Write JSON or YAML, as `-o` asks."""
+    if form == "yaml":
+        write_yaml(document)
+    else:
+        write_json(document)

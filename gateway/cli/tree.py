@@ -1,0 +1,155 @@
+"""`clrk trace`: everything that one invocation caused, as a tree, with its trigger and caller above it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from typing import Final
+
+from rich.text import Text
+from rich.tree import Tree
+
+from clrk.gateway.cli import terminal
+from clrk.gateway.cli.connection import Admin, CommandError
+from clrk.gateway.cli.facts import SpanFacts, show_cost, show_duration, show_time
+from clrk.gateway.telemetry import attributes as attr
+
+_MAX_DEPTH: Final = 64  # of what is drawn; deeper spans stand at this depth
+_ZERO_SPAN: Final = ""
+
+
+def show_trace(admin: Admin, args: argparse.Namespace) -> int:
+    """Print one invocation."""
+    lines = admin.lines("traces", args.invocation)
+    if args.json or args.output == "json":
+        for line in lines:
+            sys.stdout.write(line.decode() + "\n")
+        return 0
+    documents = [json.loads(line) for line in lines]
+    if args.output == "yaml":
+        terminal.write_yaml(documents)
+        return 0
+    spans = [SpanFacts(document) for document in documents]
+    if not spans:
+        raise CommandError(f"no spans of {args.invocation}")
+    console = terminal.console()
+    for label, value in _summary(spans):
+        console.print(Text.assemble((f"{label:<11}", "bold"), terminal.printable(value)), soft_wrap=True)
+    console.print()
+    tree = Tree(Text(""), hide_root=True, guide_style="dim")
+    _grow(tree, spans)
+    console.print(tree, soft_wrap=True)
+    return 0
+
+
+def _summary(spans: list[SpanFacts]) -> list[tuple[str, str]]:
+    """Return the lines above the tree."""
+    root = next((span for span in spans if span.name == attr.SPAN_INGRESS_DISPATCH), spans[0])
+    phase = next((value for span in spans if (value := span.get(attr.CLRK_PHASE)) is not None), None)
+    exit_code = next((value for span in spans if (value := span.get(attr.CLRK_EXIT_CODE)) is not None), None)
+    outcome = str(phase or "not finished") + (f" (exit code {exit_code})" if exit_code else "")
+    took = max(span.end_ns for span in spans) - min(span.start_ns for span in spans)
+    rows = [
+        ("invocation", root.invocation),
+        ("agent", f"{root.get(attr.AGENT_KIND)} {root.agent}, revision {root.get(attr.AGENT_REVISION)}"),
+        ("trigger", _trigger(root)),
+        ("caller", _caller(root)),
+        ("started", f"{show_time(root.start_ns)}, took {show_duration(took)}"),
+        ("outcome", outcome),
+        ("usage", _usage(spans)),
+        ("trace", str(root.raw["trace_id"])),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _trigger(root: SpanFacts) -> str:
+    method, path = root.get(attr.HTTP_REQUEST_METHOD), root.get(attr.URL_PATH)
+    request = f"{method} {path or ''}".rstrip() if method else ""
+    return ", ".join(str(part) for part in (root.get(attr.CLRK_TRIGGER), request) if part)
+
+
+def _caller(root: SpanFacts) -> str:
+    address, port = root.get(attr.CLIENT_ADDRESS), root.get(attr.CLIENT_PORT)
+    parts = [f"{address}:{port}" if port else str(address)] if address else []
+    if agent := root.get(attr.USER_AGENT_ORIGINAL):
+        parts.append(str(agent))
+    if parent := root.raw["parent_span_id"]:
+        parts.append(f"its span {parent}")
+    return ", ".join(parts)
+
+
+def _usage(spans: list[SpanFacts]) -> str:
+    llm = [span for span in spans if span.is_llm_call]
+    denied = sum(span.denied for span in spans)
+    errors = sum(span.failed and not span.denied for span in spans)
+    costs = [span.cost_usd for span in llm if span.cost_usd is not None]
+    parts = [f"{len(llm)} LLM call{'' if len(llm) == 1 else 's'}"]
+    if llm:
+        parts.append(f"{sum(span.tokens_in or 0 for span in llm)} tokens in")
+        parts.append(f"{sum(span.tokens_out or 0 for span in llm)} out")
+    if costs:
+        parts.append(show_cost(sum(costs)))
+    if denied:
+        parts.append(f"{denied} denied")
+    if errors:
+        parts.append(f"{errors} failed")
+    return ", ".join(parts)
+
+
+def _grow(tree: Tree, spans: list[SpanFacts]) -> None:
+    """Hang every span below its parent, in order of time; each exactly once, whatever the ids say."""
+    known = {span.raw["span_id"] for span in spans}
+    children: defaultdict[str, list[SpanFacts]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns)):
+        parent = span.raw["parent_span_id"]
+        children[parent if parent in known and parent != span.raw["span_id"] else _ZERO_SPAN].append(span)
+    drawn: set[int] = set()
+    # A cycle of parents is reachable from no root: what is left over becomes a root of its own.
+    for roots in (children[_ZERO_SPAN], spans):
+        stack = [(span, tree, 0) for span in reversed(roots)]
+        while stack:
+            span, parent_branch, depth = stack.pop()
+            if id(span) in drawn:
+                continue
+            drawn.add(id(span))
+            branch = parent_branch.add(_line(span))
+            below = branch if depth < _MAX_DEPTH else parent_branch
+            stack += [(child, below, depth + 1) for child in reversed(children.pop(span.raw["span_id"], []))]
+
+
+def _line(span: SpanFacts) -> Text:
+    bad = span.failed or span.denied
+    line = Text(terminal.printable(span.name), style="bold red" if bad else "bold")
+    add = _Parts(line)
+    if span.target and span.target not in span.name:
+        add(span.target)
+    add(show_duration(span.end_ns - span.start_ns), "cyan")
+    if span.is_llm_call and (span.tokens_in is not None or span.tokens_out is not None):
+        add(f"{span.tokens_in or 0} in, {span.tokens_out or 0} out", "yellow")
+    add(show_cost(span.cost_usd), "yellow")
+    if span.denied:
+        reason = span.get(attr.CLRK_EGRESS_DENY_REASON) or span.raw["status"]["message"]
+        add(f"DENIED {reason or ''}".rstrip(), "red")
+    elif span.failed:
+        message = span.raw["status"]["message"]
+        add(f"ERROR {span.get(attr.ERROR_TYPE) or ''} {message}".strip(), "red")
+    elif (code := span.get(attr.HTTP_RESPONSE_STATUS_CODE)) is not None:
+        add(str(code), "green")
+    if span.get(attr.CLRK_SANDBOX_WARM):
+        add("warm")
+    add(span.process, "dim")
+    return line
+
+
+class _Parts:
+    """Appends printable parts to a line."""
+
+    def __init__(self, line: Text) -> None:
+        self._line = line
+
+    def __call__(self, part: str, style: str = "") -> None:
+        if part:
+            self._line.append("  ")
+            self._line.append(terminal.printable(part), style=style)

@@ -1,0 +1,161 @@
+"""`clrk`: the client of the admin socket. Imports what a command needs only when it runs: `clrk --help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clrk import __version__
+from clrk.core.errors import ClrkError
+from clrk.core.layout import HostLayout
+
+if TYPE_CHECKING:
+    from clrk.gateway.cli.connection import Admin
+
+_FORMS = ("table", "json", "yaml")
+_INTERRUPTED = 130  # as a shell shows SIGINT
+_BROKEN_PIPE = 141  # as a shell shows SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns: the exit code."""
+    args = _parser().parse_args(argv)
+    from clrk.gateway.cli import terminal
+    from clrk.gateway.cli.connection import Admin, CommandError
+
+    try:
+        code: int = args.command(Admin(_socket(args)), args)
+        sys.stdout.flush()
+    except CommandError as exc:
+        terminal.error(exc)
+        return exc.exit_code
+    except ClrkError as exc:
+        terminal.error(exc)
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # `clrk traces | head`: nobody reads any more; Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return code
+
+
+def _socket(args: argparse.Namespace) -> Path:
+    if args.socket is not None:
+        return Path(args.socket)
+    if named := os.environ.get("CLRK_ADMIN_SOCKET"):
+        return Path(named)
+    return HostLayout(os.environ.get("CLRK_INSTANCE") or "clrk").admin_socket
+
+
+def _lazy(module: str, function: str) -> Callable[[Admin, argparse.Namespace], int]:
+    def command(admin: Admin, args: argparse.Namespace) -> int:
+        from importlib import import_module
+
+        result: int = getattr(import_module(f"clrk.gateway.cli.{module}"), function)(admin, args)
+        return result
+
+    return command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clrk", description="Run agents, and see what they did.", epilog=_EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--version", action="version", version=f"clrk {__version__}")
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="admin socket of the daemon (default: $CLRK_ADMIN_SOCKET, else /run/clrk/admin.sock)",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_agents(commands)
+    _add_trace(commands)
+    _add_traces(commands)
+    return parser
+
+
+_EPILOG = """\
+a debugging session:
+  clrk traces --agent support --since 15m             what did it do about then?
+  clrk traces --agent support --since 15m --denied    only what policy refused; or --errors, --model, …
+  clrk trace 01a2041e-8f1b                            the whole chain of that invocation, trigger and caller on top
+"""
+
+
+def _add_agents(commands: Any) -> None:
+    agents = commands.add_parser("agents", help="list, read and run agents")
+    verbs = agents.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    listing = verbs.add_parser("list", help="every agent")
+    _add_output(listing)
+    listing.set_defaults(command=_lazy("agents", "list_agents"))
+
+    get = verbs.add_parser("get", help="one agent")
+    get.add_argument("name", metavar="NAME", help="NAME or NAMESPACE/NAME")
+    _add_output(get)
+    get.set_defaults(command=_lazy("agents", "get_agent"))
+
+    logs = verbs.add_parser("logs", help="what an agent wrote to stdout and stderr")
+    logs.add_argument("name", metavar="NAME[/INVOCATION]", help="[NAMESPACE/]NAME, and the invocation or its beginning")
+    logs.add_argument("--tail", type=int, default=1000, metavar="N", help="only the last N lines (default 1000)")
+    logs.add_argument("-o", "--output", choices=("text", "json"), help="default: text on a terminal, NDJSON in a pipe")
+    logs.set_defaults(command=_lazy("agents", "show_logs"))
+    _add_run_task(verbs)
+
+
+def _add_run_task(verbs: Any) -> None:
+    run = verbs.add_parser(
+        "run-task",
+        help="invoke an agent and print its answer",
+        description="Invoke an agent and stream its answer to stdout. Exit code: Succeeded 0, Failed 1, Timeout 124, "
+        "Rejected 77.",
+    )
+    run.add_argument("name", metavar="NAME", help="NAME or NAMESPACE/NAME")
+    run.add_argument("-i", "--input", metavar="TEXT|@FILE|-", help="the event's data: literal, from a file, from stdin")
+    run.add_argument(
+        "-H", "--header", action="append", default=[], metavar="K=V", help="event attribute; K becomes ce-K"
+    )
+    run.add_argument("--ce-type", metavar="TYPE")
+    run.add_argument("--ce-source", metavar="SOURCE")
+    run.add_argument("--ce-subject", metavar="SUBJECT")
+    run.add_argument("--content-type", metavar="TYPE", help="default: JSON if the input is JSON, else text or octets")
+    run.add_argument("--timeout", metavar="DURATION", help="cancel after this time, for example 30s")
+    run.add_argument("-q", "--quiet", action="store_true", help="do not write the invocation id to stderr")
+    run.set_defaults(command=_lazy("run_task", "run_task"))
+
+
+def _add_trace(commands: Any) -> None:
+    trace = commands.add_parser("trace", help="everything that one invocation caused, as a tree")
+    trace.add_argument("invocation", metavar="INVOCATION", help="its id, or the beginning of it")
+    trace.add_argument("--json", action="store_true", help="one span a line, as JSON")
+    _add_output(trace)
+    trace.set_defaults(command=_lazy("tree", "show_trace"))
+
+
+def _add_traces(commands: Any) -> None:
+    traces = commands.add_parser("traces", help="the calls that fit a filter")
+    traces.add_argument("--agent", metavar="[NAMESPACE/]NAME")
+    traces.add_argument("--since", metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z")
+    traces.add_argument("--until", metavar="TIME", help="like --since")
+    traces.add_argument("--system", metavar="NAME", help="provider: anthropic, openai, …")
+    traces.add_argument("--model", metavar="MODEL", help="requested or answering model; * and ? are wildcards")
+    traces.add_argument("--denied", action="store_true", help="only what policy or a budget refused")
+    traces.add_argument("--errors", action="store_true", help="only what failed")
+    traces.add_argument("--min-input-tokens", type=int, metavar="N")
+    traces.add_argument("--limit", type=int, metavar="N", help="only the newest N (default 200 in a table)")
+    traces.add_argument("--json", action="store_true", help="one span a line, as JSON")
+    _add_output(traces)
+    traces.set_defaults(command=_lazy("traces", "list_traces"))
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", choices=_FORMS, default="table", help="default: table")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
