@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,12 +55,11 @@ def build_headers(fields: HeaderFields) -> tuple[bytes, bytes]:
 def load_extension() -> Any:
     """Return the cffi module `clrk.ebpf._stamp`; HostError says how to build it if it is missing."""
     try:
-        from clrk.ebpf import _stamp
+        return importlib.import_module("clrk.ebpf._stamp")
     except ImportError as exc:
         raise HostError(
             f"load the header writer clrk.ebpf._stamp: {exc}; build it with `make setup` or `pip install -e .`"
         ) from exc
-    return _stamp
 
 
 def _write(family: int, fields: HeaderFields) -> bytes:
