@@ -45,7 +45,8 @@ class ResponseHead:
 class Facts:
     """What an interpreter understood of one exchange.
 
-    Shape: name is the span's name; error_type is set for provider and JSON-RPC errors that the HTTP status does not
+    Shape: name is the span's name; "" means that the exchange turned out to be plain HTTP, so keep the HTTP name.
+    error_type is set for provider and JSON-RPC errors that the HTTP status does not
     show (also put into attributes as error.type); status_message goes into the span's status.
     """
 
@@ -66,7 +67,11 @@ class Interpreter(Protocol):
         """True when the relay must collect the request body and pass it through rewrite_request before sending."""
 
     def rewrite_request(self, body: bytes) -> bytes:
-        """Return the body to send instead; the same object when nothing changes. At most once, before request_data."""
+        """Return the body to send instead; the same object when nothing changes. At most once, before request_data.
+
+        When it is another object the relay asks upstream for `Accept-Encoding: identity` (the agent accepts it always):
+        bytes can be withheld from a plain response only.
+        """
 
     def request_data(self, chunk: bytes) -> None:
         """Take request bytes as the agent sent them."""

@@ -1,0 +1,155 @@
+"""Anthropic Messages (POST /v1/messages), as documents and as events.
+
+In a stream the counts come in two parts: `message_start` has the input side and a placeholder for the output,
+`message_delta` has the output so far and, in newer versions of the API, the input side again. Both are cumulative, so
+the last one seen is right; the output side is believed only from message_delta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import msgspec
+
+from clrk.gateway.llm import values
+from clrk.gateway.llm.completion import Completion, Usage
+from clrk.gateway.llm.sse import SseEvent
+from clrk.gateway.telemetry import attributes as names
+from clrk.gateway.telemetry.spans import AttributeValue
+
+
+class _Request(msgspec.Struct):
+    """Only what becomes an attribute: messages, system and tools are skipped unread."""
+
+    model: Any = None
+    max_tokens: Any = None
+    temperature: Any = None
+    top_p: Any = None
+    top_k: Any = None
+    stop_sequences: Any = None
+    stream: Any = None
+
+
+class _Document(msgspec.Struct):
+    """A message, an event or an error: they share these members. content is skipped unread."""
+
+    type: Any = None
+    id: Any = None
+    model: Any = None
+    stop_reason: Any = None
+    usage: Any = None
+    message: Any = None
+    delta: Any = None
+    error: Any = None
+
+
+_REQUEST: Final = msgspec.json.Decoder(_Request)
+_DOCUMENT: Final = msgspec.json.Decoder(_Document)
+_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class AnthropicMessages:
+    """Dialect of the Messages API (see interpreter.Dialect)."""
+
+    def __init__(self) -> None:
+        self.completion = Completion()
+        self.request_model: str | None = None
+        self.streams = False
+
+    @property
+    def usage_due(self) -> bool:
+        """Usage is part of the protocol here; nothing was asked for, nothing is withheld."""
+        return False
+
+    def request(self, body: bytes) -> dict[str, AttributeValue]:
+        """Return the request's attributes; empty when it is malformed."""
+        try:
+            request = _REQUEST.decode(body)
+        except _MALFORMED:
+            return {}
+        self.request_model = values.text(request.model)
+        self.streams = request.stream is True
+        found: dict[str, AttributeValue | None] = {
+            names.GEN_AI_REQUEST_MODEL: self.request_model,
+            names.GEN_AI_REQUEST_MAX_TOKENS: values.count(request.max_tokens),
+            names.GEN_AI_REQUEST_TEMPERATURE: values.number(request.temperature),
+            names.GEN_AI_REQUEST_TOP_P: values.number(request.top_p),
+            names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
+            names.GEN_AI_REQUEST_STOP_SEQUENCES: values.texts(request.stop_sequences),
+            names.GEN_AI_REQUEST_STREAM: True if self.streams else None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    def document(self, body: bytes) -> None:
+        """Take a whole JSON response."""
+        self._take(body, streamed=False)
+
+    def event(self, event: SseEvent) -> bool:
+        """Take one event of a stream."""
+        if event.data:
+            self._take(event.data, streamed=True)
+        return False
+
+    def _take(self, raw: bytes, *, streamed: bool) -> None:
+        try:
+            document = _DOCUMENT.decode(raw)
+        except _MALFORMED:
+            return
+        if document.type == "message" and not streamed:
+            self._message(document, final=True)
+        elif document.type == "message_start" and streamed:
+            self._start(document.message)
+        elif document.type == "message_delta" and streamed:
+            self._stop(values.member(document.delta, "stop_reason"))
+            self._usage(document.usage, final=True)
+        elif document.type == "error":
+            self.completion.error_type = values.code(values.member(document.error, "type")) or names.ERROR_TYPE_OTHER
+            self.completion.error_message = values.message(values.member(document.error, "message"))
+
+    def _start(self, message: object) -> None:
+        try:
+            self._message(msgspec.convert(message, _Document), final=False)
+        except msgspec.ValidationError:
+            return
+
+    def _message(self, message: _Document, *, final: bool) -> None:
+        self.completion.response_id = values.text(message.id)
+        self.completion.model = values.text(message.model)
+        self._stop(message.stop_reason)
+        self._usage(message.usage, final=final)
+
+    def _stop(self, reason: object) -> None:
+        if (found := values.text(reason)) is not None:
+            self.completion.finished(0, found)
+
+    def _usage(self, reported: object, *, final: bool) -> None:
+        """Merge counts: input_tokens leaves out what was read from or written to the cache, semconv wants it in."""
+        usage = self.completion.usage
+        plain = values.count(values.member(reported, "input_tokens"))
+        if plain is not None:
+            usage = _larger(usage, _input_side(plain, reported, usage))
+        output = values.count(values.member(reported, "output_tokens"))
+        self.completion.usage = replace(usage, output_tokens=output) if final and output is not None else usage
+
+
+def _input_side(plain: int, reported: object, before: Usage) -> Usage:
+    def cached(value: object, key: str, known: int | None) -> int | None:
+        found = values.count(values.member(value, key))
+        return known if found is None else found
+
+    read = cached(reported, "cache_read_input_tokens", before.cache_read)
+    written = cached(reported, "cache_creation_input_tokens", before.cache_creation)
+    by_age = values.member(reported, "cache_creation")
+    return replace(
+        before,
+        input_tokens=values.count(plain + (read or 0) + (written or 0)),
+        cache_read=read,
+        cache_creation=written,
+        cache_creation_1h=cached(by_age, "ephemeral_1h_input_tokens", before.cache_creation_1h),
+    )
+
+
+def _larger(before: Usage, after: Usage) -> Usage:
+    """Cumulative counts do not fall: servers that imitate the API send zeros in one of the two places."""
+    return after if (after.input_tokens or 0) >= (before.input_tokens or 0) else before

@@ -1,0 +1,92 @@
+"""Following a body: bounded collection of JSON documents, events of a stream, content encodings undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from clrk.gateway.interpret import ResponseHead
+from clrk.gateway.llm.decompress import Decoder, Identity, decoder
+from clrk.gateway.llm.sse import SseEvent, SseSplitter
+
+MAX_DOCUMENT_BYTES: Final = 16 << 20
+
+
+def media_type(content_type: str | None) -> str:
+    """Return `type/subtype` in lower case, without parameters."""
+    return (content_type or "").partition(";")[0].strip().lower()
+
+
+def is_json(content_type: str | None) -> bool:
+    """Say whether a Content-Type is JSON (RFC 8259, or a +json suffix of RFC 6839)."""
+    kind = media_type(content_type)
+    return kind == "application/json" or kind.endswith("+json")
+
+
+class BoundedBody:
+    """Collects up to a bound; beyond it everything is let go and overflowed stays set."""
+
+    def __init__(self, limit: int = MAX_DOCUMENT_BYTES) -> None:
+        self._limit = limit
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self.overflowed = False
+
+    def add(self, chunk: bytes) -> None:
+        """Keep a chunk."""
+        self._size += len(chunk)
+        if self._size > self._limit:
+            self.overflowed = True
+            self._chunks.clear()
+        else:
+            self._chunks.append(chunk)
+
+    def take(self) -> bytes:
+        """Return what was collected and let it go."""
+        body = b"".join(self._chunks)
+        self._chunks.clear()
+        return body
+
+
+class ResponseBody:
+    """One response body, as a document or as events.
+
+    is_stream says which. given_up: what came could not be followed to its end (encoding, size, corruption).
+    """
+
+    def __init__(self, head: ResponseHead) -> None:
+        self.is_stream = media_type(head.header("content-type")) == "text/event-stream"
+        self._decoder: Decoder | None = decoder(head.header("content-encoding"))
+        self._splitter = SseSplitter()
+        self._document = BoundedBody()
+
+    @property
+    def given_up(self) -> bool:
+        """True when the body can not be understood any more."""
+        return self._decoder is None or self._decoder.failed or self._document.overflowed
+
+    @property
+    def is_plain(self) -> bool:
+        """True when events' offsets are offsets in the chunks themselves."""
+        return isinstance(self._decoder, Identity)
+
+    @property
+    def expects_lf(self) -> bool:
+        """See SseSplitter.expects_lf."""
+        return self._splitter.expects_lf
+
+    def feed(self, chunk: bytes) -> Iterator[SseEvent]:
+        """Take bytes; yield the events of a stream."""
+        if self._decoder is None:
+            return
+        for piece in self._decoder.feed(chunk):
+            if self.is_stream:
+                yield from self._splitter.feed(piece)
+            else:
+                self._document.add(piece)
+
+    def finish(self) -> SseEvent | bytes | None:
+        """Return a stream's last, unterminated event, or the whole document; None when there is nothing to read."""
+        if self.given_up:
+            return None
+        return self._splitter.finish() if self.is_stream else self._document.take()

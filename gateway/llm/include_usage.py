@@ -1,0 +1,143 @@
+"""Asking OpenAI for a stream's usage on behalf of an agent that did not, unnoticed by it (CONTRACT section 11).
+
+Two halves. The request gets `stream_options.include_usage`, written into its bytes where they are; nothing else in it
+changes. The response then has one chunk more, with empty `choices`, between the last choice's finish_reason and
+`[DONE]`; that one is dropped. Only there may an event that is cut between two reads wait for its end; everywhere else
+each byte passes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Final
+
+from clrk.gateway.llm.body import MAX_DOCUMENT_BYTES, ResponseBody
+from clrk.gateway.llm.dialect import Dialect
+from clrk.gateway.llm.sse import MAX_EVENT_BYTES
+
+_SPACE: Final = re.compile(r"[ \t\r\n]*")
+_DECODER: Final = json.JSONDecoder()
+_ASK: Final = '"stream_options":{"include_usage":true},'
+_DATA: Final = b"data:"
+
+
+def ask_for_usage(body: bytes) -> bytes:
+    """Return the request body with include_usage set; the same object when it does not stream, or asks itself."""
+    if b'"stream"' not in body or len(body) > MAX_DOCUMENT_BYTES:
+        return body
+    try:
+        text = body.decode()
+        first, members = _members(text)
+    except (ValueError, RecursionError):
+        return body
+    if "stream" not in members or members["stream"][2] is not True:
+        return body
+    if "stream_options" not in members:
+        return (text[:first] + _ASK + text[first:]).encode()
+    start, end, options = members["stream_options"]
+    if options is None:
+        options = {}
+    if not isinstance(options, dict) or options.get("include_usage") is True:
+        return body
+    asked = json.dumps({**options, "include_usage": True}, separators=(",", ":"))
+    return (text[:start] + asked + text[end:]).encode()
+
+
+def _members(text: str) -> tuple[int, dict[str, tuple[int, int, object]]]:
+    """Return where an object's first member begins, and start, end and value of each member.
+
+    Raises: ValueError when text is not one non-empty object with distinct names. RecursionError when it is too deep.
+    """
+    found: dict[str, tuple[int, int, object]] = {}
+    at = first = _expect(text, _skip(text, 0), "{")
+    while True:
+        name, at = _DECODER.raw_decode(text, _skip(text, at))
+        if not isinstance(name, str) or name in found:
+            raise ValueError("not a name, or one that stands there twice")
+        start = _skip(text, _expect(text, _skip(text, at), ":"))
+        value, end = _DECODER.raw_decode(text, start)
+        found[name] = (start, end, value)
+        at = _skip(text, end)
+        if text[at : at + 1] != ",":
+            break
+        at += 1
+    if _skip(text, _expect(text, at, "}")) != len(text):
+        raise ValueError("something behind the object")
+    return first, found
+
+
+def _skip(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
+
+
+def _expect(text: str, at: int, char: str) -> int:
+    if text[at : at + 1] != char:
+        raise ValueError(f"no {char} at {at}")
+    return at + 1
+
+
+class UsageChunkFilter:
+    """Passes a stream's bytes on, but for the chunk that is there because we asked.
+
+    Invariant: what feed() and finish() return, joined, is the input without whole events.
+    """
+
+    def __init__(self, body: ResponseBody, dialect: Dialect) -> None:
+        self._body = body
+        self._dialect = dialect
+        self._held = b""  # an event's beginning that may turn out to be the usage chunk
+        self._leaked = False  # the current event's beginning was passed on, so the event can not be dropped
+        self._dropped = False  # the last byte seen was the end of a dropped event
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take bytes and return what the agent gets now."""
+        out: list[bytes] = []
+        at = self._belated_lf(chunk, out)
+        for event in self._body.feed(chunk):
+            raw = self._held + chunk[at : event.end]
+            self._dropped = self._dialect.event(event) and not self._leaked
+            if not self._dropped:
+                out.append(raw)
+            self._held, self._leaked, at = b"", False, event.end
+        if at < len(chunk):
+            out.append(self._tail(chunk[at:]))
+        passed = b"".join(out)
+        return chunk if passed == chunk else passed
+
+    def finish(self) -> bytes:
+        """Return held bytes; to be called after the body's own finish() had its last event judged."""
+        held, self._held = self._held, b""
+        return held
+
+    def drop_held(self) -> None:
+        """Forget held bytes: they were the usage chunk, without the blank line."""
+        self._held = b""
+
+    def _belated_lf(self, chunk: bytes, out: list[bytes]) -> int:
+        """Give an LF that completes the CR of the last chunk to whom it belongs; return how many bytes that used."""
+        if not self._body.expects_lf or not chunk.startswith(b"\n"):
+            return 0
+        if self._held:
+            self._held += b"\n"
+        elif not self._dropped:
+            out.append(b"\n")
+        return 1
+
+    def _tail(self, tail: bytes) -> bytes:
+        """Hold a cut event while it may be the usage chunk, else return it."""
+        self._dropped = False
+        rest = self._held + tail
+        if not self._leaked and self._dialect.usage_due and _may_be_chunk(rest) and len(rest) <= MAX_EVENT_BYTES:
+            self._held = rest
+            return b""
+        self._held, self._leaked = b"", True
+        return rest
+
+
+def _may_be_chunk(event: bytes) -> bool:
+    """Say whether an event that begins so can be a chunk: nothing waits for `[DONE]`, comments and other fields."""
+    if len(event) < len(_DATA):
+        return _DATA.startswith(event)
+    return event.startswith(_DATA) and event[len(_DATA) :].lstrip(b" ")[:1] in (b"", b"{")

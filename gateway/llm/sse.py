@@ -1,0 +1,103 @@
+"""Splitting a server-sent event stream (WHATWG HTML, section 9.2.6) as it passes.
+
+Theory of operation: bytes are cut into lines at CR LF, LF or CR, whichever comes; a CR ends its line at once, and an LF
+that follows in the next chunk belongs to it. A blank line ends an event. An event that grows over the bound is emptied,
+but its lines are still followed, so the next blank line is found and the stream is never out of step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+MAX_EVENT_BYTES: Final = 1 << 20
+_EOL: Final = re.compile(rb"\r\n|\r|\n")
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class SseEvent:
+    """One block up to its blank line; blocks without data (comments, keep-alives) come too, with empty data.
+
+    Shape: end is the offset in the chunk just fed, behind the blank line. name is empty without an `event` field.
+    """
+
+    name: bytes
+    data: bytes
+    end: int
+
+
+class SseSplitter:
+    """Splits one stream; feed() is to be iterated to its end."""
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max = max_event_bytes
+        self._line = bytearray()
+        self._line_seen = False  # the line has bytes, even if they were not kept
+        self._name = b""
+        self._data: list[bytes] = []
+        self._size = 0
+        self._first_line = True
+        self._after_cr = False
+
+    @property
+    def expects_lf(self) -> bool:
+        """True when the last byte was a CR: an LF at the head of the next chunk belongs to what was before."""
+        return self._after_cr
+
+    def feed(self, chunk: bytes) -> Iterator[SseEvent]:
+        """Yield the events that end in this chunk."""
+        if not chunk:
+            return
+        at = 1 if self._after_cr and chunk.startswith(b"\n") else 0
+        self._after_cr = chunk.endswith(b"\r")
+        for eol in _EOL.finditer(chunk, at):
+            self._add(chunk, at, eol.start())
+            at = eol.end()
+            if (event := self._end_line(at)) is not None:
+                yield event
+        self._add(chunk, at, len(chunk))
+
+    def finish(self) -> SseEvent | None:
+        """Return what a stream left unterminated at its end. Browsers drop it; we only want to understand it."""
+        if self._line_seen:
+            self._end_line(0)
+        return self._end_line(0) if self._data or self._name else None
+
+    def _add(self, chunk: bytes, start: int, end: int) -> None:
+        if end <= start:
+            return
+        self._line_seen = True
+        self._size += end - start
+        if self._size <= self._max:
+            self._line += chunk[start:end]
+        else:
+            self._line.clear()
+            self._data.clear()
+
+    def _end_line(self, end: int) -> SseEvent | None:
+        if not self._line_seen:
+            return self._end_event(end)
+        if self._size <= self._max:
+            self._field(bytes(self._line))
+        self._line.clear()
+        self._line_seen = self._first_line = False
+        return None
+
+    def _field(self, line: bytes) -> None:
+        if self._first_line:
+            line = line.removeprefix(_BOM)
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._name = value
+
+    def _end_event(self, end: int) -> SseEvent:
+        event = SseEvent(self._name, b"\n".join(self._data) if self._size <= self._max else b"", end)
+        self._name, self._size, self._first_line = b"", 0, False
+        self._data.clear()
+        return event

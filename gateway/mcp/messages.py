@@ -1,0 +1,142 @@
+"""The JSON-RPC 2.0 messages of MCP, as far as they become attributes. Arguments and results are never kept."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from clrk.gateway.llm import values
+from clrk.gateway.telemetry import attributes as names
+
+# semconv 1.41.1, registry/attributes/mcp: the well-known values of mcp.method.name.
+METHODS: Final = frozenset(
+    {
+        "initialize", "ping", "completion/complete", "elicitation/create", "logging/setLevel",
+        "tools/list", "tools/call", "prompts/list", "prompts/get", "roots/list", "sampling/createMessage",
+        "resources/list", "resources/read", "resources/templates/list", "resources/subscribe", "resources/unsubscribe",
+        "notifications/initialized", "notifications/cancelled", "notifications/progress", "notifications/message",
+        "notifications/resources/list_changed", "notifications/resources/updated", "notifications/roots/list_changed",
+        "notifications/tools/list_changed", "notifications/prompts/list_changed",
+    }
+)  # fmt: skip
+_METHOD: Final = re.compile(r"[A-Za-z][A-Za-z0-9_/.$-]{0,127}")
+_MAX_BATCH: Final = 1024
+
+
+class _Message(msgspec.Struct):
+    """A request, a notification or a response."""
+
+    jsonrpc: Any = None
+    id: Any = None
+    method: Any = None
+    params: Any = None
+    result: Any = None
+    error: Any = None
+
+
+_ONE: Final = msgspec.json.Decoder(_Message)
+_MANY: Final = msgspec.json.Decoder(list[_Message])
+_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request or, without id, a notification."""
+
+    method: str
+    id: str | None
+    tool: str | None = None
+    prompt: str | None = None
+    uri: str | None = None
+    protocol_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The answer to a request. error_code is the JSON-RPC code; is_tool_error a result with isError."""
+
+    id: str | None
+    error_code: int | None
+    message: str
+    is_tool_error: bool
+    protocol_version: str | None
+
+    @property
+    def error_type(self) -> str | None:
+        """Value of error.type (semconv 1.41.1, mcp)."""
+        if self.error_code is not None:
+            return str(self.error_code)
+        return names.ERROR_TYPE_TOOL if self.is_tool_error else None
+
+
+def requests(body: bytes) -> tuple[Request, ...] | None:
+    """Return the requests and notifications of a body; None when it is not JSON-RPC 2.0."""
+    messages = _messages(body)
+    if messages is None:
+        return None
+    return tuple(request for message in messages if (request := _request(message)) is not None)
+
+
+def responses(body: bytes) -> tuple[Response, ...] | None:
+    """Return the responses of a body or of one event; None when it is not JSON-RPC 2.0."""
+    messages = _messages(body)
+    if messages is None:
+        return None
+    return tuple(_response(message) for message in messages if message.method is None)
+
+
+def _messages(body: bytes) -> list[_Message] | None:
+    try:
+        messages = _MANY.decode(body) if body.lstrip()[:1] == b"[" else [_ONE.decode(body)]
+    except _MALFORMED:
+        return None
+    if not messages or any(message.jsonrpc != "2.0" for message in messages):
+        return None
+    return messages[:_MAX_BATCH]
+
+
+def _request(message: _Message) -> Request | None:
+    method = message.method
+    if not isinstance(method, str) or not _METHOD.fullmatch(method):
+        return None
+    uri = values.text(values.member(message.params, "uri")) if method.startswith("resources/") else None
+    name = values.text(values.member(message.params, "name"))
+    version = values.member(message.params, "protocolVersion") if method == "initialize" else None
+    return Request(
+        method=method,
+        id=_id(message.id),
+        tool=name if method == "tools/call" else None,
+        prompt=name if method == "prompts/get" else None,
+        uri=_public_uri(uri) if uri is not None else None,
+        protocol_version=values.code(version) or values.text(version, 32),
+    )
+
+
+def _response(message: _Message) -> Response:
+    failed = message.error is not None
+    code = values.integer(values.member(message.error, "code"))
+    version = values.member(message.result, "protocolVersion")
+    return Response(
+        id=_id(message.id),
+        error_code=(0 if code is None else code) if failed else None,
+        message=values.message(values.member(message.error, "message")),
+        is_tool_error=values.member(message.result, "isError") is True,
+        protocol_version=values.text(version, 32),
+    )
+
+
+def _id(value: object) -> str | None:
+    """Return an id in string form: 7 and "7" become the same, as semconv 1.41.1 wants it (jsonrpc.request.id)."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    number = values.integer(value)
+    return str(number) if number is not None else values.text(value)
+
+
+def _public_uri(uri: str) -> str:
+    """Leave out what may be secret in a URI: userinfo and query."""
+    plain = uri.partition("?")[0]
+    return re.sub(r"(?<=://)[^/@]*@", "", plain)
