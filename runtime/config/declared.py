@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 
 from clrk.core.resources import EgressGateway, EgressL4Route, Resource, RuntimeSpec, TaskAgent
@@ -27,6 +27,10 @@ class Resources:
     routes: Mapping[Key, EgressL4Route]
     secrets: Mapping[Key, Mapping[str, str]] = field(repr=False)
     upstream_ca_pem: Mapping[str, str] = field(repr=False)
+
+    def with_runtime(self, runtime: RuntimeSpec) -> Resources:
+        """Return these resources with another Runtime."""
+        return replace(self, runtime=runtime)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,129 @@
+"""The `clrk-runtime` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from clrk import __version__
+from clrk.core.errors import ClrkError, ConfigError
+from clrk.core.layout import HostLayout
+from clrk.runtime.config.declared import Resources
+from clrk.runtime.config.load import DEFAULT_PATH, load
+
+EXIT_FAILED: Final = 1
+EXIT_INVALID: Final = 2
+
+_EXAMPLES: Final = """\
+examples:
+  sudo clrk-runtime                       serve the resources of /etc/clrk
+  sudo clrk-runtime serve -c my-agents/   serve those of a folder; -c may be given several times
+  clrk-runtime check -c agent.yaml        validate: every problem with file, line and field
+  sudo systemctl reload clrk-runtime      reload, also by SIGHUP: all valid, or nothing changes
+
+`clrk --help` is the client: run agents, list invocations, read traces.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 the host refused, 2 invalid resources or usage."""
+    options = _parse(sys.argv[1:] if argv is None else list(argv))
+    paths = options.config or [DEFAULT_PATH]
+    try:
+        if options.command == "check":
+            return _check(paths)
+        return _serve(HostLayout(options.instance), paths)
+    except ConfigError as exc:
+        for problem in exc.problems:
+            print(problem, file=sys.stderr)
+        print(f"{len(exc.problems)} problem{'s' * (len(exc.problems) != 1)}", file=sys.stderr)
+        return EXIT_INVALID
+    except ClrkError as exc:
+        print(f"clrk-runtime: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+    except ExceptionGroup as group:
+        errors, bugs = group.split(ClrkError)
+        if bugs is not None:
+            raise
+        for line in _flatten(errors or group):
+            print(f"clrk-runtime: {line}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument(
+        "-c", "--config", metavar="PATH", type=Path, action="append",
+        help="file or folder (*.yaml, *.yml) of resources; repeatable; default /etc/clrk",
+    )  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="clrk-runtime",
+        description="The host daemon of clrk: runs agents in sandboxes and traces everything they cause.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"clrk-runtime {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="{serve,check}")
+    serve = commands.add_parser("serve", parents=[config], help="run the daemon in the foreground (the default; root)")
+    serve.add_argument(
+        "--instance", metavar="NAME", default="clrk",
+        help="prefix of everything made on the host, for a second runtime beside the first; default clrk",
+    )  # fmt: skip
+    commands.add_parser("check", parents=[config], help="validate resources; exit code 2 when they are invalid")
+    known = ("-h", "--help", "--version", *commands.choices)
+    if not argv or argv[0] not in known:  # plain `clrk-runtime [-c PATH]` serves
+        argv = ["serve", *argv]
+    return parser.parse_args(argv)
+
+
+def _check(paths: Sequence[Path]) -> int:
+    resources = load(paths)
+    for line in _summarise(resources):
+        print(line)
+    return 0
+
+
+def _summarise(resources: Resources) -> list[str]:
+    spec = resources.runtime
+    lines = [f"valid: ingress {spec.ingress.listen}, admin {spec.admin.listen}, state in {spec.state_dir}"]
+    for (namespace, name), agent in sorted(resources.agents.items()):
+        known = (namespace, agent.gateway_name) in resources.gateways
+        egress = f"egress by {agent.gateway_name}" if known else "no egress: everything is denied"
+        lines.append(f"  TaskAgent {namespace}/{name}: revision {agent.revision}, {egress}")
+    for (namespace, name), gateway in sorted(resources.gateways.items()):
+        routes = [route for (space, _), route in resources.routes.items() if space == namespace]
+        rules = sum(len(route.spec.rules) for route in routes if route.spec.gateway_ref.name == name)
+        lines.append(f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {rules} rules")
+    for (namespace, name), values in sorted(resources.secrets.items()):
+        lines.append(f"  Secret {namespace}/{name}: {len(values)} keys")
+    if not resources.agents:
+        lines.append("  no agent is declared")
+    return lines
+
+
+def _serve(layout: HostLayout, paths: Sequence[Path]) -> int:
+    if os.geteuid() != 0:
+        print("clrk-runtime: serve needs root (namespaces, cgroups, BPF): use sudo", file=sys.stderr)
+        return EXIT_FAILED
+    from clrk.runtime.daemon import serve  # imports BPF and netlink: `check` works without them
+
+    # Under systemd the journal has the time and the name.
+    form = "%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=os.environ.get("CLRK_LOG_LEVEL", "INFO").upper(), format=form)
+    return serve(layout, paths)
+
+
+def _flatten(group: BaseExceptionGroup[BaseException]) -> list[str]:
+    lines: list[str] = []
+    for exc in group.exceptions:
+        lines += _flatten(exc) if isinstance(exc, BaseExceptionGroup) else [str(exc)]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What the gateway is told at Configure: a sealed memfd with the JSON of GatewayConfig."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from pyroute2 import IPRoute
+
+from clrk.core.errors import HostError
+from clrk.core.resources import GatewayConfig
+from clrk.runtime.ca import HostCa
+from clrk.runtime.config.declared import Resources
+
+
+def build_gateway_config(resources: Resources, authority: HostCa) -> GatewayConfig:
+    """Select what the gateway may know. Values of Secrets are not among it: agents name them by reference only."""
+    return GatewayConfig(
+        runtime=resources.runtime,
+        agents=list(resources.agents.values()),
+        gateways=list(resources.gateways.values()),
+        routes=list(resources.routes.values()),
+        ca_cert_pem=authority.cert_pem,
+        ca_key_pem=authority.key_pem,
+        upstream_ca_pem=dict(resources.upstream_ca_pem),
+        host_addresses=list_host_addresses(),
+        environment={name: value for name, value in os.environ.items() if name.startswith("OTEL_")},
+    )
+
+
+def open_memfd(config: GatewayConfig) -> int:
+    """Return a sealed memfd; the caller closes it. It never touches a disk and can not be changed by its reader."""
+    content = config.model_dump_json(by_alias=True).encode()
+    fd = os.memfd_create("clrk-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(fd, "wb", closefd=False) as stream:
+            stream.write(content)
+        os.lseek(fd, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError as exc:
+        os.close(fd)
+        raise HostError(f"write the gateway's configuration: {exc.strerror}") from exc
+    return fd
+
+
+def list_host_addresses() -> list[str]:
+    """Return every address of the host's interfaces; agents may reach none of them unless a CIDR rule says so.
+
+    Raises: HostError.
+    """
+    try:
+        with IPRoute() as netlink:
+            found = {message.get_attr("IFA_ADDRESS") for message in netlink.get_addr()}
+            found |= {message.get_attr("IFA_LOCAL") for message in netlink.get_addr()}
+    except OSError as exc:
+        raise HostError(f"list the host's addresses: {exc.strerror}") from exc
+    return sorted(address for address in found if address)

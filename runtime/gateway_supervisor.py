@@ -1,0 +1,180 @@
+"""Keeps a gateway running: start, Configure, serve what it asks for, and start the next one when it dies.
+
+The listening sockets are the runtime's, so callers who come while there is no gateway wait in the backlog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+from clrk.core.errors import ClrkError, HostError, ProtocolError
+from clrk.core.messages import (
+    PROTOCOL_VERSION,
+    Configure,
+    Counters,
+    Drain,
+    Drained,
+    GatewayMessage,
+    Ready,
+    StartRun,
+    StopRun,
+)
+from clrk.core.resources import GatewayConfig
+from clrk.runtime.config.declared import Resources
+from clrk.runtime.control_channel import ChannelClosedError, ControlChannel
+from clrk.runtime.gateway_config import open_memfd
+from clrk.runtime.gateway_process import GatewayProcess, RestartDelay
+from clrk.runtime.listeners import HostListeners
+from clrk.runtime.runs import Runs
+
+_LOG: Final = logging.getLogger(__name__)
+_READY_DEADLINE_S: Final = 60.0  # imports on a busy two-core machine
+_STOP_GRACE_S: Final = 5.0
+_COUNTERS_INTERVAL_S: Final = 1.0
+
+
+class GatewaySupervisor:
+    """One gateway after another. `resources` is what runs are started with."""
+
+    def __init__(
+        self,
+        *,
+        start_process: Callable[[], GatewayProcess],
+        build_config: Callable[[Resources], GatewayConfig],
+        listeners: HostListeners,
+        flows_fd: int,
+        counters: Callable[[], dict[str, int]],
+        resources: Resources,
+    ) -> None:
+        self.resources = resources
+        self.runs: Runs | None = None  # set before run(); both need the other
+        self.ready = asyncio.Event()  # set at the first Ready, never cleared
+        self.drained = asyncio.Event()
+        self._start_process = start_process
+        self._build_config = build_config
+        self._listeners = listeners
+        self._flows_fd = flows_fd
+        self._counters = counters
+        self._generation = 0
+        self._announced: dict[int, Resources] = {}  # configured, not yet confirmed by Ready
+        self._live: ControlChannel | None = None
+
+    async def run(self) -> None:
+        """Supervise until cancelled; the gateway is stopped then.
+
+        Raises: HostError when it can not be started at all the first time.
+        """
+        delay = RestartDelay()
+        while True:
+            started_s = time.monotonic()
+            process = self._start_process()
+            try:
+                why = await self._serve_one(process)
+                await self._bury(process, why)
+            except asyncio.CancelledError:
+                await process.stop(_STOP_GRACE_S)
+                raise
+            if not self.ready.is_set():
+                raise HostError(f"the gateway did not become ready: {why}; its own messages are above")
+            wait_s = delay.after(time.monotonic() - started_s)
+            if wait_s:
+                _LOG.warning("next gateway start in %.1f s", wait_s)
+                await asyncio.sleep(wait_s)
+
+    async def reload(self, resources: Resources) -> None:
+        """Announce other resources; runs use them from the gateway's Ready on."""
+        self.resources = resources  # should this gateway die before it is ready, the next begins with these
+        if self._live is not None:
+            await self._configure(self._live, first=False)
+
+    async def drain(self) -> None:
+        """Ask the gateway to refuse new invocations; `drained` is set when none is left, or there is no gateway."""
+        if self._live is None:
+            self.drained.set()
+            return
+        try:
+            await self._live.send(Drain())
+        except ChannelClosedError:
+            self.drained.set()
+
+    # --- one life ---------------------------------------------------------------------------------------------------
+
+    async def _serve_one(self, process: GatewayProcess) -> str:
+        """Talk to one gateway until it is gone or has to go; return why."""
+        channel = process.channel
+        try:
+            await self._configure(channel, first=True)
+            async with asyncio.timeout(_READY_DEADLINE_S):
+                first = await channel.receive()
+            if first is None:
+                return "it ended before it was ready"
+            if not isinstance(first, Ready):
+                raise ProtocolError("control_order", f"{type(first).__name__} before Ready")
+            self._on_message(first, channel)
+            self._live = channel
+            counters = asyncio.get_running_loop().create_task(self._send_counters(channel), name="counters")
+            try:
+                while (message := await channel.receive()) is not None:
+                    self._on_message(message, channel)
+            finally:
+                counters.cancel()
+        except TimeoutError:
+            return f"not ready within {_READY_DEADLINE_S:.0f} s"
+        except (ProtocolError, ChannelClosedError) as exc:
+            return str(exc)
+        return "it closed the control socket"
+
+    def _on_message(self, message: GatewayMessage, channel: ControlChannel) -> None:
+        runs = self.runs
+        assert runs is not None  # noqa: S101 - wired before run()
+        match message:
+            case StartRun():
+                runs.start(message, channel)
+            case StopRun():
+                runs.stop(message.invocation_id, channel)
+            case Ready(version=version, generation=generation):
+                if version != PROTOCOL_VERSION or generation not in self._announced:
+                    raise ProtocolError("control_ready", f"Ready for version {version}, generation {generation}")
+                runs.resources = self._announced[generation]
+                self._announced = {key: value for key, value in self._announced.items() if key >= generation}
+                self.ready.set()
+            case Drained():
+                self.drained.set()
+
+    async def _configure(self, channel: ControlChannel, *, first: bool) -> None:
+        self._generation += 1
+        self._announced[self._generation] = self.resources
+        memfd = open_memfd(self._build_config(self.resources))
+        sockets = self._listeners
+        rest = (self._flows_fd, sockets.ingress.fileno(), sockets.admin_unix.fileno(), sockets.admin_tcp.fileno())
+        try:
+            await channel.send(Configure(PROTOCOL_VERSION, self._generation), (memfd, *(rest if first else ())))
+        finally:
+            os.close(memfd)
+
+    async def _bury(self, process: GatewayProcess, why: str) -> None:
+        """Take away everything that belonged to a gateway that is gone: its runs first."""
+        self._live = None
+        self._announced.clear()
+        how = await process.stop()
+        _LOG.error("gateway pid %d is gone: %s (%s)", process.pid, why, how)
+        if self.runs is not None:
+            await self.runs.stop_all(process.channel)
+
+    async def _send_counters(self, channel: ControlChannel) -> None:
+        last: dict[str, int] = {}
+        while True:
+            try:
+                if (values := self._counters()) != last:
+                    await channel.send(Counters(values))
+                    last = values
+            except ChannelClosedError:
+                return
+            except ClrkError as exc:  # telemetry only
+                _LOG.warning("kernel counters: %s", exc)
+            await asyncio.sleep(_COUNTERS_INTERVAL_S)

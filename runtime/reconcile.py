@@ -1,0 +1,80 @@
+"""Claims an instance on this host, and removes what a predecessor that died left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from clrk.core.errors import HostError
+from clrk.core.layout import HostLayout
+from clrk.netns.reconcile import remove_leftovers as remove_namespaces
+from clrk.runtime.cgroup import Cgroups
+
+_LOG: Final = logging.getLogger(__name__)
+LOCK_NAME: Final = "runtime.lock"
+
+
+class InstanceLock:
+    """Held while this process is the instance's runtime; the kernel lets go of it with the process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @classmethod
+    def take(cls, layout: HostLayout) -> InstanceLock:
+        """Make the run folder and take its lock.
+
+        Raises: HostError when another runtime has it, naming its pid.
+        """
+        path = layout.run_dir / LOCK_NAME
+        try:
+            layout.run_dir.mkdir(mode=0o755, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as exc:
+            raise HostError(f"make {path}: {exc.strerror}") from exc
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            raise HostError(
+                f"a runtime of instance {layout.instance!r} is running already (pid {holder}); stop it, or start "
+                "another one beside it with --instance NAME"
+            ) from exc
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
+        return cls(fd)
+
+    def release(self) -> None:
+        """Let go. The file stays: removing it would let two holders lock two files of one name."""
+        os.close(self._fd)
+
+
+def remove_leftovers(layout: HostLayout, cgroups: Cgroups) -> None:
+    """Kill and remove what is left of this instance, by its own name prefix only. Call with the lock held.
+
+    Raises: ExceptionGroup of what could not be removed.
+    """
+    sandboxes = cgroups.remove_leftovers()  # first: the processes in them hold everything else
+    namespaces = remove_namespaces(layout.netns_prefix)
+    remove_socket(layout.admin_socket)
+    if sandboxes or namespaces:
+        _LOG.warning(
+            "the last runtime did not end cleanly: removed %d cgroups and %d namespaces",
+            len(sandboxes),
+            len(namespaces),
+        )
+
+
+def remove_socket(path: Path) -> None:
+    """Remove a socket file; anything else at its place stays.
+
+    Raises: HostError when something else is there.
+    """
+    if path.is_socket():
+        path.unlink()
+    elif path.exists():
+        raise HostError(f"{path} is in the way and is not a socket; move it elsewhere")

@@ -1,0 +1,238 @@
+"""The runs of TaskAgents: from StartRun to Removed, one task each. The gateway asks; nothing it says is believed.
+
+Theory of operation. A run owns one sandbox from acquire to remove, and removes it whatever happens. It talks to the
+one life of the gateway that asked for it; when that life ends, its runs are killed and removed in silence, because
+their callers' connections died with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from clrk.core import wire
+from clrk.core.errors import ClrkError
+from clrk.core.messages import Exited, ExitReason, Removed, Spawned, Started, StartFailed, StartFailure, StartRun
+from clrk.core.resources import TaskAgent
+from clrk.ebpf.header import HeaderFields, build_headers
+from clrk.runtime.config.declared import Resources
+from clrk.runtime.control_channel import ChannelClosedError, ControlChannel
+from clrk.runtime.environment import build_environment
+from clrk.runtime.pool import PoolExhaustedError, SandboxPool
+from clrk.runtime.sandbox import Sandbox, SandboxExit
+
+_LOG: Final = logging.getLogger(__name__)
+_MAX_MESSAGE_CHARS: Final = 1000  # of StartFailed.message
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    request: StartRun
+    channel: ControlChannel
+    resources: Resources  # a reload does not change what a run began with
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def agent(self) -> TaskAgent | None:
+        return self.resources.agents.get((self.request.agent.namespace, self.request.agent.name))
+
+
+class _StartError(ClrkError):
+    def __init__(self, reason: StartFailure, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Runs:
+    """All runs that exist, by invocation id."""
+
+    def __init__(self, pool: SandboxPool, resources: Resources, *, max_runs: int) -> None:
+        self.resources = resources  # what the next run begins with
+        self._pool = pool
+        self._max_runs = max_runs
+        self._runs: dict[str, _Run] = {}
+        self._tasks: dict[asyncio.Task[None], _Run] = {}
+        self.draining = False
+
+    def start(self, request: StartRun, channel: ControlChannel) -> None:
+        """Begin a run; its messages go to channel. A second one with the same id is refused and changes nothing."""
+        run = _Run(request, channel, self.resources)
+        task = asyncio.get_running_loop().create_task(self._live(run), name=f"run {request.invocation_id}")
+        self._tasks[task] = run
+        task.add_done_callback(self._ended)
+
+    def stop(self, invocation_id: str, channel: ControlChannel) -> None:
+        """Kill a run, if this life of the gateway has it."""
+        run = self._runs.get(invocation_id)
+        if run is not None and run.channel is channel:
+            run.stop.set()
+
+    async def stop_all(self, channel: ControlChannel | None = None) -> None:
+        """Kill every run, or every run of one life of the gateway, and wait until all of them are removed."""
+        chosen = {task: run for task, run in self._tasks.items() if channel is None or run.channel is channel}
+        for run in chosen.values():
+            run.stop.set()
+        if chosen:
+            await asyncio.wait(list(chosen))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        run = self._tasks.pop(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            extra = {"invocation_id": run.request.invocation_id}
+            _LOG.error("run %s crashed", run.request.invocation_id, exc_info=exc, extra=extra)
+
+    # --- one run ----------------------------------------------------------------------------------------------------
+
+    async def _live(self, run: _Run) -> None:
+        invocation_id = run.request.invocation_id
+        try:
+            self._admit(run)
+        except _StartError as exc:
+            await self._fail(run, exc.reason, str(exc))
+            return
+        try:
+            await self._live_admitted(run)
+        finally:
+            del self._runs[invocation_id]
+
+    def _admit(self, run: _Run) -> None:
+        """Refuse what can be refused without touching the host; else the id is taken."""
+        key = run.request.agent
+        if self.draining:
+            raise _StartError(StartFailure.DRAINING, "the runtime is shutting down")
+        if run.agent is None:
+            raise _StartError(StartFailure.UNKNOWN_AGENT, f"no TaskAgent {key.namespace}/{key.name}")
+        if run.request.invocation_id in self._runs:
+            raise _StartError(StartFailure.SANDBOX_FAILED, "an invocation with this id is running")
+        if len(self._runs) >= self._max_runs:
+            raise _StartError(StartFailure.POOL_EXHAUSTED, f"{self._max_runs} sandboxes run, limits.maxSandboxes")
+        self._runs[run.request.invocation_id] = run
+
+    async def _live_admitted(self, run: _Run) -> None:
+        acquire_start_ns = time.time_ns()
+        try:
+            sandbox = await self._pool.acquire()
+        except PoolExhaustedError as exc:
+            await self._fail(run, StartFailure.POOL_EXHAUSTED, str(exc))
+            return
+        except ClrkError as exc:
+            await self._fail(run, StartFailure.SANDBOX_FAILED, str(exc))
+            return
+        failure: str | None = None
+        teardown_start_ns = 0
+        try:
+            ended = await self._live_in_sandbox(run, sandbox, acquire_start_ns)
+            teardown_start_ns = time.time_ns()
+            await self._tell(run, ended)
+        except (ClrkError, OSError, ValueError) as exc:
+            failure = str(exc)
+        finally:
+            await self._remove(run, sandbox)
+        if failure is not None:
+            await self._fail(run, StartFailure.SANDBOX_FAILED, failure)
+        else:
+            await self._tell(run, Removed(run.request.invocation_id, teardown_start_ns, time.time_ns()))
+
+    async def _live_in_sandbox(self, run: _Run, sandbox: Sandbox, acquire_start_ns: int) -> Exited:
+        """Start the agent and wait for its end, its deadline or a stop, whichever comes first."""
+        agent = run.agent
+        assert agent is not None  # noqa: S101 - admitted
+        if run.stop.is_set():
+            raise _StartError(StartFailure.SANDBOX_FAILED, "stopped before it began")
+        await self._hand_over(run, agent, sandbox, acquire_start_ns)
+        environment = build_environment(agent, run.request, run.resources.secrets)
+        spawned = await sandbox.spawn(agent=agent, environment=environment)
+        times_ns = (spawned.spawn_start_ns, spawned.spawn_end_ns)
+        await self._tell(run, Spawned(run.request.invocation_id, spawned.pid, *times_ns))
+        timeout_s = min(agent.spec.timeout, run.request.timeout_s or agent.spec.timeout)
+        return await _await_end(run, sandbox, timeout_s)
+
+    async def _hand_over(self, run: _Run, agent: TaskAgent, sandbox: Sandbox, acquire_start_ns: int) -> None:
+        """Register the sandbox with the kernel, and give its sockets and pipes to the gateway."""
+        request = run.request
+        header_v4, header_v6 = build_headers(
+            HeaderFields(
+                kind=wire.KIND_TASK_AGENT,
+                namespace=agent.metadata.namespace,
+                name=agent.metadata.name,
+                uid=agent.uid,
+                revision=agent.revision,
+                invocation_id=request.invocation_id,
+                sandbox_id=sandbox.sandbox_id,
+                netns_name=sandbox.netns_name,
+                traceparent=request.traceparent,
+            )
+        )
+        sandbox.register_stamp(header_v4, header_v6)
+        started = Started(
+            invocation_id=request.invocation_id,
+            sandbox_id=sandbox.sandbox_id,
+            netns_name=sandbox.netns_name,
+            netns_cookie=sandbox.netns_cookie,
+            uid=sandbox.uid,
+            header_v4=header_v4,
+            header_v6=header_v6,
+            warm=sandbox.warm,
+            acquire_start_ns=acquire_start_ns,
+            acquire_end_ns=time.time_ns(),
+        )
+        stdio = sandbox.open_stdio()
+        try:
+            await run.channel.send(started, (*sandbox.listener_fds, *stdio))
+        finally:
+            for fd in stdio:
+                os.close(fd)
+
+    async def _remove(self, run: _Run, sandbox: Sandbox) -> None:
+        try:
+            await sandbox.remove()
+        except (ClrkError, OSError, ExceptionGroup) as exc:  # leftovers are for the next start's reconcile
+            extra = {"invocation_id": run.request.invocation_id, "sandbox_id": sandbox.sandbox_id}
+            _LOG.error("sandbox %s not fully removed: %s", sandbox.sandbox_id, exc, extra=extra)
+
+    async def _fail(self, run: _Run, reason: StartFailure, message: str) -> None:
+        extra = {"invocation_id": run.request.invocation_id}
+        _LOG.warning("run %s did not start: %s: %s", run.request.invocation_id, reason, message, extra=extra)
+        await self._tell(run, StartFailed(run.request.invocation_id, reason, message[:_MAX_MESSAGE_CHARS]))
+
+    async def _tell(self, run: _Run, message: msgspec.Struct) -> None:
+        """Send, and treat a gateway that is gone as a stop: there is nobody left to run for."""
+        try:
+            await run.channel.send(message)
+        except ChannelClosedError:
+            run.stop.set()
+
+
+async def _await_end(run: _Run, sandbox: Sandbox, timeout_s: float) -> Exited:
+    loop = asyncio.get_running_loop()
+    exit_task = loop.create_task(sandbox.wait(), name="sandbox exit")
+    stop_task = loop.create_task(run.stop.wait(), name="stop")
+    killed: ExitReason | None = None
+    try:
+        tasks = (exit_task, stop_task)
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not exit_task.done():
+            killed = ExitReason.STOPPED if stop_task.done() else ExitReason.TIMEOUT
+            sandbox.kill()
+        return _describe_exit(run.request.invocation_id, await exit_task, killed)
+    finally:
+        exit_task.cancel()
+        stop_task.cancel()
+
+
+def _describe_exit(invocation_id: str, end: SandboxExit, killed: ExitReason | None) -> Exited:
+    reason = killed or (ExitReason.OOM if end.oom else ExitReason.EXITED)
+    return Exited(
+        invocation_id=invocation_id,
+        reason=reason,
+        exit_code=end.exit_code,
+        cpu_s=end.cpu_s,
+        max_rss_bytes=end.max_rss_bytes,
+        exit_ns=end.exit_ns,
+    )
