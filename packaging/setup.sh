@@ -39,6 +39,7 @@ packages() {
 		nodejs|command -v node
 		clang|command -v clang
 		vagrant|command -v vagrant
+		wrk|command -v wrk
 	LIST
 }
 
