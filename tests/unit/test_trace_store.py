@@ -221,10 +221,6 @@ async def test_a_damaged_file_is_moved_aside_and_telemetry_goes_on(tmp_path, cap
     with caplog.at_level(logging.ERROR):
         second = TraceStore(path, retention_s=86_400)
         record(Telemetry(second, {}), identity(), "after")
-        await second.flush()
-        for _ in range(50):  # one failed attempt, then a retry a second later
-            if await second.flush() and path.exists() and second.counters["damaged_files"]:
-                break
         async with asyncio.timeout(10):
             while "after" not in await safe_names(second):
                 await second.committed.wait()
