@@ -149,7 +149,8 @@ class GatewaySupervisor:
     async def _configure(self, channel: ControlChannel, *, first: bool) -> None:
         self._generation += 1
         self._announced[self._generation] = self.resources
-        memfd = open_memfd(self._build_config(self.resources))
+        resources = self.resources
+        memfd = await asyncio.to_thread(lambda: open_memfd(self._build_config(resources)))
         sockets = self._listeners
         rest = (self._flows_fd, sockets.ingress.fileno(), sockets.admin_unix.fileno(), sockets.admin_tcp.fileno())
         try:

@@ -50,7 +50,7 @@ def bwrap_arguments(writable: Path) -> list[str]:
         _check_readable(path)
         arguments += [*_make_parents(path, bound), "--ro-bind", str(path), str(path)]
         bound.append(path)
-    arguments += [*_make_parents(writable, bound), "--bind", str(writable), str(writable), "--chdir", str(writable)]
+    arguments += [*_make_parents(writable, bound), "--bind", str(writable), str(writable), "--chdir", "/"]
     return arguments
 
 

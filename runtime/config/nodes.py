@@ -66,8 +66,8 @@ def parse(text: str) -> tuple[list[Document], list[Finding]]:
         return [], [Finding(1, (), f"the file is over {MAX_FILE_BYTES // 2**20} MiB")]
     documents: list[Document] = []
     budget = _Budget()
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         while loader.check_node():
             node = loader.get_node()
             if node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):
@@ -86,8 +86,6 @@ def parse(text: str) -> tuple[list[Document], list[Finding]]:
         return documents, [Finding(exc.line, (), str(exc))]
     except RecursionError:
         return documents, [Finding(1, (), "nested too deeply")]
-    finally:
-        loader.dispose()
     return documents, []
 
 
