@@ -42,6 +42,7 @@ def drop_privileges(uid: int, gid: int) -> None:
     try:
         prctl.set_keepcaps(False)
         _clear_bounding_set()
+        prctl.cap_inheritable.limit()  # bwrap leaves what it was told to keep in this set as well
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
