@@ -1,0 +1,337 @@
+"""Accept a sandbox's connections: flow record, stamp, first bytes, then the protocol that they begin (CONTRACT 9, 10).
+
+Nothing here trusts a byte of the agent: identity is the listener's, destination and process are the flow record's, and
+the stamp only has to be the one that the record implies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import re
+import socket
+import ssl
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Final
+
+from clrk.core import wire
+from clrk.core.errors import ClrkError, ProtocolError
+from clrk.gateway._aio import spawn
+from clrk.gateway.ca import LeafIssuer
+from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.flows import FlowSource
+from clrk.gateway.egress.http import relay_http
+from clrk.gateway.egress.origin import Exit, Origin
+from clrk.gateway.egress.record import Call, Destination, connect_time_ns
+from clrk.gateway.egress.tcp import Admission, tunnel
+from clrk.gateway.egress.tls import peek_client_hello, peek_until
+from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, Target, error_type_of
+from clrk.gateway.names import NameTable
+from clrk.gateway.proxyv2.errors import ProxyV2Error
+from clrk.gateway.proxyv2.expect import expected_header
+from clrk.gateway.run import Run
+from clrk.gateway.telemetry import attributes as attr
+
+MAX_CONNECTIONS: Final = 256  # of one sandbox: one agent can not use up the gateway's descriptors
+STAMP_TIMEOUT_S: Final = 3.0
+FIRST_BYTES_TIMEOUT_S: Final = 10.0
+HANDSHAKE_TIMEOUT_S: Final = 10.0
+INSIDE_TLS_TIMEOUT_S: Final = 60.0  # clients open TLS connections in advance
+CLOSE_S: Final = 10.0
+# FTP, SSH, Telnet, SMTP, NNTP, POP3, IMAP, submission, MySQL, ManageSieve, NATS, VNC, MySQL X: the server greets first.
+SERVER_FIRST_PORTS: Final = frozenset((21, 22, 23, 25, 110, 119, 143, 587, 2525, 3306, 4190, 4222, 5900, 33060))
+# SMTPS, NNTPS, IMAPS, POP3S: the server greets first, inside TLS.
+SERVER_FIRST_TLS_PORTS: Final = frozenset((465, 563, 993, 995))
+
+_LOG: Final = logging.getLogger(__name__)
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_TLS_HANDSHAKE: Final = 0x16
+_HTTP_START: Final = re.compile(rb"[A-Z][A-Z-]{1,19} (?:/|\*|[Hh][Tt][Tt][Pp])|\r?\n|CONNECT [^ ]+ HTTP/1")
+_HTTP_PREFIX: Final = re.compile(rb"[A-Z][A-Z-]{0,19}(?: [Hh]?[Tt]{0,2})?|\r|CONNECT [^ \r\n]{0,270}(?: [HTP/1]{0,6})?")
+_REJECTIONS: Final = ("UNKNOWN_CA", "CERTIFICATE_UNKNOWN", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "ACCESS_DENIED")
+
+
+class StampError(ClrkError):
+    """The connection did not begin with its stamp. Shape: code is stable."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass(slots=True)
+class EgressCounters:
+    """What happened to connections that got no span. Exported by the admin side."""
+
+    no_record: int = 0
+    closed_unused: int = 0
+
+
+def classify(peeked: bytes) -> str | None:
+    """Return tls, http or tcp for the first bytes of a client; None when more are needed."""
+    if not peeked:
+        return None
+    if peeked[0] == _TLS_HANDSHAKE:
+        return "tls"
+    if _HTTP_START.match(peeked) is not None:
+        return "http"
+    return None if _HTTP_PREFIX.fullmatch(peeked) is not None else "tcp"
+
+
+async def read_stamp(sock: socket.socket, expected: bytes) -> bool:
+    """Consume exactly the stamp; return False when the stream ended before its first byte. Raises: StampError."""
+    loop = asyncio.get_running_loop()
+    received = b""
+    while len(received) < len(expected):
+        piece = await loop.sock_recv(sock, len(expected) - len(received))
+        if not piece:
+            if received:
+                raise StampError("truncated")
+            return False
+        received += piece
+        if not expected.startswith(received):
+            raise StampError("mismatch")
+    return True
+
+
+class Acceptor:
+    """Serves the egress listeners of one run until its tasks are cancelled."""
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        flows: FlowSource,
+        names: NameTable,
+        issuer: LeafIssuer,
+        way_out: Exit,
+        counters: EgressCounters,
+    ) -> None:
+        self._run, self._flows, self._names, self._issuer = run, flows, names, issuer
+        self._exit = way_out
+        self._counters = counters
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def accept_forever(self, listener: socket.socket, family: int) -> None:
+        """Accept until cancelled, or until the listener is shut down."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._slots.acquire()
+            try:
+                sock, peer = await loop.sock_accept(listener)
+            except OSError as exc:
+                self._slots.release()
+                if exc.errno in _NO_DESCRIPTORS:
+                    _LOG.warning("accept in sandbox %s: %s", self._run.identity.sandbox_id, exc)
+                    await asyncio.sleep(0.1)  # the only thing that helps is somebody else's close
+                elif exc.errno != errno.ECONNABORTED:
+                    return
+                continue
+            except BaseException:
+                self._slots.release()
+                raise
+            task = spawn(self._serve(sock, peer[0], peer[1], family), name=f"egress-{self._run.identity.sandbox_id}")
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """End every connection; each records its span."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._slots.release()
+
+    async def _serve(self, sock: socket.socket, src: str, src_port: int, family: int) -> None:
+        """Carry one connection from accept to its end. Owns the socket."""
+        with sock:
+            flow = self._flows.take(wire.pack_flow_key(self._run.netns_cookie, src, src_port, family))
+            if flow is None:
+                self._counters.no_record += 1
+                return
+            name = self._names.name_of(flow.dst)
+            origin = Origin(flow, Destination(name, flow.dst, flow.dst_port), connect_time_ns(flow))
+            try:
+                expected = expected_header(self._run.header_v4, self._run.header_v6, flow, src, src_port)
+                if flow.dst_port in SERVER_FIRST_PORTS:
+                    await self._serve_server_first(sock, origin, expected)
+                else:
+                    await self._serve_client_first(sock, origin, expected)
+            except (StampError, ProxyV2Error) as exc:
+                self._exit.spans.malformed(origin.call(origin.connect_ns), exc.code)
+            except OSError:
+                self._counters.closed_unused += 1  # reset before it was used for anything
+
+    # --- client speaks first ----------------------------------------------------------------------------------------
+
+    async def _serve_client_first(self, sock: socket.socket, origin: Origin, expected: bytes) -> None:
+        try:
+            async with asyncio.timeout(STAMP_TIMEOUT_S):
+                stamped = await read_stamp(sock, expected)
+        except TimeoutError:
+            raise StampError("timeout") from None
+        if not stamped:
+            self._counters.closed_unused += 1
+            return
+        try:
+            async with asyncio.timeout(FIRST_BYTES_TIMEOUT_S):
+                kind = await peek_until(sock, classify)
+        except TimeoutError:
+            kind = "tcp"  # it began like HTTP and went no further
+        if kind == "tls":
+            await self._serve_tls(sock, origin)
+        elif kind is not None:
+            await self._serve_plain(sock, origin, kind)
+
+    async def _serve_plain(self, sock: socket.socket, origin: Origin, kind: str) -> None:
+        agent = await _open(sock, None)
+        await self._serve_channel(agent, origin, kind)
+
+    async def _serve_tls(self, sock: socket.socket, origin: Origin) -> None:
+        """Open the TLS connection and serve what is inside, or tunnel it unread."""
+        call = origin.call(origin.connect_ns)
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                hello = await peek_client_hello(sock)
+        except (ProtocolError, TimeoutError) as exc:
+            self._exit.spans.denied(call, "bad_client_hello", str(exc))
+            return
+        name, sni = origin.destination.name, hello.server_name
+        if self._exit.policy.is_passthrough(name or sni):
+            if name is not None and sni is not None and name != sni:
+                self._exit.spans.denied(call, "sni_mismatch", f"dialled {name}, but TLS asked for {sni}")
+                return
+            agent = await _open(sock, None)
+            await self._end_with(agent, self._tunnel(agent, origin, sni=sni))
+            return
+        secure = Origin(origin.flow, origin.destination, origin.connect_ns, is_tls=True, server_name=sni)
+        try:
+            agent = await _open(sock, self._issuer.context(sni or origin.destination.host))
+        except OSError as exc:
+            self._handshake_failed(call, exc)
+            return
+        kind = "tcp" if origin.destination.port in SERVER_FIRST_TLS_PORTS else None
+        await self._serve_channel(agent, secure, kind)
+
+    def _handshake_failed(self, call: Call, exc: OSError) -> None:
+        """The agent did not take our certificate, or left."""
+        reason = getattr(exc, "reason", None) or ""
+        if rejected := any(word in reason for word in _REJECTIONS):
+            call.attributes[attr.CLRK_TLS_CLIENT_REJECTED_CA] = True
+        kind = "tls_client_rejected_ca" if rejected else "tls_client_handshake"
+        self._exit.spans.failed(call, kind, f"TLS with the agent for {call.destination.host}: {exc}")
+
+    async def _serve_channel(self, agent: Channel, origin: Origin, kind: str | None) -> None:
+        """Serve what the client speaks; kind None: its first bytes tell."""
+        await self._end_with(agent, self._speak(agent, origin, kind))
+
+    async def _speak(self, agent: Channel, origin: Origin, kind: str | None) -> None:
+        kind = kind or await _classify_channel(agent)
+        if kind == "http":
+            await relay_http(self._exit, origin, agent)
+        elif kind is not None:
+            await self._tunnel(agent, origin)
+
+    async def _end_with(self, agent: Channel, work: Awaitable[None]) -> None:
+        """Run the work, then see the connection gone."""
+        try:
+            await work
+        except BaseException:
+            agent.reset()
+            raise
+        await agent.finish(CLOSE_S)
+
+    # --- tunnels ----------------------------------------------------------------------------------------------------
+
+    async def _serve_server_first(self, sock: socket.socket, origin: Origin, expected: bytes) -> None:
+        """Dial at once; the stamp is demanded whenever the client's first byte comes."""
+        agent = await _open(sock, None)
+
+        async def admission() -> None:
+            received = b""
+            while len(received) < len(expected):
+                piece = await agent.read()
+                if not piece and not received:
+                    return
+                received += piece
+                if not piece or not expected.startswith(received[: len(expected)]):
+                    raise StampError("mismatch" if piece else "truncated")
+            agent.unread(received[len(expected) :])
+
+        await self._end_with(agent, self._tunnel(agent, origin, admission=admission))
+
+    async def _tunnel(
+        self, agent: Channel, origin: Origin, *, sni: str | None = None, admission: Admission | None = None
+    ) -> None:
+        """Dial and carry bytes, if a rule allows it without looking at requests. Records one span."""
+        call, spans, destination = origin.call(origin.connect_ns), self._exit.spans, origin.destination
+        if sni is not None:
+            call.attributes[attr.TLS_CLIENT_SERVER_NAME] = sni
+        try:
+            upstream = await self._exit.upstream.dial(self._admit_tunnel(origin))
+        except DialDeniedError as exc:
+            spans.denied(call, exc.reason, str(exc), exc.rule)
+            agent.reset()
+            return
+        except DialFailedError as exc:
+            spans.failed(call, exc.error_type, str(exc))
+            agent.reset()
+            return
+        call.peer = upstream.peer
+        error, message = None, ""
+        try:
+            await tunnel(agent, upstream, admission)
+        except OSError as exc:
+            error, message = error_type_of(exc), f"{destination.host}:{destination.port}: {exc}"
+        except asyncio.CancelledError:
+            error, message = "cancelled", "the run ended"
+            raise
+        finally:
+            call.request_bytes, call.response_bytes = upstream.sent_bytes, upstream.received_bytes
+            spans.tcp(call, error, message)
+
+    def _admit_tunnel(self, origin: Origin) -> Target:
+        """Decide where a tunnel goes. Raises: DialDeniedError."""
+        destination = origin.destination
+        if destination.name is not None and origin.server_name not in (None, destination.name):
+            raise DialDeniedError("sni_mismatch", f"dialled {destination.name}, TLS asked for {origin.server_name}")
+        address = None if destination.name is not None else destination.address
+        verdict = self._exit.policy.connect(destination.name, address, destination.port)
+        where = f"{destination.host}:{destination.port}"
+        if not verdict.allowed:
+            raise DialDeniedError(verdict.reason, f"{where} is not allowed", verdict.hint, verdict.rule)
+        if verdict.needs_http:
+            raise DialDeniedError("http_only", f"{where} is allowed for some HTTP requests only", rule=verdict.rule)
+        server_name = (origin.name or str(destination.address)) if origin.is_tls else None
+        return Target(destination.name, destination.address, destination.port, server_name)
+
+
+async def _open(sock: socket.socket, context: ssl.SSLContext | None) -> Channel:
+    """Hand the socket to the loop. Raises: OSError, ssl.SSLError among them, when the handshake fails."""
+    timeout = HANDSHAKE_TIMEOUT_S if context is not None else None
+    _, channel = await asyncio.get_running_loop().connect_accepted_socket(
+        Channel, sock, ssl=context, ssl_handshake_timeout=timeout
+    )
+    return channel
+
+
+async def _classify_channel(agent: Channel) -> str | None:
+    """Return http or tcp for what is spoken inside TLS; None when the agent left without a word."""
+    agent.set_idle_timeout(INSIDE_TLS_TIMEOUT_S)
+    seen = b""
+    kind = None
+    while kind is None:
+        data = await agent.read()
+        seen += data
+        kind = classify(seen) if data else ("tcp" if seen else None)
+        if not data:
+            break
+    agent.set_idle_timeout(0)
+    agent.unread(seen)
+    return "tcp" if kind == "tls" else kind

@@ -1,0 +1,90 @@
+"""Decide whether a request goes out, and where: framing, names, policy, trace context. Nothing is sent before this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clrk.core.errors import ProtocolError
+from clrk.gateway.egress import forward
+from clrk.gateway.egress.http1 import Body, Request, request_body, values
+from clrk.gateway.egress.origin import Exit, Origin
+from clrk.gateway.egress.record import Call
+from clrk.gateway.egress.refusal import RefusedError, status_of
+from clrk.gateway.egress.upstream import Target
+from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.telemetry.spans import TraceContext
+from clrk.gateway.trace_context import parse_trace_context
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that may go out. context is what the upstream continues: our span."""
+
+    request: Request
+    head: RequestHead
+    target: Target
+    body: Body
+    interpreter: Interpreter | None
+    context: TraceContext
+    upgrade: bool
+
+
+def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitted:
+    """Judge one request. Side effects: sets the span's parent. Raises: RefusedError."""
+    destination = origin.destination
+    verified = origin.name or str(destination.address)
+    try:
+        host, path, query = forward.split_target(request, origin.scheme)
+        name, port = forward.split_host(host) if host else (None, None)
+        forward.check_connection(request.headers)
+        body = request_body(request)
+    except ProtocolError as exc:
+        raise RefusedError(status_of(exc.code), f"bad_request_{exc.code}", str(exc)) from exc
+    head = RequestHead(request.method, origin.scheme, verified, destination.port, path, query, request.headers)
+    _check_names(origin, name, port)
+    _check_policy(way_out, origin, head)
+    upgrade = forward.wants_websocket(request)
+    server_name = verified if origin.is_tls else None
+    return Admitted(
+        request=request,
+        head=head,
+        target=Target(destination.name, destination.address, destination.port, server_name),
+        body=body,
+        interpreter=None if upgrade else way_out.recognise(head),
+        context=_continue_trace(way_out, request, call),
+        upgrade=upgrade,
+    )
+
+
+def _check_names(origin: Origin, host: str | None, port: int | None) -> None:
+    """Require that what was dialled, SNI and Host agree (RFC 9110, section 15.5.20)."""
+    destination, sni = origin.destination, origin.server_name
+    if destination.name is not None and sni is not None and sni != destination.name:
+        raise RefusedError(421, "sni_mismatch", f"dialled {destination.name}, but TLS asked for {sni}")
+    expected = origin.name or (str(destination.address) if origin.is_tls else None)
+    if host is not None and expected is not None and host != expected:
+        raise RefusedError(421, "host_mismatch", f"connected to {expected}, but Host is {host}")
+    if port is not None and port != destination.port:
+        raise RefusedError(421, "port_mismatch", f"connected to port {destination.port}, but Host has {port}")
+
+
+def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> None:
+    destination = origin.destination
+    # A real address was chosen by the agent, so no name that it presents may vouch for it.
+    address = None if destination.name is not None else destination.address
+    verdict = way_out.policy.request(destination.name, address, destination.port, head.method, head.path)
+    if not verdict.allowed:
+        what = f"{head.method} {destination.host}:{destination.port}"
+        message = f"{what} is not allowed ({verdict.reason}); add a rule to an EgressL4Route to allow it"
+        raise RefusedError(403, verdict.reason, message, rule=verdict.rule, hint=verdict.hint)
+    if head.method == "CONNECT":
+        raise RefusedError(405, "connect_method", "this is no proxy: connect to the host itself")
+
+
+def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext:
+    """Find the span's parent: the agent's own span if it is of this trace, else the run."""
+    own = parse_trace_context(values(request.headers, "traceparent"), values(request.headers, "tracestate"))
+    run = way_out.spans.identity.context
+    parent = own if own is not None and own.trace_id == run.trace_id else run
+    call.parent_span_id = parent.span_id
+    return TraceContext(run.trace_id, call.span_id, parent.flags, parent.tracestate)

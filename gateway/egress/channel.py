@@ -1,0 +1,275 @@
+"""One byte stream with backpressure: the only thing that relay and tunnels know of a connection, TLS or not.
+
+Theory of operation: the event loop pushes bytes in; reading pauses above HIGH_WATER and resumes when the reader has
+taken them. At most one task reads and one task writes. A failure (reset, idle timeout, abort) is terminal: it is
+raised to whoever waits and to whoever comes later. Only a clean end of stream reads as b"".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, cast
+
+HIGH_WATER: Final = 256 * 1024
+_LINGER_RESET: Final = struct.pack("ii", 1, 0)
+
+
+class Channel(asyncio.Protocol):
+    """A connected stream. Made by connect_accepted_socket() and create_connection()."""
+
+    __slots__ = (
+        "_chunks", "_drained", "_eof", "_error", "_idle_s", "_last", "_loop", "_on_lost", "_paused", "_reading",
+        "_size", "_tail", "_timer", "_transport", "_waiter", "received_bytes", "sent_bytes",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._eof = False
+        self._tail = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._paused = False
+        self._reading = True
+        self._on_lost: Callable[[], None] | None = None
+        self._idle_s = 0.0
+        self._last = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self.received_bytes = 0
+        self.sent_bytes = 0
+
+    # --- asyncio.Protocol -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Keep bytes for the reader."""
+        self._chunks.append(data)
+        self._size += len(data)
+        self.received_bytes += len(data)
+        if self._timer is not None:
+            self._last = self._loop.time()
+        if self._size > HIGH_WATER and self._reading and self._transport is not None:
+            self._reading = False
+            self._transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """Note the end; a plain TCP stream stays open for writing (TLS can not)."""
+        self._eof = True
+        self._wake()
+        return not self.is_tls
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell everybody who waits."""
+        if self._error is None and (exc is not None or not self._eof):
+            self._error = exc if isinstance(exc, OSError) else ConnectionResetError(str(exc or "connection closed"))
+        self._transport = None
+        self._tail = True
+        self.set_idle_timeout(0)
+        self._wake()
+        self._release_writer()
+        if self._on_lost is not None:
+            self._on_lost()
+
+    def pause_writing(self) -> None:
+        """Make writers wait."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """Let the writer go on."""
+        self._paused = False
+        self._release_writer()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    async def read(self) -> bytes:
+        """Return what has arrived, at least one byte; b"" at the end of the stream.
+
+        Raises: OSError when the connection broke, TimeoutError when it was idle for too long.
+        """
+        while not self._size:
+            if self._eof:
+                return b""
+            self._check()
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._take()
+
+    def read_nowait(self) -> bytes:
+        """Return what has arrived, perhaps nothing."""
+        return self._take() if self._size else b""
+
+    def unread(self, data: bytes) -> None:
+        """Put bytes back in front."""
+        if data:
+            self._chunks.insert(0, data)
+            self._size += len(data)
+
+    def _take(self) -> bytes:
+        chunks = self._chunks
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
+        self._size = 0
+        if not self._reading and self._transport is not None:
+            self._reading = True
+            self._transport.resume_reading()
+        return data
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes; waits while the peer does not keep up. Raises: OSError when the connection is gone."""
+        self.write_nowait(data)
+        if self._paused:
+            await self._drain()
+
+    def write_nowait(self, data: bytes) -> None:
+        """Send bytes without waiting. Raises: OSError when the connection is gone."""
+        transport = self._transport
+        if transport is None or self._error is not None or transport.is_closing():
+            raise self._error or ConnectionResetError("connection closed")
+        transport.write(data)
+        self.sent_bytes += len(data)
+        if self._timer is not None:
+            self._last = self._loop.time()
+
+    async def _drain(self) -> None:
+        while self._paused:
+            self._check()
+            self._drained = self._loop.create_future()
+            try:
+                await self._drained
+            finally:
+                self._drained = None
+        if self._timer is not None:
+            self._last = self._loop.time()
+
+    def write_eof(self) -> None:
+        """End our direction; where TLS can not half-close, the connection is closed after what was written."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self.close()
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close after what was written has gone out; a reader sees the end of the stream."""
+        self._eof = True
+        if self._transport is not None:
+            self._transport.close()
+        self._wake()
+
+    async def finish(self, limit_s: float) -> None:
+        """Close, and return when the connection is gone; what can not be delivered within the limit is dropped."""
+        self.close()
+        if self._transport is None:
+            return
+        gone = self._loop.create_future()
+
+        def tell() -> None:
+            if not gone.done():
+                gone.set_result(None)
+
+        self._on_lost = tell
+        try:
+            async with asyncio.timeout(limit_s):
+                await gone
+        except TimeoutError:
+            self.abort()
+        finally:
+            self._on_lost = None
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.fail(ConnectionAbortedError("aborted by the gateway"))
+
+    def reset(self) -> None:
+        """Close at once, so that the peer sees a reset and never a clean end."""
+        if self._transport is not None:
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+        self.abort()
+
+    def fail(self, error: Exception) -> None:
+        """Break the connection with an error that readers and writers will see."""
+        if self._error is None:
+            self._error = error
+        if self._transport is not None:
+            self._transport.abort()
+        self._wake()
+        self._release_writer()
+
+    def set_idle_timeout(self, seconds: float) -> None:
+        """Fail with TimeoutError when nothing moves for that long; 0 stops the clock."""
+        self._idle_s = seconds
+        self._last = self._loop.time()
+        if self._timer is not None and not seconds:
+            self._timer.cancel()
+            self._timer = None
+        elif self._timer is None and seconds:
+            self._timer = self._loop.call_later(seconds, self._tick)
+
+    def on_lost(self, callback: Callable[[], None] | None) -> None:
+        """Call back once when the connection is gone; None takes it back."""
+        self._on_lost = callback
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_tls(self) -> bool:
+        """Say whether the stream is encrypted."""
+        return self._transport is not None and self._transport.get_extra_info("ssl_object") is not None
+
+    @property
+    def is_idle_and_open(self) -> bool:
+        """Say whether the connection can carry a new exchange: open, nothing unread, no end in sight."""
+        return not (self._eof or self._tail or self._size or self._error) and self._transport is not None
+
+    @property
+    def is_broken(self) -> bool:
+        """Say whether the connection failed or is gone."""
+        return self._error is not None or self._tail
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """Return address and port of the other end; ("", 0) when it is gone."""
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return (name[0], name[1]) if name else ("", 0)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._tail:
+            raise ConnectionResetError("connection closed")
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _release_writer(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def _tick(self) -> None:
+        self._timer = None
+        rest = self._last + self._idle_s - self._loop.time()
+        if rest <= 0:
+            self.fail(TimeoutError(f"nothing moved for {self._idle_s:g} s"))
+        else:
+            self._timer = self._loop.call_later(rest, self._tick)

@@ -1,0 +1,274 @@
+"""One HTTP exchange: admit, connect, send, relay the answer, record one span.
+
+Theory of operation: the request body goes up in a task of its own (unless it is already here) while this task waits for
+the response and relays it, so that an early answer is an early answer. Whoever fails first breaks the other side:
+a vanished agent aborts the upstream; a broken upstream answers 502 before the response head, and cuts the response
+visibly after it. Nothing is sent twice, but a request without a body and without effect, on a pooled connection that
+turns out to be dead before any answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from clrk.core.errors import ProtocolError
+from clrk.gateway._aio import spawn
+from clrk.gateway.egress import forward
+from clrk.gateway.egress.admission import Admitted, admit
+from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.http1 import (
+    HeadReader,
+    Request,
+    Response,
+    parse_response,
+    render_chunk,
+    render_head,
+    render_last_chunk,
+    response_body,
+    tokens,
+)
+from clrk.gateway.egress.origin import Exit, Origin
+from clrk.gateway.egress.record import Call
+from clrk.gateway.egress.refusal import RefusedError, render_problem
+from clrk.gateway.egress.tcp import tunnel
+from clrk.gateway.egress.upload import AgentGoneError, Upload
+from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, error_type_of
+from clrk.gateway.interpret import ResponseHead
+
+_REPEATABLE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
+
+
+class _DeadPooledError(Exception):
+    """A pooled connection ended before it gave any answer."""
+
+
+class Exchange:
+    """One request of one agent connection."""
+
+    def __init__(self, way_out: Exit, origin: Origin, agent: Channel, request: Request, call: Call) -> None:
+        self._exit, self._origin, self._agent, self._request, self._call = way_out, origin, agent, request, call
+        self._loop = asyncio.get_running_loop()
+        self._status: int | None = None
+        self._answered = False  # the response head went to the agent
+        self._continues = True  # the agent connection can carry another exchange
+        self._open_ended = False  # the response ends with the connection
+        self._sent_at = 0.0
+
+    async def run(self) -> bool:
+        """Carry the exchange; return whether the agent connection can carry another. Records exactly one span."""
+        spans, call = self._exit.spans, self._call
+        try:
+            admitted = admit(self._exit, self._origin, self._request, call)
+        except RefusedError as exc:
+            spans.denied(call, exc.reason, str(exc), exc.rule)
+            self._answer(exc.status, exc.reason, str(exc), exc.hint)
+            return False
+        upload = Upload(admitted, self._agent, call)
+        try:
+            await upload.prepare(self._exit.request_timeout_s)
+            await self._carry(admitted, upload)
+        except DialDeniedError as exc:
+            spans.denied(call, exc.reason, str(exc))
+            self._answer(403, exc.reason, str(exc), exc.hint)
+        except DialFailedError as exc:
+            spans.failed(call, exc.error_type, str(exc))
+            self._answer(502, exc.error_type, str(exc))
+        except asyncio.CancelledError:
+            self._record(admitted, "cancelled", "the run ended", complete=False)
+            raise
+        except (OSError, ProtocolError) as exc:
+            self._fail(admitted, upload, exc)
+        else:
+            self._record(admitted, None, "", complete=True)
+            return self._continues and upload.done
+        return False
+
+    async def _carry(self, admitted: Admitted, upload: Upload) -> None:
+        upstream, reused = await self._exit.upstream.acquire(admitted.target)
+        repeatable = reused and self._request.method in _REPEATABLE and not upload.has_body
+        try:
+            await self._talk(admitted, upload, upstream, repeatable=repeatable)
+        except _DeadPooledError:
+            await self._talk(admitted, upload, await self._exit.upstream.dial(admitted.target), repeatable=False)
+
+    async def _talk(self, admitted: Admitted, upload: Upload, upstream: Channel, *, repeatable: bool) -> None:
+        self._call.peer = upstream.peer
+        self._agent.on_lost(lambda: upstream.fail(AgentGoneError("the agent closed the connection")))
+        upstream.set_idle_timeout(self._exit.request_timeout_s)
+        sending: asyncio.Task[None] | None = None
+        reusable = False
+        try:
+            response = None
+            try:
+                self._sent_at = self._loop.time()
+                upload.send_head(upstream)
+                if not upload.done:
+                    sending = spawn(upload.run(upstream), name="egress-upload")
+                response = await self._response_head(admitted, upstream)
+            except ConnectionError as exc:
+                if repeatable and not isinstance(exc, AgentGoneError):
+                    raise _DeadPooledError from exc
+                raise
+            reusable = await self._relay(admitted, upload, upstream, response)
+            if sending is not None and reusable:
+                await sending  # the upstream has answered and goes on reading
+                reusable = upload.done
+        finally:
+            self._agent.on_lost(None)
+            if sending is not None:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+            upstream.set_idle_timeout(0)
+            if reusable:
+                self._exit.upstream.release(admitted.target, upstream)
+            else:
+                upstream.abort()
+
+    async def _response_head(self, admitted: Admitted, upstream: Channel) -> Response:
+        """Return the final response head; what comes before it (RFC 9110, section 15.2) is passed on."""
+        reader = HeadReader()
+        while True:
+            data = await upstream.read()
+            if not data:
+                raise ConnectionResetError("the upstream closed the connection without an answer")
+            while (found := reader.feed(data)) is not None:
+                head, data = found
+                response = parse_response(head)
+                if response.status >= 200 or (response.status == 101 and admitted.upgrade):
+                    upstream.unread(data)
+                    return response
+                if response.status == 101:
+                    raise ProtocolError("upgrade", "the upstream switched protocols unasked")
+                if response.status != 100 and self._request.minor == 1:
+                    await self._agent.write(head + b"\r\n")
+                if not data:
+                    break
+
+    # --- the response coming down -----------------------------------------------------------------------------------
+
+    async def _relay(self, admitted: Admitted, upload: Upload, upstream: Channel, response: Response) -> bool:
+        """Send the response to the agent as it comes; return whether the upstream connection can be used again."""
+        self._status = response.status
+        if response.status == 101:
+            await self._switch(upstream, response)
+            return False
+        body = response_body(response, self._request.method)
+        interpreter = admitted.interpreter
+        if interpreter is not None:
+            interpreter.response_head(ResponseHead(response.status, response.headers), self._elapsed())
+        # A rewritten request may have an answer from which bytes are withheld: its length is not known yet.
+        reframed = upload.rewritten and not body.done and not body.until_close
+        chunked = (body.chunked or reframed) and self._request.minor == 1
+        self._open_ended = body.until_close or ((body.chunked or reframed) and not chunked)
+        asked_close = self._request.minor == 0 or "close" in tokens(self._request.headers, "connection")
+        self._continues = not (self._open_ended or asked_close)
+        headers = forward.response_headers(response, chunked=chunked, drop_length=reframed, close=not self._continues)
+        pending = [render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)]
+        while not body.done:
+            data = upstream.read_nowait()
+            if not data:
+                await self._flush(pending)
+                data = await upstream.read()
+                if not data:
+                    body.eof()
+                    break
+            piece = body.feed(data)
+            if interpreter is not None and piece:
+                piece = interpreter.response_data(piece, self._elapsed())
+            self._push(pending, piece, chunked=chunked)
+            if len(pending) > 1 or not self._answered:
+                await self._flush(pending)
+        if interpreter is not None:
+            self._push(pending, interpreter.response_end(complete=True), chunked=chunked)
+        if chunked:
+            pending.append(render_last_chunk(body.trailers))
+        await self._flush(pending)
+        upstream.unread(body.rest)
+        return response.minor == 1 and not body.until_close and "close" not in tokens(response.headers, "connection")
+
+    def _push(self, pending: list[bytes], piece: bytes, *, chunked: bool) -> None:
+        if piece:
+            self._call.response_bytes += len(piece)
+            pending.append(render_chunk(piece) if chunked else piece)
+
+    async def _flush(self, pending: list[bytes]) -> None:
+        if pending:
+            self._answered = True
+            data = pending[0] if len(pending) == 1 else b"".join(pending)
+            pending.clear()
+            await self._agent.write(data)
+
+    async def _switch(self, upstream: Channel, response: Response) -> None:
+        """Become a tunnel (RFC 9110, section 15.2.2)."""
+        headers = forward.response_headers(response, chunked=False, drop_length=False, close=False)
+        self._answered, self._continues = True, False
+        self._agent.on_lost(None)
+        upstream.set_idle_timeout(0)
+        await self._agent.write(render_head(f"HTTP/1.1 101 {response.reason}", headers))
+        up, down = upstream.sent_bytes, self._agent.sent_bytes
+        try:
+            await tunnel(self._agent, upstream)
+        finally:
+            self._call.request_bytes += upstream.sent_bytes - up
+            self._call.response_bytes += self._agent.sent_bytes - down
+
+    # --- how it ends ------------------------------------------------------------------------------------------------
+
+    def _fail(self, admitted: Admitted, upload: Upload, exc: OSError | ProtocolError) -> None:
+        """One side broke: say so to the other, and in the span."""
+        broken = upload.error or (exc if isinstance(exc, ProtocolError) and not self._sent_at else None)
+        if broken is not None:
+            self._exit.spans.denied(self._call, f"bad_request_{broken.code}", str(broken))
+            self._answer(400, f"bad_request_{broken.code}", str(broken))
+            return
+        if isinstance(exc, AgentGoneError) or self._agent.is_broken:
+            self._record(admitted, "agent_disconnected", str(exc), complete=False)
+            self._agent.abort()
+            return
+        kind = exc.code if isinstance(exc, ProtocolError) else error_type_of(exc)
+        message = f"{admitted.target.label}: {exc}"
+        if self._status is not None:
+            self._record(admitted, kind, message, complete=False)
+            self._cut()
+        elif kind == "timeout":
+            self._record(admitted, kind, message, complete=False)
+            self._answer(504, kind, f"no answer within {self._exit.request_timeout_s:g} s from {admitted.target.label}")
+        else:
+            kind = f"bad_response_{exc.code}" if isinstance(exc, ProtocolError) else kind
+            self._exit.spans.failed(self._call, kind, message)
+            self._answer(502, kind, message)
+
+    def _cut(self) -> None:
+        """End a response that is not complete so that the agent can see it: never a clean end."""
+        if self._open_ended or not self._answered:
+            self._agent.reset()
+        else:
+            self._agent.close()  # what came is delivered; the length, or the last chunk, is missing
+
+    def _answer(self, status: int, reason: str, detail: str, hint: str = "") -> None:
+        if self._answered or self._agent.is_broken:
+            self._agent.abort()
+            return
+        self._answered = True
+        self._agent.write_nowait(
+            render_problem(
+                status,
+                reason,
+                detail,
+                hint=hint,
+                head_only=self._request.method == "HEAD",
+                invocation_id=self._exit.spans.identity.invocation_id,
+            )
+        )
+
+    def _record(self, admitted: Admitted, error: str | None, message: str, *, complete: bool) -> None:
+        facts = None
+        if (interpreter := admitted.interpreter) is not None:
+            if not complete:
+                interpreter.response_end(complete=False)
+            facts = interpreter.facts()
+        self._exit.spans.http(self._call, admitted.head, self._status, facts, error=error, message=message)
+
+    def _elapsed(self) -> float:
+        return self._loop.time() - self._sent_at

@@ -1,0 +1,71 @@
+"""Serve the HTTP/1.1 requests of one agent connection, one after the other (CONTRACT section 10)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+from clrk.core.errors import ProtocolError
+from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.exchange import Exchange
+from clrk.gateway.egress.http1 import HeadReader, Request, parse_request
+from clrk.gateway.egress.origin import Exit, Origin
+from clrk.gateway.egress.refusal import render_problem, status_of
+
+KEEP_ALIVE_S: Final = 300.0
+LINGER_S: Final = 2.0
+LINGER_BYTES: Final = 4 * 1024 * 1024
+
+
+async def relay_http(way_out: Exit, origin: Origin, agent: Channel) -> None:
+    """Carry requests until either side ends the connection. Never raises for what a peer does."""
+    start_ns = origin.connect_ns
+    try:
+        while (request := await _next_request(way_out, origin, agent, start_ns)) is not None:
+            call = origin.call(start_ns or time.time_ns())
+            start_ns = 0
+            if not await Exchange(way_out, origin, agent, request, call).run():
+                break
+        await _linger(agent)
+    except OSError:
+        return  # the agent is gone between two requests: nothing is owed to anybody
+
+
+async def _next_request(way_out: Exit, origin: Origin, agent: Channel, start_ns: int) -> Request | None:
+    """Return the next request; None when there is none or it was refused."""
+    reader = HeadReader()
+    agent.set_idle_timeout(KEEP_ALIVE_S)
+    try:
+        while True:
+            data = await agent.read()
+            if not data and reader.is_empty:
+                return None
+            if not data:
+                raise ProtocolError("truncated", "the connection ended inside a request head")
+            if (found := reader.feed(data)) is not None:
+                head, rest = found
+                agent.unread(rest)
+                return parse_request(head)
+    except ProtocolError as exc:
+        call = origin.call(start_ns or time.time_ns())
+        reason, invocation_id = f"bad_request_{exc.code}", way_out.spans.identity.invocation_id
+        way_out.spans.denied(call, reason, str(exc))
+        await agent.write(render_problem(status_of(exc.code), reason, str(exc), invocation_id=invocation_id))
+        return None
+    finally:
+        agent.set_idle_timeout(0)
+
+
+async def _linger(agent: Channel) -> None:
+    """Let our last answer arrive: closing with unread input would become a reset that destroys it."""
+    if agent.is_broken:
+        return
+    agent.write_eof()
+    try:
+        async with asyncio.timeout(LINGER_S):
+            dropped = 0
+            while dropped < LINGER_BYTES and (data := await agent.read()):
+                dropped += len(data)
+    except TimeoutError:
+        return  # it does not end by itself: the close settles it

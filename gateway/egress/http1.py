@@ -1,0 +1,331 @@
+"""HTTP/1.1 messages on the wire: heads and body framing. No I/O; feed bytes, get values, or a ProtocolError.
+
+Strict on purpose: only what RFC 9112 lets a sender write is read, so that no two readers of the same bytes can
+disagree about where a message ends (section 11.2, request smuggling). Bare CR or LF, line folding, white space before
+the colon, repeated Content-Length, Content-Length beside Transfer-Encoding: all refused. What we forward is written
+anew from what was read; names, values, their order and their case are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from clrk.core.errors import ProtocolError
+
+MAX_HEAD_SIZE: Final = 64 * 1024
+MAX_HEADERS: Final = 256
+MAX_CHUNK_LINE: Final = 1024
+
+Headers = tuple[tuple[str, str], ...]
+
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_REQUEST_LINE: Final = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
+_STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
+_FORBIDDEN: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+_LENGTH: Final = re.compile(r"[0-9]{1,18}")
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request head; target as it stood in the request line."""
+
+    method: str
+    target: str
+    minor: int
+    headers: Headers
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response head."""
+
+    minor: int
+    status: int
+    reason: str
+    headers: Headers
+
+
+def values(headers: Headers, name: str) -> list[str]:
+    """Return every value of a header, in order; name in lower case."""
+    return [value for key, value in headers if key.lower() == name]
+
+
+def tokens(headers: Headers, name: str) -> list[str]:
+    """Return the lower-case elements of a comma-separated header."""
+    found = values(headers, name)
+    return [item.strip(" \t").lower() for value in found for item in value.split(",") if item.strip(" \t")]
+
+
+class HeadReader:
+    """Collects one head: bytes up to and with the empty line."""
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    @property
+    def is_empty(self) -> bool:
+        """Say whether no byte of a head has come yet."""
+        return not self._buffer
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes] | None:
+        """Return (head, what follows it), or None when more is needed.
+
+        Raises: ProtocolError(head_too_large).
+        """
+        start = max(0, len(self._buffer) - 3)
+        self._buffer += data
+        end = self._buffer.find(b"\r\n\r\n", start)
+        if end < 0 or end > MAX_HEAD_SIZE:
+            if len(self._buffer) > MAX_HEAD_SIZE:
+                raise ProtocolError("head_too_large", f"head is over {MAX_HEAD_SIZE} bytes")
+            return None
+        head, rest = bytes(self._buffer[: end + 2]), bytes(self._buffer[end + 4 :])
+        self._buffer.clear()
+        return head, rest
+
+
+def parse_request(head: bytes) -> Request:
+    """Read a request head. Raises: ProtocolError(request_line | version | header | …)."""
+    line, headers = _split_head(head)
+    found = _REQUEST_LINE.fullmatch(line)
+    if found is None:
+        code = (
+            "version"
+            if re.search(r" HTTP/\d(\.\d)?$", line) and not re.search(r" HTTP/1\.[01]$", line)
+            else "request_line"
+        )
+        raise ProtocolError(code, "request line is not METHOD target HTTP/1.1")
+    return Request(found[1], found[2], int(found[3]), headers)
+
+
+def parse_response(head: bytes) -> Response:
+    """Read a response head. Raises: ProtocolError(status_line | header | …)."""
+    line, headers = _split_head(head)
+    found = _STATUS_LINE.fullmatch(line)
+    if found is None:
+        raise ProtocolError("status_line", "status line is not HTTP/1.1 NNN reason")
+    return Response(int(found[1]), int(found[2]), found[3] or "", headers)
+
+
+def _split_head(head: bytes) -> tuple[str, Headers]:
+    if (bad := _FORBIDDEN.search(head)) is not None:
+        raise ProtocolError("control_character", "a control character, a bare CR or a bare LF in the head", bad.start())
+    line, *lines = head[:-2].decode("latin-1").split("\r\n")
+    return line, _parse_fields(lines)
+
+
+def _parse_fields(lines: list[str]) -> Headers:
+    if len(lines) > MAX_HEADERS:
+        raise ProtocolError("too_many_headers", f"more than {MAX_HEADERS} headers")
+    fields = []
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or _TOKEN.fullmatch(name) is None:
+            raise ProtocolError("header", "a header line is not `name: value`")
+        fields.append((name, value.strip(" \t")))
+    return tuple(fields)
+
+
+def render_head(start_line: str, headers: list[tuple[str, str]] | Headers) -> bytes:
+    """Write a head. Names and values were read by this module, or are ours."""
+    lines = [start_line, *(f"{name}: {value}" for name, value in headers), "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+# --- body framing ---------------------------------------------------------------------------------------------------
+
+
+class Body:
+    """A message body of unknown length that ends with the connection; base of the framed ones.
+
+    Shape: after done, `rest` holds bytes behind the message and `trailers` what a chunked body ended with.
+    """
+
+    __slots__ = ("done", "rest", "trailers")
+    chunked = False
+    until_close = True
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+        self.trailers: Headers = ()
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the body bytes in data, perhaps none. Raises: ProtocolError when the framing is broken."""
+        return data
+
+    def eof(self) -> None:
+        """The connection ended. Raises: ProtocolError(truncated) when the body had not."""
+        self.done = True
+
+
+class NoBody(Body):
+    """A message without a body."""
+
+    __slots__ = ()
+    until_close = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = True
+
+
+class LengthBody(Body):
+    """A body of Content-Length bytes."""
+
+    __slots__ = ("_left",)
+    until_close = False
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._left = length
+        self.done = length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the body bytes in data; what lies behind the body goes to rest."""
+        if len(data) > self._left:
+            data, self.rest = data[: self._left], data[self._left :]
+        self._left -= len(data)
+        self.done = self._left == 0
+        return data
+
+    def eof(self) -> None:
+        """Refuse an end before the last byte."""
+        if not self.done:
+            raise ProtocolError("truncated", f"body ended {self._left} bytes early")
+
+
+class ChunkedBody(Body):
+    """A chunked body (RFC 9112, section 7.1). Chunk extensions are dropped, trailers are kept."""
+
+    __slots__ = ("_buffer", "_left", "_state")
+    chunked = True
+    until_close = False
+
+    _SIZE, _DATA, _DATA_END, _TRAILERS = range(4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffer = b""
+        self._left = 0
+        self._state = self._SIZE
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the decoded bytes in data."""
+        data = self._buffer + data if self._buffer else data
+        self._buffer = b""
+        pieces: list[bytes] = []
+        at = 0
+        while not self.done:
+            if self._state == self._DATA:
+                piece = data[at : at + self._left] if at or self._left < len(data) else data
+                pieces.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                if self._left:
+                    break
+                self._state = self._DATA_END
+            elif (after := self._read_line(data, at)) < 0:
+                self._buffer = data[at:]
+                break
+            else:
+                at = after
+        else:
+            self.rest = data[at:]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_line(self, data: bytes, at: int) -> int:
+        """Take one framing line at `at`; return where it ends, or -1 when it is not complete."""
+        if self._state == self._TRAILERS:
+            return self._read_trailers(data, at)
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            if len(data) - at > MAX_CHUNK_LINE or (self._state == self._DATA_END and len(data) - at >= 2):
+                raise ProtocolError("chunk", "a chunk's framing is broken")
+            return -1
+        if self._state == self._DATA_END:
+            if end != at:
+                raise ProtocolError("chunk", "a chunk is longer than its size")
+            self._state = self._SIZE
+            return end + 2
+        found = _CHUNK_LINE.fullmatch(data, at, end)
+        if found is None or end - at > MAX_CHUNK_LINE:
+            raise ProtocolError("chunk", "a chunk's size is not a hexadecimal number")
+        self._left = int(found[1], 16)
+        self._state = self._DATA if self._left else self._TRAILERS
+        return end + 2
+
+    def _read_trailers(self, data: bytes, at: int) -> int:
+        if data.startswith(b"\r\n", at):
+            self.done = True
+            return at + 2
+        end = data.find(b"\r\n\r\n", at)
+        if end < 0:
+            if len(data) - at > MAX_HEAD_SIZE:
+                raise ProtocolError("head_too_large", "trailers are too large")
+            return -1
+        raw = data[at : end + 2]
+        if _FORBIDDEN.search(raw) is not None:
+            raise ProtocolError("control_character", "a control character in the trailers")
+        self.trailers = _parse_fields(raw[:-2].decode("latin-1").split("\r\n"))
+        self.done = True
+        return end + 4
+
+    def eof(self) -> None:
+        """Refuse an end before the last chunk."""
+        if not self.done:
+            raise ProtocolError("truncated", "chunked body ended without its last chunk")
+
+
+def render_chunk(data: bytes) -> bytes:
+    """Return one chunk; data is not empty, since an empty chunk ends the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def render_last_chunk(trailers: Headers) -> bytes:
+    """Return the end of a chunked body."""
+    return b"0\r\n" + "".join(f"{name}: {value}\r\n" for name, value in trailers).encode("latin-1") + b"\r\n"
+
+
+def request_body(request: Request) -> Body:
+    """Return how the request's body is framed (RFC 9112, section 6.3).
+
+    Raises: ProtocolError(content_length | transfer_encoding): anything that two readers could read differently.
+    """
+    lengths, codings = values(request.headers, "content-length"), values(request.headers, "transfer-encoding")
+    if codings:
+        if lengths:
+            raise ProtocolError("transfer_encoding", "Content-Length beside Transfer-Encoding")
+        if request.minor == 0:
+            raise ProtocolError("transfer_encoding", "Transfer-Encoding in HTTP/1.0")
+        return _chunked(codings)
+    return LengthBody(_length(lengths)) if lengths else NoBody()
+
+
+def response_body(response: Response, method: str) -> Body:
+    """Return how the response's body is framed. Raises: ProtocolError as request_body does."""
+    if method == "HEAD" or response.status in (204, 304) or response.status < 200:
+        return NoBody()
+    lengths, codings = values(response.headers, "content-length"), values(response.headers, "transfer-encoding")
+    if codings:
+        if lengths:
+            raise ProtocolError("transfer_encoding", "Content-Length beside Transfer-Encoding")
+        return _chunked(codings)
+    return LengthBody(_length(lengths)) if lengths else Body()
+
+
+def _chunked(codings: list[str]) -> ChunkedBody:
+    if [coding.lower() for coding in codings] != ["chunked"]:
+        raise ProtocolError("transfer_encoding", "the only transfer coding here is one `chunked`")
+    return ChunkedBody()
+
+
+def _length(lengths: list[str]) -> int:
+    if len(lengths) != 1 or _LENGTH.fullmatch(lengths[0]) is None:
+        raise ProtocolError("content_length", "Content-Length is not one number")
+    return int(lengths[0])

@@ -1,0 +1,181 @@
+"""Turn what was learned about a connection or an exchange into one span each (CONTRACT section 13).
+
+Everything on a span comes from the flow record, from our own sockets, from what the relay parsed, or from an
+interpreter; nothing is believed that the agent says about itself.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from clrk.core.ids import SpanId, new_span_id
+from clrk.core.wire import FlowRecord, IPAddress
+from clrk.gateway.interpret import Facts, RequestHead
+from clrk.gateway.telemetry import attributes as attr
+from clrk.gateway.telemetry.spans import (
+    UNSET,
+    AttributeValue,
+    Component,
+    Identity,
+    Recorder,
+    SpanKind,
+    Status,
+    StatusCode,
+)
+
+MAX_URL_SIZE: Final = 4096
+_KNOWN_METHODS: Final = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY".split())
+# semconv 1.41.1, url.full: values of these are to be redacted; the second line is what LLM and tool APIs use.
+_SECRET_QUERY: Final = re.compile(
+    r"(^|&)((?:AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-(?:Signature|Credential|Security-Token)"
+    r"|key|api[_-]?key|(?:access_|refresh_|id_|auth_)?token|password|passwd|(?:client_)?secret|code)=)[^&]*",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """What the agent dialled: name is what the synthetic address stands for, None for a real address."""
+
+    name: str | None
+    address: IPAddress
+    port: int
+
+    @property
+    def host(self) -> str:
+        """Return the name, else the address."""
+        return self.name or str(self.address)
+
+
+@dataclass(slots=True)
+class Call:
+    """One span in the making. peer is the upstream that we connected to, None before that."""
+
+    flow: FlowRecord
+    destination: Destination
+    start_ns: int
+    span_id: SpanId = field(default_factory=new_span_id)
+    parent_span_id: str | None = None
+    peer: tuple[str, int] | None = None
+    request_bytes: int = 0
+    response_bytes: int = 0
+    attributes: dict[str, AttributeValue] = field(default_factory=dict)
+
+
+def connect_time_ns(flow: FlowRecord) -> int:
+    """Return when the agent called connect(), as CLOCK_REALTIME nanoseconds."""
+    return flow.connect_ns + time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def full_url(head: RequestHead) -> str:
+    """Return url.full without secrets; there is no userinfo, since requests with it are refused."""
+    default = 443 if head.scheme == "https" else 80
+    host = f"[{head.host}]" if ":" in head.host else head.host
+    port = "" if head.port == default else f":{head.port}"
+    query = "?" + _SECRET_QUERY.sub(r"\1\2REDACTED", head.query) if head.query else ""
+    return f"{head.scheme}://{host}{port}{head.path}{query}"[:MAX_URL_SIZE]
+
+
+def request_attributes(head: RequestHead) -> dict[str, AttributeValue]:
+    """Return the attributes of an HTTP client span that are known before the answer."""
+    known = head.method in _KNOWN_METHODS
+    found: dict[str, AttributeValue] = {
+        attr.HTTP_REQUEST_METHOD: head.method if known else "_OTHER",
+        attr.URL_FULL: full_url(head),
+        attr.SERVER_ADDRESS: head.host,
+        attr.SERVER_PORT: head.port,
+        attr.NETWORK_PROTOCOL_NAME: "http",
+    }
+    if not known:
+        found[attr.HTTP_REQUEST_METHOD_ORIGINAL] = head.method
+    return found
+
+
+def http_span_name(head: RequestHead) -> str:
+    """Return `<METHOD> <server.address>`; unknown methods are `HTTP` (semconv 1.41.1, http-spans)."""
+    return f"{head.method if head.method in _KNOWN_METHODS else 'HTTP'} {head.host}"
+
+
+class EgressSpans:
+    """Records the egress spans of one sandbox."""
+
+    def __init__(self, identity: Identity, recorder: Recorder) -> None:
+        self.identity = identity
+        self._recorder = recorder
+
+    def http(
+        self,
+        call: Call,
+        head: RequestHead,
+        status: int | None,
+        facts: Facts | None,
+        *,
+        error: str | None = None,
+        message: str = "",
+    ) -> None:
+        """One exchange that went upstream; status is None when no response came."""
+        found = request_attributes(head)
+        if status is not None:
+            found[attr.HTTP_RESPONSE_STATUS_CODE] = status
+        if facts is not None:
+            found.update(facts.attributes)
+            error = error or facts.error_type
+            message = message or facts.status_message
+        if error is None and status is not None and status >= 400:
+            error = str(status)
+        name = facts.name if facts is not None else http_span_name(head)
+        self._record(call, name, found, error, message)
+
+    def tcp(self, call: Call, error: str | None = None, message: str = "") -> None:
+        """One tunnel."""
+        self._record(call, attr.SPAN_EGRESS_TCP, {attr.NETWORK_TRANSPORT: "tcp"}, error, message)
+
+    def denied(self, call: Call, reason: str, message: str, rule: str = "") -> None:
+        """A connection or request that policy, or the gateway's own rules, refused."""
+        found: dict[str, AttributeValue] = {attr.CLRK_EGRESS_DENY_REASON: reason}
+        if rule:
+            found[attr.CLRK_EGRESS_ROUTE] = rule
+        self._record(call, attr.SPAN_EGRESS_DIAL_DENIED, found, reason, message)
+
+    def failed(self, call: Call, error: str, message: str) -> None:
+        """The upstream could not be reached or did not answer."""
+        self._record(call, attr.SPAN_EGRESS_DIAL_FAILED, {}, error, message)
+
+    def malformed(self, call: Call, code: str) -> None:
+        """A connection that did not begin with the header that the kernel must have stamped."""
+        found: dict[str, AttributeValue] = {attr.CLRK_PROXY_ERROR_CODE: code}
+        self._record(call, attr.SPAN_EGRESS_PROXY_MALFORMED, found, code, f"stamp refused: {code}")
+
+    def _record(self, call: Call, name: str, found: dict[str, AttributeValue], error: str | None, message: str) -> None:
+        flow, destination = call.flow, call.destination
+        address, port = call.peer or (str(destination.address), destination.port)
+        base: dict[str, AttributeValue] = {
+            attr.PROCESS_PID: flow.tgid,
+            attr.PROCESS_EXECUTABLE_NAME: flow.comm.decode("utf-8", "replace"),
+            attr.NETWORK_PEER_ADDRESS: address,
+            attr.NETWORK_PEER_PORT: port,
+            attr.CLRK_DST_NAME: destination.host,
+            attr.CLRK_REQ_BYTES: call.request_bytes,
+            attr.CLRK_RESP_BYTES: call.response_bytes,
+            attr.SERVER_ADDRESS: destination.host,
+            attr.SERVER_PORT: destination.port,
+        }
+        base.update(found)
+        base.update(call.attributes)
+        if error is not None:
+            base[attr.ERROR_TYPE] = error
+        self._recorder.record(
+            self.identity,
+            component=Component.GATEWAY,
+            name=name,
+            kind=SpanKind.CLIENT,
+            start_ns=call.start_ns,
+            end_ns=time.time_ns(),
+            attributes=base,
+            status=UNSET if error is None else Status(StatusCode.ERROR, message),
+            span_id=call.span_id,
+            parent_span_id=call.parent_span_id,
+        )

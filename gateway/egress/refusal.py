@@ -1,0 +1,49 @@
+"""Answers that the gateway gives in place of the upstream: problem documents (RFC 9457)."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Final
+
+from clrk.core.errors import ClrkError
+from clrk.gateway.egress.http1 import render_head
+
+PROBLEM_TYPE: Final = "application/problem+json"
+_STATUS_OF_CODE: Final = {"head_too_large": 431, "too_many_headers": 431, "version": 505}
+
+
+class RefusedError(ClrkError):
+    """A request that goes nowhere.
+
+    Shape: reason is stable and low-cardinality; rule names what decided; hint is the rule to add, if one would help.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, *, rule: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.rule = rule
+        self.hint = hint
+
+
+def status_of(code: str) -> int:
+    """Return the status of a ProtocolError in a request."""
+    return _STATUS_OF_CODE.get(code, 400)
+
+
+def render_problem(
+    status: int, reason: str, detail: str, *, invocation_id: str, hint: str = "", head_only: bool = False
+) -> bytes:
+    """Return a whole response that ends the connection."""
+    title = HTTPStatus(status).phrase
+    body: dict[str, object] = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    body |= {"reason": reason, "invocation_id": invocation_id}
+    if hint:
+        body["add_rule"] = hint
+    content = json.dumps(body).encode() + b"\n"
+    head = render_head(
+        f"HTTP/1.1 {status} {title}",
+        [("Content-Type", PROBLEM_TYPE), ("Content-Length", str(len(content))), ("Connection", "close")],
+    )
+    return head if head_only else head + content

@@ -1,0 +1,139 @@
+"""The egress side of the gateway: one object per process, one RunEgress per sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Final
+
+from clrk.core import wire
+from clrk.core.errors import ConfigError
+from clrk.core.resources import EgressGateway, GatewayConfig
+from clrk.gateway._aio import spawn
+from clrk.gateway.ca import LeafIssuer
+from clrk.gateway.dns import SandboxResolver
+from clrk.gateway.egress.accept import Acceptor, EgressCounters
+from clrk.gateway.egress.addresses import AddressGuard
+from clrk.gateway.egress.flows import FlowMap, FlowSource
+from clrk.gateway.egress.origin import Exit, Recognise
+from clrk.gateway.egress.record import EgressSpans
+from clrk.gateway.egress.tls import upstream_context
+from clrk.gateway.egress.upstream import Resolver, Upstream, is_local_address, system_resolver
+from clrk.gateway.names import NameTable
+from clrk.gateway.policy import EgressPolicy
+from clrk.gateway.recognise import recognise
+from clrk.gateway.run import Run
+from clrk.gateway.telemetry.spans import Recorder
+
+_NO_GATEWAY_TIMEOUT_S: Final = 60.0
+
+
+class EgressService:
+    """Carries what agents send out.
+
+    Shape: flows_fd is the kernel's map of flow records, kept by the caller. flows, resolver and recognise replace the
+    real ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: GatewayConfig,
+        flows_fd: int,
+        recorder: Recorder,
+        flows: FlowSource | None = None,
+        resolver: Resolver = system_resolver,
+        recognise: Recognise = recognise,
+    ) -> None:
+        self._flows = flows or FlowMap(flows_fd)
+        self._recorder = recorder
+        self._resolver = resolver
+        self._recognise = recognise
+        self._runs: set[RunEgress] = set()
+        self._contexts: dict[str | None, ssl.SSLContext] = {}
+        self.counters = EgressCounters()
+        self._apply(config)
+
+    def reconfigure(self, config: GatewayConfig) -> None:
+        """Use a new configuration for runs that begin from now on. Raises: ConfigError; then the old one stays."""
+        self._apply(config)
+
+    def serve(self, run: Run) -> RunEgress:
+        """Answer DNS and carry connections of one sandbox until the returned object is closed.
+
+        Side effects: uses run.sockets' egress and dns sockets, which stay the caller's to close afterwards.
+        """
+        policy = EgressPolicy.compile(run.gateway, self._config.routes)
+        upstream = Upstream(
+            policy=policy,
+            guard=AddressGuard(self._config.host_addresses, is_local_address),
+            context=self._contexts[self._ca_pem(run.gateway)],
+            resolver=self._resolver,
+        )
+        timeout_s = run.gateway.spec.request_timeout if run.gateway is not None else _NO_GATEWAY_TIMEOUT_S
+        spans = EgressSpans(run.identity, self._recorder)
+        names = NameTable()
+        acceptor = Acceptor(
+            run=run,
+            flows=self._flows,
+            names=names,
+            issuer=self._issuer,
+            way_out=Exit(policy, upstream, spans, self._recognise, timeout_s),
+            counters=self.counters,
+        )
+        resolver = SandboxResolver(identity=run.identity, policy=lambda: policy, names=names, recorder=self._recorder)
+        serving = RunEgress(run, acceptor, resolver, upstream, self._runs)
+        self._runs.add(serving)
+        return serving
+
+    async def close(self) -> None:
+        """Close every run."""
+        await asyncio.gather(*(serving.close() for serving in list(self._runs)))
+
+    def _apply(self, config: GatewayConfig) -> None:
+        contexts: dict[str | None, ssl.SSLContext] = {}
+        for name, pem in [("", None), *config.upstream_ca_pem.items()]:
+            try:
+                contexts[pem] = self._contexts.get(pem) or upstream_context(pem)
+            except ssl.SSLError as exc:
+                raise ConfigError(
+                    (f"EgressGateway/{name}: spec.upstreamTLS.caFile: no usable certificate: {exc}",)
+                ) from exc
+        self._issuer = LeafIssuer(config.ca_cert_pem, config.ca_key_pem)
+        self._contexts = contexts
+        self._config = config
+
+    def _ca_pem(self, gateway: EgressGateway | None) -> str | None:
+        if gateway is None:
+            return None
+        return self._config.upstream_ca_pem.get(f"{gateway.metadata.namespace}/{gateway.metadata.name}")
+
+
+class RunEgress:
+    """Egress and DNS of one run, until closed."""
+
+    def __init__(
+        self,
+        run: Run,
+        acceptor: Acceptor,
+        resolver: SandboxResolver,
+        upstream: Upstream,
+        siblings: set[RunEgress],
+    ) -> None:
+        self._acceptor, self._resolver, self._upstream, self._siblings = acceptor, resolver, upstream, siblings
+        sockets, label = run.sockets, run.identity.sandbox_id
+        resolver.start(sockets.dns_udp, sockets.dns_tcp)
+        self._accepting = [
+            spawn(acceptor.accept_forever(sockets.egress_v4, wire.FAMILY_V4), name=f"egress-accept-v4-{label}"),
+            spawn(acceptor.accept_forever(sockets.egress_v6, wire.FAMILY_V6), name=f"egress-accept-v6-{label}"),
+        ]
+
+    async def close(self) -> None:
+        """Stop accepting, abort what is open, and record the spans of what was in flight. Idempotent."""
+        self._siblings.discard(self)
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await self._acceptor.close()
+        await self._resolver.close()
+        self._upstream.close()

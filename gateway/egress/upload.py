@@ -1,0 +1,124 @@
+"""The request on its way up: what is here already goes with the head, the rest follows as it comes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from clrk.core.errors import ProtocolError
+from clrk.gateway.egress import forward
+from clrk.gateway.egress.admission import Admitted
+from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.http1 import render_chunk, render_head, render_last_chunk, tokens
+from clrk.gateway.egress.record import Call
+
+MAX_REWRITE_SIZE: Final = 8 * 1024 * 1024
+
+
+class AgentGoneError(ConnectionError):
+    """The agent's side failed while the exchange was under way."""
+
+
+class Upload:
+    """Reads the body from the agent and writes the request to the upstream."""
+
+    def __init__(self, admitted: Admitted, agent: Channel, call: Call) -> None:
+        self._admitted, self._agent, self._call = admitted, agent, call
+        self._body = admitted.body
+        self._first = b""
+        self._length: int | None = None  # of a rewritten body
+        self._collecting = False  # the interpreter gets the bytes only after it was asked to rewrite them
+        self.rewritten = False
+        self.error: ProtocolError | None = None  # the agent's body was broken
+
+    @property
+    def done(self) -> bool:
+        """Say whether the whole body was read from the agent."""
+        return self._body.done
+
+    @property
+    def has_body(self) -> bool:
+        """Say whether any body byte was or will be sent."""
+        return bool(self._first) or not self._body.done
+
+    async def prepare(self, timeout_s: float) -> None:
+        """Answer Expect; take what is here of the body, or all of it when the interpreter may rewrite it.
+
+        Raises: OSError, ProtocolError of the agent's side.
+        """
+        request, interpreter = self._admitted.request, self._admitted.interpreter
+        if not self._body.done and request.minor and "100-continue" in tokens(request.headers, "expect"):
+            await self._agent.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if interpreter is None or not interpreter.wants_whole_request:
+            self._first = self._feed(self._agent.read_nowait()) if not self._body.done else b""
+            return
+        collected, self._collecting = bytearray(), True
+        self._agent.set_idle_timeout(timeout_s)
+        while not self._body.done and len(collected) <= MAX_REWRITE_SIZE:
+            collected += await self._read()
+        self._agent.set_idle_timeout(0)
+        self._collecting = False
+        self._first = whole = bytes(collected)
+        if self._body.done:
+            self._first = interpreter.rewrite_request(whole)
+            self.rewritten = self._first is not whole
+            self._length = len(self._first) if self.rewritten and not self._body.chunked else None
+        interpreter.request_data(whole)
+
+    def send_head(self, upstream: Channel) -> None:
+        """Send the head and what is there of the body, in one write. Bounded, so it needs no backpressure."""
+        head, request = self._admitted.head, self._admitted.request
+        headers = forward.request_headers(
+            request, host=head.host, context=self._admitted.context, upgrade=self._admitted.upgrade, length=self._length
+        )
+        mark = "?" if "?" in request.target else ""
+        line = f"{request.method} {head.path}{mark}{head.query} HTTP/1.1"
+        upstream.write_nowait(render_head(line, headers) + self._frame(self._first) + self._end())
+
+    async def run(self, upstream: Channel) -> None:
+        """Send the rest. The agent's failure breaks the upstream; the upstream's is seen by whoever reads from it."""
+        while not self._body.done:
+            try:
+                piece = await self._read()
+            except ProtocolError as exc:
+                self.error = exc
+                upstream.fail(AgentGoneError(str(exc)))
+                return
+            except OSError as exc:
+                upstream.fail(AgentGoneError(str(exc)))
+                return
+            try:
+                await upstream.write(self._frame(piece) + self._end())
+            except OSError:
+                return  # perhaps it has answered already, and wants no more
+
+    async def _read(self) -> bytes:
+        """Return the next piece of the body; b"" when it is complete."""
+        while not self._body.done:
+            data = await self._agent.read()
+            if not data:
+                self._body.eof()
+            if piece := self._feed(data):
+                return piece
+        return b""
+
+    def _feed(self, data: bytes) -> bytes:
+        piece = self._body.feed(data)
+        if self._body.done:
+            self._agent.unread(self._body.rest)
+        if piece and self._admitted.interpreter is not None and not self._collecting:
+            self._admitted.interpreter.request_data(piece)
+        return piece
+
+    def _frame(self, piece: bytes) -> bytes:
+        if not piece:
+            return b""
+        self._call.request_bytes += len(piece)
+        return render_chunk(piece) if self._body.chunked else piece
+
+    def _end(self) -> bytes:
+        """Return what ends the request, if it is complete."""
+        if not self._body.done:
+            return b""
+        if self._admitted.interpreter is not None:
+            self._admitted.interpreter.request_end()
+        return render_last_chunk(self._body.trailers) if self._body.chunked else b""

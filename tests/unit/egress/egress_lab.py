@@ -1,0 +1,413 @@
+"""A sandbox without a kernel: real sockets, real TLS, a real EgressService. Only the flow map is a dictionary.
+
+What the kernel does at connect() (flow record, stamp) is done here by `Lab.dial`, from the same wire constants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+import socket
+import ssl
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from clrk.core import wire
+from clrk.core.ids import SandboxId, new_invocation_id, new_span_id, new_trace_id
+from clrk.core.resources import EgressGateway, EgressL4Route, GatewayConfig, RuntimeSpec, TaskAgent
+from clrk.core.wire import FlowRecord, IPAddress
+from clrk.gateway.egress.service import EgressService, RunEgress
+from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.proxyv2.expect import expected_header
+from clrk.gateway.run import Run, SandboxSockets
+from clrk.gateway.telemetry.spans import Attributes, Component, Identity, SpanEvent, SpanKind, Status, TraceContext
+
+NETNS_COOKIE = 77
+
+
+@dataclass
+class Authority:
+    """A CA and what it signs."""
+
+    name: str
+    key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+
+    def __post_init__(self) -> None:
+        self.cert = self._sign(self.name, self.key.public_key(), [], ca=True)
+
+    @property
+    def cert_pem(self) -> str:
+        return self.cert.public_bytes(serialization.Encoding.PEM).decode()
+
+    @property
+    def key_pem(self) -> str:
+        return _key_pem(self.key).decode()
+
+    def server_context(self, names: Sequence[str], days: int = 1) -> ssl.SSLContext:
+        key = ec.generate_private_key(ec.SECP256R1())
+        leaf = self._sign(names[0], key.public_key(), names, ca=False, days=days)
+        fd = os.memfd_create("lab-leaf")
+        try:
+            os.write(fd, _key_pem(key) + leaf.public_bytes(serialization.Encoding.PEM))
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cadata=self.cert_pem)
+
+    def _sign(self, name: str, key, names: Sequence[str], *, ca: bool, days: int = 1) -> x509.Certificate:
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        issuer = subject if ca else self.cert.subject
+        now = datetime.datetime.now(datetime.UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=3))
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName([_san(name) for name in names]), critical=False)
+        if ca:
+            builder = builder.add_extension(x509.KeyUsage(
+                digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
+                key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+            ), critical=True)  # fmt: skip
+        return builder.sign(self.key, hashes.SHA256())
+
+
+def _san(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """One recorded span."""
+
+    name: str
+    kind: SpanKind
+    component: Component
+    start_ns: int
+    end_ns: int
+    attributes: Attributes
+    status: Status
+    span_id: str | None
+    parent_span_id: str | None
+
+
+class SpanList:
+    """A Recorder that keeps spans and wakes who waits for them."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self._news = asyncio.Event()
+
+    def record(
+        self, identity: Identity, *, component: Component, name: str, kind: SpanKind, start_ns: int, end_ns: int,
+        attributes: Attributes, status: Status = Status(), events: Sequence[SpanEvent] = (), span_id=None,
+        parent_span_id=None,
+    ) -> None:  # fmt: skip
+        self.spans.append(
+            Span(name, kind, component, start_ns, end_ns, dict(attributes), status, span_id, parent_span_id)
+        )
+        self._news.set()
+
+    async def wait(self, count: int = 1) -> list[Span]:
+        async with asyncio.timeout(15):
+            while len(self.spans) < count:
+                self._news.clear()
+                await self._news.wait()
+        return self.spans
+
+
+class FlowTable:
+    """The flow map as a dictionary: the kernel's map is tested in tests/kernel."""
+
+    def __init__(self) -> None:
+        self.records: dict[bytes, FlowRecord] = {}
+
+    def take(self, key: bytes) -> FlowRecord | None:
+        return self.records.pop(key, None)
+
+
+def header_template(family: int) -> bytes:
+    """A template as the C writer makes it: zeroed holes, NOOP to the end."""
+    v4 = family == wire.FAMILY_V4
+    offset = wire.V4_TLV_OFFSET if v4 else wire.V6_TLV_OFFSET
+    kind = wire.PP2_FAMILY_TCP4 if v4 else wire.PP2_FAMILY_TCP6
+    head = wire.SIGNATURE + struct.pack("!BBH", wire.PP2_VERSION_PROXY, kind, wire.HEADER_SIZE - wire.PP2_PREFIX_SIZE)
+    head = head.ljust(offset, b"\0")
+    head += struct.pack("!BH", wire.TLV_CONNECTION, wire.CONN_VALUE_SIZE) + bytes(wire.CONN_VALUE_SIZE)
+    rest = wire.HEADER_SIZE - len(head) - wire.PP2_TLV_HEADER_SIZE
+    return head + struct.pack("!BH", wire.TLV_NOOP, rest) + bytes(rest)
+
+
+def _listener(host: str) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.bind((host, 0))
+    sock.listen(64)
+    sock.setblocking(False)
+    return sock
+
+
+def _make_sockets() -> SandboxSockets:
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind(("127.0.0.1", 0))
+    udp.setblocking(False)
+    return SandboxSockets(
+        egress_v4=_listener("127.0.0.1"), egress_v6=_listener("::1"), metadata_v4=_listener("127.0.0.1"),
+        metadata_v6=_listener("::1"), dns_udp=udp, dns_tcp=_listener("127.0.0.1"), otlp=_listener("127.0.0.1"),
+    )  # fmt: skip
+
+
+class Wire:
+    """The agent's end of a connection: a stream and the address that it came from."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stamp: bytes) -> None:
+        self.reader, self.writer, self.stamp = reader, writer, stamp
+
+    async def ask(self, data: bytes) -> bytes:
+        """Send and return everything until the other side closes."""
+        self.writer.write(data)
+        async with asyncio.timeout(20):
+            return await self.reader.read(-1)
+
+    async def response(self) -> tuple[bytes, bytes]:
+        """Read one response framed by Content-Length."""
+        async with asyncio.timeout(20):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            length = next(
+                (
+                    int(line.split(b":")[1])
+                    for line in head.split(b"\r\n")
+                    if line.lower().startswith(b"content-length:")
+                ),
+                0,
+            )
+            return head, await self.reader.readexactly(length)
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+class Lab:
+    """One sandbox behind one EgressService."""
+
+    def __init__(
+        self, *, gateway: dict | None, rules: list[dict], resolver=None, recognise=None, upstream_ca: str | None = None
+    ) -> None:
+        self.ca = Authority("clrk test CA")
+        self.recorder = SpanList()
+        self.flows = FlowTable()
+        self.sockets = _make_sockets()
+        self.wires: list[Wire] = []
+        declared = None
+        if gateway is not None:
+            declared = EgressGateway.model_validate(
+                {"kind": "EgressGateway", "metadata": {"name": "default"}, "spec": gateway}
+            )
+        routes = [{"kind": "EgressL4Route", "metadata": {"name": "out"}, "spec": {"rules": rules}}] if rules else []
+        agent = TaskAgent.model_validate(
+            {"kind": "TaskAgent", "metadata": {"name": "agent"}, "spec": {"template": {"spec": {"command": ["true"]}}}}
+        )
+        self.config = GatewayConfig(
+            runtime=RuntimeSpec(), agents=[agent], gateways=[declared] if declared else [],
+            routes=[EgressL4Route.model_validate(route) for route in routes],
+            ca_cert_pem=self.ca.cert_pem, ca_key_pem=self.ca.key_pem,
+            upstream_ca_pem={"default/default": upstream_ca} if upstream_ca else {},
+        )  # fmt: skip
+        self.identity = Identity(
+            new_invocation_id(), "TaskAgent", "default", "agent", agent.uid, agent.revision, SandboxId("0badcafe"),
+            "default", TraceContext(new_trace_id(), new_span_id(), 1, "vendor=1"),
+        )  # fmt: skip
+        self.run = Run(
+            self.identity, agent, declared, NETNS_COOKIE, header_template(wire.FAMILY_V4),
+            header_template(wire.FAMILY_V6), self.sockets,
+        )  # fmt: skip
+        options = {"resolver": resolver} if resolver else {}
+        options |= {"recognise": recognise or _nothing}
+        self.service = EgressService(
+            config=self.config, flows_fd=-1, recorder=self.recorder, flows=self.flows, **options
+        )
+        self.egress: RunEgress | None = None
+
+    @property
+    def spans(self) -> list[Span]:
+        return self.recorder.spans
+
+    async def resolve(self, name: str) -> str:
+        """Ask the sandbox's resolver, as an agent would."""
+        import dns.asyncquery
+        import dns.message
+
+        host, port = self.sockets.dns_udp.getsockname()
+        answer = await dns.asyncquery.udp(dns.message.make_query(name, "A"), host, port=port, timeout=5)
+        return answer.answer[0][0].address
+
+    async def dial(
+        self,
+        destination: str,
+        port: int,
+        *,
+        stamp: bool | bytes = True,
+        record: bool = True,
+        family: int = wire.FAMILY_V4,
+    ) -> Wire:
+        """connect() as a sandboxed program does it. destination is a name or an address."""
+        address = _address(destination) or ip_address(await self.resolve(destination))
+        listener = self.sockets.egress_v4 if family == wire.FAMILY_V4 else self.sockets.egress_v6
+        sock = socket.socket(listener.family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.bind((listener.getsockname()[0], 0))
+        src, src_port = sock.getsockname()[:2]
+        flow = FlowRecord(
+            address, port, wire.FAMILY_V4 if address.version == 4 else wire.FAMILY_V6, 4242,
+            time.clock_gettime_ns(time.CLOCK_BOOTTIME), 1234, 2000001, b"agent",
+        )  # fmt: skip
+        if record:
+            self.flows.records[wire.pack_flow_key(NETNS_COOKIE, src, src_port, family)] = flow
+        expected = expected_header(self.run.header_v4, self.run.header_v6, flow, src, src_port)
+        await asyncio.get_running_loop().sock_connect(sock, listener.getsockname()[:2])
+        reader, writer = await asyncio.open_connection(sock=sock)
+        if stamp:
+            writer.write(expected if stamp is True else stamp)
+        found = Wire(reader, writer, expected)
+        self.wires.append(found)
+        return found
+
+    async def dial_tls(self, destination: str, port: int = 443, *, sni: str | None = None, context=None) -> Wire:
+        """TLS through the gateway, verified against its CA."""
+        found = await self.dial(destination, port)
+        async with asyncio.timeout(10):
+            await found.writer.start_tls(context or self.ca.client_context(), server_hostname=sni or destination)
+        return found
+
+    async def forwarder(self, destination: str, port: int) -> int:
+        """Listen for programs that can not be in the sandbox (curl); what they send goes out stamped."""
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            out = await self.dial(destination, port)
+            await asyncio.gather(_copy(reader, out.writer), _copy(out.reader, writer))
+
+        server = await asyncio.start_server(carry, "127.0.0.1", 0)
+        self._servers.append(server)
+        return server.sockets[0].getsockname()[1]
+
+    _servers: list[asyncio.Server]
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+def _address(text: str) -> IPAddress | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+def _nothing(head: RequestHead) -> Interpreter | None:
+    return None
+
+
+@contextlib.asynccontextmanager
+async def laboratory(**options) -> AsyncIterator[Lab]:
+    """Run a lab; everything is closed afterwards."""
+    lab = Lab(**options)
+    lab._servers = []
+    lab.egress = lab.service.serve(lab.run)
+    try:
+        yield lab
+    finally:
+        for wire_ in lab.wires:
+            wire_.close()
+        for server in lab._servers:
+            server.close()
+        await lab.service.close()
+        lab.sockets.close()
+
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def upstream(
+    handler: Handler, context: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[int]:
+    """A server on loopback; yields its port."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        tasks.add(task)
+        try:
+            await handler(reader, writer)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            writer.transport.abort()
+        finally:
+            tasks.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(serve, host, 0, ssl=context, limit=2**20)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def aliased(port: int, *names: str) -> dict:
+    """An EgressGateway spec that sends names to a loopback port."""
+    return {"hostAliases": [{"hostnames": list(names), "address": f"127.0.0.1:{port}"}]}
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Read one request: head with its empty line, and the body as it stands on the wire."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    lower = head.lower()
+    if b"transfer-encoding: chunked" in lower:
+        body = b""
+        while not body.endswith(b"0\r\n\r\n"):
+            body += await reader.readuntil(b"\r\n")
+        return head, body
+    length = next((int(line.split(b":")[1]) for line in lower.split(b"\r\n") if line.startswith(b"content-length:")), 0)
+    return head, await reader.readexactly(length)
+
+
+def answer(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
+    """A response with Content-Length."""
+    return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
