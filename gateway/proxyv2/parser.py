@@ -158,24 +158,20 @@ def _check_known(raw: bytes, offset: int, start: int, end: int) -> None:
     if kind == _TLV_SSL:
         if size < _SSL_FIXED:
             raise ProxyV2Error("ssl_short", f"SSL TLV of {size} bytes", offset + 1)
-        # One level only: what stands inside a sub-TLV is opaque, so nesting can not recurse.
-        for sub in _sub_tlv_spans(raw, start + _SSL_FIXED, end):
-            if sub > end:
-                raise ProxyV2Error("ssl_overrun", f"SSL sub-TLV ends {sub - end} bytes too late", offset)
+        _check_sub_tlvs(raw, start + _SSL_FIXED, end)
 
 
-def _sub_tlv_spans(raw: bytes, start: int, end: int) -> Iterator[int]:
-    """Yield where each sub-TLV ends, as far as its header is there; one past `end` when even that does not fit."""
+def _check_sub_tlvs(raw: bytes, start: int, end: int) -> None:
+    """Judge where the SSL sub-TLVs end. One level only: a sub-TLV is opaque, so nesting can not recurse."""
     offset = start
     while offset < end:
         value_offset = offset + wire.PP2_TLV_HEADER_SIZE
-        if value_offset > end:
-            yield value_offset
+        if end >= value_offset > len(raw):
             return
-        if value_offset > len(raw):
-            return
-        offset = value_offset + int.from_bytes(raw[offset + 1 : value_offset], "big")
-        yield offset
+        after = value_offset + int.from_bytes(raw[offset + 1 : value_offset], "big")
+        if after > end:
+            raise ProxyV2Error("ssl_overrun", f"SSL sub-TLV ends {after - end} bytes too late", offset)
+        offset = after
 
 
 def _check_crc32c(raw: bytes, tlvs: tuple[Tlv, ...]) -> None:

@@ -1,0 +1,461 @@
+"""Egress policy: what is allowed, and above all what must not be."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clrk.core.resources import EgressGateway, EgressL4Route
+from clrk.gateway.policy import EgressPolicy, Verdict
+from clrk.gateway.policy_names import normalise_name
+from clrk.gateway.policy_paths import PathPattern, path_readings
+
+
+def gateway(namespace: str = "default", name: str = "default", **spec: Any) -> EgressGateway:
+    return EgressGateway.model_validate(
+        {"kind": "EgressGateway", "metadata": {"name": name, "namespace": namespace}, "spec": spec}
+    )
+
+
+def route(*rules: dict[str, Any], name: str = "web", namespace: str = "default", to: str = "default") -> EgressL4Route:
+    return EgressL4Route.model_validate(
+        {
+            "kind": "EgressL4Route",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"gatewayRef": {"name": to}, "rules": list(rules)},
+        }
+    )
+
+
+def policy(*rules: dict[str, Any], **spec: Any) -> EgressPolicy:
+    return EgressPolicy.compile(gateway(**spec), [route(*rules)] if rules else [])
+
+
+def brief(verdict: Verdict) -> tuple[bool, str]:
+    return verdict.allowed, verdict.reason
+
+
+PUBLIC = ip_address("198.51.100.7")
+API = {"hostnames": ["api.example.com"], "ports": [443]}
+
+
+# --- Which rules count ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_gateway_everything_is_denied() -> None:
+    nothing = EgressPolicy.compile(None, [route(API)])
+    assert not nothing.may_allow_name("api.example.com")
+    assert nothing.alias("api.example.com") is None
+    assert not nothing.is_passthrough("api.example.com")
+    assert not nothing.names_address(PUBLIC, 443)
+    for verdict in (
+        nothing.connect("api.example.com", PUBLIC, 443),
+        nothing.request("api.example.com", PUBLIC, 443, "GET", "/"),
+    ):
+        assert brief(verdict) == (False, "no_gateway")
+        assert "EgressGateway" in verdict.hint
+        assert "api.example.com" in verdict.hint
+
+
+def test_routes_of_other_gateways_and_namespaces_do_not_count() -> None:
+    routes = [route(API, to="other"), route(API, namespace="theirs"), route({"hostnames": ["b.example.com"]}, name="b")]
+    compiled = EgressPolicy.compile(gateway(), routes)
+    assert not compiled.connect("api.example.com", None, 443).allowed
+    assert compiled.connect("b.example.com", None, 1).allowed
+    assert compiled.connect("b.example.com", None, 1).rule == "EgressL4Route default/b rules[0]"
+
+
+def test_default_policy() -> None:
+    assert brief(policy().connect("a.example.com", PUBLIC, 443)) == (False, "no_rule")
+    assert policy().connect("a.example.com", PUBLIC, 443).rule == "EgressGateway default/default defaultPolicy"
+    everything = policy(defaultPolicy="allow-all")
+    assert everything.connect("a.example.com", PUBLIC, 443) == Verdict(
+        True, "default_policy", "EgressGateway default/default defaultPolicy", ""
+    )
+    assert everything.request("a.example.com", PUBLIC, 443, "GET", "/").allowed
+    assert everything.connect(None, PUBLIC, 22).allowed
+    assert everything.may_allow_name("a.example.com")
+    # Even then no CIDR rule names anything that is refused otherwise.
+    assert not everything.names_address(ip_address("127.0.0.1"), 80)
+
+
+def test_reasons_name_the_closest_rule() -> None:
+    compiled = policy({"hostnames": ["other.example.com"]}, API, {**API, "http": {"methods": ["GET"]}, "ports": [80]})
+    port = compiled.connect("api.example.com", None, 8443)
+    assert (brief(port), port.rule) == ((False, "port_not_allowed"), "EgressL4Route default/web rules[1]")
+    http = compiled.request("api.example.com", None, 80, "POST", "/")
+    assert (brief(http), http.rule) == ((False, "http_not_allowed"), "EgressL4Route default/web rules[2]")
+    assert compiled.connect("api.example.com", None, 443).rule == "EgressL4Route default/web rules[1]"
+
+
+# --- Names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("api.example.com", "api.example.com", True),
+        ("api.example.com", "API.Example.COM.", True),
+        ("api.example.com", "api.example.com..", False),
+        ("api.example.com", "api.example.co", False),
+        ("api.example.com", "xapi.example.com", False),
+        ("api.example.com", "api.example.com.evil.test", False),
+        ("api.example.com", "api.example.com\0.evil.test", False),
+        ("api.example.com", "api.example.com%00", False),
+        ("api.example.com", "api.example.com@evil.test", False),
+        ("api.example.com", "api.example.com:443", False),
+        ("api.example.com", "api\u3002example\u3002com", True),  # IDNA's other dots
+        ("api.example.com", "ap\u0456.example.com", False),  # Cyrillic i
+        ("api.example.com", "\uff41pi.example.com", True),  # full-width a is a
+        ("xn--bcher-kva.example", "b\u00fccher.example", True),
+        ("xn--bcher-kva.example", "B\u00dcCHER.example", True),
+        ("xn--bcher-kva.example", "bucher.example", False),
+        ("*.example.com", "a.example.com", True),
+        ("*.example.com", "example.com", False),
+        ("*.example.com", ".example.com", False),
+        ("*.example.com", "a.b.example.com", False),
+        ("*.example.com", "aexample.com", False),
+        ("*.example.com", "a.example.com.evil.test", False),
+        ("**.example.com", "a.example.com", True),
+        ("**.example.com", "a.b.c.example.com", True),
+        ("**.example.com", "example.com", False),
+        ("**.example.com", "badexample.com", False),
+        ("*.com", "*.com", False),
+        ("_dmarc.example.com", "_dmarc.example.com", True),
+    ],
+)
+def test_host_patterns(pattern: str, name: str, fits: bool) -> None:
+    compiled = policy({"hostnames": [pattern]}, tls={"passthroughHosts": [pattern]})
+    assert compiled.may_allow_name(name) is fits
+    assert compiled.connect(name, PUBLIC, 443).allowed is fits
+    assert compiled.request(name, PUBLIC, 443, "GET", "/").allowed is fits
+    assert compiled.is_passthrough(name) is fits
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "a..b", "a b", "-a.test", "a-.test", "a" * 64, "a." * 127 + "ab", "\u2603\ufe0f..", "a\n", "*", "a/b"],
+)
+def test_what_is_no_host_name_is_never_allowed(name: str) -> None:
+    everything = policy({"hostnames": ["**.test"], "cidrs": ["0.0.0.0/0"]}, defaultPolicy="allow-all")
+    assert normalise_name(name) is None
+    assert brief(everything.connect(name, PUBLIC, 443)) == (False, "bad_name")
+    assert brief(everything.request(name, PUBLIC, 443, "GET", "/")) == (False, "bad_name")
+    assert not everything.may_allow_name(name)
+    assert not everything.is_passthrough(name)
+    assert everything.alias(name) is None
+
+
+def test_longest_names() -> None:
+    assert normalise_name("a" * 63 + ".test") is not None
+    longest = ".".join(["a" * 63] * 3 + ["b" * 61])
+    assert len(longest) == 253
+    assert normalise_name(longest + ".") == longest
+    assert normalise_name(longest + "b") is None
+
+
+@given(st.text(max_size=40))
+def test_any_text_as_a_name_is_answered(name: str) -> None:
+    normal = normalise_name(name)
+    assert normal is None or normalise_name(normal) == normal
+
+
+def test_the_resolver_answers_for_names_that_could_be_allowed() -> None:
+    compiled = policy(
+        {"hostnames": ["*.example.com"], "ports": [443], "http": {"methods": ["GET"]}},
+        {"cidrs": ["10.0.0.0/8"]},
+        tls={"passthroughHosts": ["pinned.test"]},
+        hostAliases=[{"hostnames": ["alias.test"], "address": "127.0.0.1:8443"}],
+    )
+    assert compiled.may_allow_name("a.example.com")
+    assert compiled.may_allow_name("pinned.test")
+    assert not compiled.may_allow_name("alias.test")
+    assert not compiled.may_allow_name("other.test")
+
+
+# --- Addresses ------------------------------------------------------------------------------------------------------
+
+
+def test_cidrs_hold_for_names_that_resolve_into_them_and_for_bare_addresses() -> None:
+    compiled = policy({"cidrs": ["10.1.0.0/16", "2001:db8::/32", "::ffff:192.0.2.0/120"], "ports": [5432]})
+    for inside in ("10.1.2.3", "2001:db8::5", "::ffff:10.1.2.3", "192.0.2.9"):
+        assert compiled.connect(None, ip_address(inside), 5432).allowed
+        assert compiled.connect("db.internal", ip_address(inside), 5432).allowed
+        assert brief(compiled.connect(None, ip_address(inside), 22)) == (False, "port_not_allowed")
+    for outside in ("10.2.0.1", "2001:db9::1", "192.0.3.1"):
+        assert brief(compiled.connect(None, ip_address(outside), 5432)) == (False, "no_rule")
+    assert brief(compiled.connect("db.internal", None, 5432)) == (False, "no_rule")
+    assert brief(compiled.connect(None, None, 5432)) == (False, "no_rule")
+    assert compiled.connect(None, None, 5432).hint == ""
+
+
+def test_a_name_that_is_an_address_stands_for_itself_only() -> None:
+    compiled = policy({"cidrs": ["10.0.0.0/8"]}, {"hostnames": ["192.0.2.1"]})
+    assert compiled.connect("10.0.0.1", None, 443).allowed
+    assert compiled.connect("10.0.0.1", ip_address("10.0.0.1"), 443).allowed
+    assert compiled.connect("[::ffff:10.0.0.1]", ip_address("10.0.0.1"), 443).allowed
+    assert compiled.connect("192.0.2.1", None, 443).allowed
+    assert brief(compiled.connect("10.0.0.1", PUBLIC, 443)) == (False, "bad_name")
+    assert brief(compiled.request("10.0.0.1", PUBLIC, 443, "GET", "/")) == (False, "bad_name")
+    assert not compiled.connect("8.8.8.8", None, 443).allowed
+
+
+@pytest.mark.parametrize(
+    ("cidr", "address", "named"),
+    [
+        ("127.0.0.1/32", "127.0.0.1", True),
+        ("127.0.0.0/8", "127.9.9.9", True),
+        ("127.0.0.1/32", "::ffff:127.0.0.1", True),
+        ("::1/128", "::1", True),
+        ("169.254.169.254/32", "169.254.169.254", True),
+        ("fe80::/10", "fe80::1", True),
+        ("224.0.0.0/4", "239.1.1.1", True),
+        ("10.0.0.0/8", "10.0.0.1", True),
+        ("127.0.0.1/32", "127.0.0.2", False),
+        ("0.0.0.0/0", "127.0.0.1", False),
+        ("0.0.0.0/0", "10.0.0.1", False),
+        ("::/0", "::1", False),
+        ("::/1", "::1", False),
+        ("0.0.0.0/1", "127.0.0.1", False),
+        ("64.0.0.0/2", "127.0.0.1", False),
+        ("128.0.0.0/1", "169.254.169.254", False),
+        ("169.0.0.0/8", "169.254.169.254", False),
+        ("192.0.0.0/2", "239.1.1.1", False),
+        ("::ffff:0:0/96", "127.0.0.1", False),
+        ("::/64", "127.0.0.1", False),
+    ],
+)
+def test_only_a_rule_that_means_it_names_a_refused_address(cidr: str, address: str, named: bool) -> None:
+    compiled = policy({"cidrs": [cidr], "ports": [80]})
+    assert compiled.names_address(ip_address(address), 80) is named
+    assert not compiled.names_address(ip_address(address), 81)
+
+
+def test_a_host_rule_names_no_address() -> None:
+    assert not policy({"hostnames": ["**.example.com"]}).names_address(ip_address("127.0.0.1"), 443)
+
+
+# --- Passthrough and aliases ----------------------------------------------------------------------------------------
+
+
+def test_passthrough_is_not_permission() -> None:
+    compiled = policy(tls={"passthroughHosts": ["pinned.test"]})
+    assert compiled.is_passthrough("pinned.test.")
+    assert not compiled.is_passthrough(None)
+    assert not compiled.connect("pinned.test", PUBLIC, 443).allowed
+    tunnel = policy(tls={"mode": "Passthrough"})
+    assert tunnel.is_passthrough("a.test")
+    assert tunnel.is_passthrough(None)
+    assert not tunnel.may_allow_name("a.test")
+
+
+def test_aliases() -> None:
+    compiled = policy(
+        hostAliases=[
+            {"hostnames": ["api.test", "*.api.test"], "address": "127.0.0.1:8443"},
+            {"hostnames": ["**.test"], "address": "[::1]:9000"},
+        ]
+    )
+    assert compiled.alias("API.test.") == ("127.0.0.1", 8443)
+    assert compiled.alias("v1.api.test") == ("127.0.0.1", 8443)
+    assert compiled.alias("x.y.test") == ("::1", 9000)
+    assert compiled.alias("test") is None
+    assert not compiled.connect("api.test", None, 443).allowed
+
+
+# --- Requests -------------------------------------------------------------------------------------------------------
+
+NARROW = {"hostnames": ["api.example.com"], "http": {"methods": ["GET"], "paths": ["/public"]}}
+
+
+def test_narrowed_rules_allow_connections_for_http_only() -> None:
+    compiled = policy(NARROW)
+    connect = compiled.connect("api.example.com", PUBLIC, 443)
+    assert (connect.allowed, connect.needs_http, connect.rule) == (True, True, "EgressL4Route default/web rules[0]")
+    # A rule that does not narrow wins wherever it stands.
+    assert not policy(NARROW, API).connect("api.example.com", PUBLIC, 443).needs_http
+    assert policy(NARROW, API).connect("api.example.com", PUBLIC, 80).needs_http
+    assert not policy(NARROW, defaultPolicy="allow-all").connect("api.example.com", PUBLIC, 443).needs_http
+    # An empty http narrows nothing.
+    assert not policy({"hostnames": ["a.test"], "http": {}}).connect("a.test", None, 443).needs_http
+
+
+@pytest.mark.parametrize(("method", "allowed"), [("GET", True), ("POST", False), ("get", False), ("GET ", False)])
+def test_methods(method: str, allowed: bool) -> None:
+    assert policy(NARROW).request("api.example.com", None, 443, method, "/public").allowed is allowed
+
+
+def test_rules_add_up() -> None:
+    compiled = policy(NARROW, {"hostnames": ["api.example.com"], "http": {"methods": ["POST"]}})
+    assert compiled.request("api.example.com", None, 443, "GET", "/public").rule.endswith("rules[0]")
+    assert compiled.request("api.example.com", None, 443, "POST", "/private").rule.endswith("rules[1]")
+    assert not compiled.request("api.example.com", None, 443, "GET", "/private").allowed
+    assert policy(NARROW, defaultPolicy="allow-all").request("api.example.com", None, 443, "PUT", "/x").allowed
+
+
+BYPASSES = [
+    "/private", "/publicx", "/Public/x", "/", "", "public", "*", "http://api.example.com/public",
+    "/public/../private", "/public/..", "/public/../public/../private", "/public/./../private", "/public//../private",
+    "/public/%2e%2e/private", "/public/%2E%2e/private", "/public/.%2e/private", "/public/%2e%2e%2fprivate",
+    "/public/..%2fprivate", "/public/..%2Fprivate", "/public%2f..%2fprivate", "/public%2f../private",
+    "/public/%252e%252e/private", "/public/..%252fprivate", "/public/%25252e%25252e/private",
+    "/public/a%2fb/../../private", "/public/a%252fb%2f..%2f..%2fprivate", "/public/x/../../private",
+    "/public/..;/private", "/public/..;x=1/private", "/public;/../private", "/public/;x/a%2fb/../../../private",
+    "/public/..%3bx/private", "/public/%2e%2e;/private",
+    "/public\\..\\private", "/public/..\\private", "/public/..%5cprivate", "/public/a\\b%2f..%2f..%2f..%2fprivate",
+    "/public/%c0%ae%c0%ae/private", "/public/..%c0%afprivate", "/public/..%c1%9cprivate", "/public/%c0%ae./private",
+    "/public/%00", "/public/..%00/private", "/public\x00", "/public/x\n/../private", "/public%0d%0a",
+    "/public/..?/private", "/public/..%3f/private", "/public/..#/private",
+    "//public/../private", "/./private", "//private", "/%70rivate", "/private%2f..%2fpublic", "/private/../public",
+    "/private/..%2fpublic", "/private/%2e%2e/public", "//public", "/.//public", "/\\public", "/%2fpublic",
+    "/public%2fx", "/public%5cx", "/public;x", "/public/%" + "25" * 9 + "2e", "/public/" + "%25" * 9 + "2e%2e/..%2f",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BYPASSES)
+def test_no_path_gets_out_of_its_prefix(path: str) -> None:
+    verdict = policy(NARROW).request("api.example.com", None, 443, "GET", path)
+    assert brief(verdict) == (False, "http_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/public", "/public/", "/public/x", "/public/x/y?z=/../private", "/public?next=/private", "/public#x",
+        "/public/x.y", "/public/..x", "/public/x..", "/public/...", "/public//x", "/public/a/../b", "/public/%2e/x",
+        "/%70ublic/x", "/public/%C3%BC", "/public/a%20b", "/public/a%2fb", "/public/a%252fb", "/public/a;v=1/b",
+    ],
+)  # fmt: skip
+def test_paths_inside_the_prefix(path: str) -> None:
+    assert policy(NARROW).request("api.example.com", None, 443, "GET", path).allowed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "fits"),
+    [
+        ("/", "/anything/at/all", True),
+        ("/v1/", "/v1/x", True),
+        ("/v1/", "/v1", False),
+        ("/v1*", "/v1beta/x", True),
+        ("/v1/*/read", "/v1/a/read", True),
+        ("/v1/*/read", "/v1/a/b/read", True),
+        ("/v1/*/read", "/v1/a/write", False),
+        ("/v1/*/read", "/v1/read", False),
+        ("/v1/*/read", "/v1/a/delete%2fread", False),
+        ("/v1/*/read", "/v1/a/delete%3f/read", False),
+        ("/v1/*/read", "/v1/a/../../admin/x/read", False),
+        ("/v1/*/a*/z", "/v1/x/b/az/z", True),
+        ("/v1/*/a*/z", "/v1/x/b/z", False),
+        ("/ab*ba", "/aba", False),
+        ("/ab*ba", "/abba", True),
+        ("/*.json", "/x/y.json", True),
+        ("/*.json", "/x/y.json/z", False),
+        ("/@scope%2fname", "/@scope%2Fname", True),
+        ("/@scope%2fname", "/@scope/name", False),
+        ("/x", "/x/%zz", True),
+        ("/%", "/%", True),
+        ("/a/../b", "/b", False),
+    ],
+)
+def test_path_patterns(pattern: str, path: str, fits: bool) -> None:
+    assert PathPattern.compile(pattern).matches(path_readings(path)) is fits
+
+
+def test_a_pattern_that_can_be_read_in_two_ways_fits_nothing() -> None:
+    assert not PathPattern.compile("/a/..%2fb").matches(path_readings("/b"))
+
+
+def test_globs_do_not_backtrack() -> None:
+    pattern = PathPattern.compile("/" + "a*" * 50 + "b")
+    assert not pattern.matches(path_readings("/" + "a" * 8000))
+
+
+SEGMENT = st.sampled_from(
+    [
+        "public",
+        "private",
+        "..",
+        ".",
+        "",
+        "%2e%2e",
+        "..%2f",
+        "%2f",
+        "%5c",
+        "\\",
+        ";",
+        ";x",
+        "..;",
+        "a",
+        "%252f",
+        "%252e",
+        "?",
+    ]
+)
+
+
+@given(st.lists(SEGMENT, max_size=8), st.lists(st.sampled_from(["/", "", "%2f", "//"]), min_size=8, max_size=8))
+def test_what_is_allowed_stays_inside_however_it_is_read(segments: list[str], joints: list[str]) -> None:
+    """Every server is a choice of: decode 0 to 2 times, backslash is slash, parameters dropped, slashes merged."""
+    path = "/" + "".join(segment + joint for segment, joint in zip(segments, joints, strict=False))
+    if not PathPattern.compile("/public").matches(path_readings(path)):
+        return
+    for decodings in range(3):
+        for options in range(8):
+            served = _serve(path.partition("?")[0], decodings, bool(options & 1), bool(options & 2), bool(options & 4))
+            assert served[:1] == ["public"], (path, decodings, options, served)
+
+
+def _serve(path: str, decodings: int, backslash: bool, parameters: bool, merge: bool) -> list[str]:
+    for _ in range(decodings):
+        for escape, char in (("%2e", "."), ("%2f", "/"), ("%5c", "\\"), ("%25", "%")):
+            path = path.replace(escape, "\0" + char)
+        path = path.replace("\0", "")
+    if backslash:
+        path = path.replace("\\", "/")
+    kept: list[str] = []
+    for segment in path.split("/")[1:]:
+        plain = segment.partition(";")[0] if parameters else segment
+        if plain == "..":
+            del kept[-1:]
+        elif plain != "." and not (merge and plain == ""):
+            kept.append(plain)
+    return kept
+
+
+# --- Hints ----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    name=st.one_of(st.none(), st.from_regex(r"[a-z0-9]{1,8}(\.[a-z0-9]{1,8}){1,3}", fullmatch=True)),
+    address=st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)),
+    port=st.integers(1, 65535),
+    method=st.sampled_from(["GET", "POST", "DELETE"]),
+    path=st.from_regex(r"(/[a-z\"'{}:#%20é*]{1,6}){1,3}", fullmatch=True),
+)
+def test_a_hint_pasted_into_a_route_allows_what_was_denied(
+    name: str | None, address: Any, port: int, method: str, path: str
+) -> None:
+    for rules in ((), ({"hostnames": [name or "x"], "cidrs": [str(address)], "http": {"paths": ["/only/this"]}},)):
+        denying = policy(*rules)
+        denied = denying.request(name, address, port, method, path)
+        if denied.allowed or denied.reason == "bad_name" or denied.hint.startswith("# no rule can"):
+            continue
+        mended = policy(*rules, *yaml.safe_load(denied.hint))
+        assert mended.request(name, address, port, method, path).allowed
+        assert mended.connect(name, address, port).allowed
+
+
+def test_a_hint_is_short_and_says_when_nothing_helps() -> None:
+    hint = policy(NARROW).request("api.example.com", None, 443, "POST", "/public/x").hint
+    assert hint == (
+        '- hostnames: ["api.example.com"]\n  ports: [443]\n  http: {methods: ["POST"], paths: ["/public/x"]}\n'
+    )
+    assert policy().connect(None, PUBLIC, 22).hint == '- cidrs: ["198.51.100.7/32"]\n  ports: [22]\n'
+    twisted = policy(NARROW).request("api.example.com", None, 443, "GET", "/public/..%2fprivate")
+    assert "more than one way" in twisted.hint
+    assert yaml.safe_load(twisted.hint) is None
