@@ -254,6 +254,7 @@ class Invocation:
         stdin.close()
 
     async def _log_lines(self, stream: str, pipe: Pipe) -> None:
+        """Keep lines; one that is too long becomes several."""
         rest = b""
         while chunk := await pipe.read():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -261,9 +262,13 @@ class Invocation:
                 lines.append(rest)
                 rest = b""
             for line in lines:
-                self._telemetry.record_log(self.identity, stream, line[:_MAX_LINE_SIZE], time.time_ns())
+                self._log_line(stream, line)
         if rest:
-            self._telemetry.record_log(self.identity, stream, rest, time.time_ns())
+            self._log_line(stream, rest)
+
+    def _log_line(self, stream: str, line: bytes) -> None:
+        for start in range(0, len(line) or 1, _MAX_LINE_SIZE):
+            self._telemetry.record_log(self.identity, stream, line[start : start + _MAX_LINE_SIZE], time.time_ns())
 
     def _on_answer(self, answer: PostedAnswer) -> None:
         if not self.posted.done():
