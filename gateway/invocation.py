@@ -69,7 +69,7 @@ class RunEgress(Protocol):
 class Egress(Protocol):
     """Serves the egress, DNS and OTLP listeners of a run."""
 
-    async def serve(self, run: Run) -> RunEgress:
+    def serve(self, run: Run) -> RunEgress:
         """Accept on the run's sockets until the result is closed."""
 
 
@@ -231,7 +231,7 @@ class Invocation:
             identity=self.identity, agent=order.agent, gateway=order.gateway, netns_cookie=started.netns_cookie,
             header_v4=started.header_v4, header_v6=started.header_v6, sockets=sockets,
         )  # fmt: skip
-        egress = await self._egress.serve(run)
+        egress = self._egress.serve(run)
         stack.push_async_callback(egress.close)
         metadata = MetadataService(order.event, metadata_mode=order.metadata_mode, on_answer=self._on_answer)
         stack.push_async_callback(metadata.close)

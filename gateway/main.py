@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 import uvloop
-from clrk.gateway.egress.service import EgressService
 
 from clrk.core.errors import ClrkError
 from clrk.core.resources import GatewayConfig
 from clrk.gateway.app import App, EgressSide
+from clrk.gateway.egress.service import EgressService
 from clrk.gateway.invocation import TelemetrySink
 from clrk.gateway.privileges import drop_privileges, raise_open_files
 

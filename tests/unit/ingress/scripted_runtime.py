@@ -98,7 +98,7 @@ class NoEgress:
         self.served = []
         self.closed = []
 
-    async def serve(self, run):
+    def serve(self, run):
         self.served.append(run)
         return _NoRunEgress(self, run)
 
