@@ -84,14 +84,16 @@ class GatewayProcess:
         """Process id in the initial pid namespace."""
         return self._process.pid
 
-    async def stop(self, grace_s: float = 0.0) -> str:
+    async def stop(self, grace_s: float = 0.0, *, ask: bool = True) -> str:
         """End it: after grace_s at the latest by SIGKILL. Reaps it.
 
+        Shape: ask sends SIGTERM first; without it, grace_s is only for what the gateway does on its own.
         Returns: how it ended, for the log.
         """
         try:
             if grace_s > 0 and self._process.poll() is None:
-                self._process.send_signal(signal.SIGTERM)
+                if ask:
+                    self._process.send_signal(signal.SIGTERM)
                 await self._wait_exit(grace_s)
         finally:
             self.channel.close()
@@ -109,7 +111,7 @@ class GatewayProcess:
             async with asyncio.timeout(timeout_s):
                 await gone.wait()
         except TimeoutError:
-            _LOG.warning("gateway did not end within %.0f s of SIGTERM", timeout_s)
+            _LOG.warning("gateway did not end within %.0f s", timeout_s)
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
@@ -137,5 +139,6 @@ def _environment(state_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
         "HOME": str(state_dir),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
         **passed,
     }

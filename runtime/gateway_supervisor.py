@@ -35,6 +35,7 @@ from clrk.runtime.runs import Runs
 _LOG: Final = logging.getLogger(__name__)
 _READY_DEADLINE_S: Final = 60.0  # imports on a busy two-core machine
 _STOP_GRACE_S: Final = 5.0
+_LAST_WORDS_S: Final = 0.3  # for a gateway that ends by itself to log why
 _COUNTERS_INTERVAL_S: Final = 1.0
 
 
@@ -162,7 +163,7 @@ class GatewaySupervisor:
         """Take away everything that belonged to a gateway that is gone: its runs first."""
         self._live = None
         self._announced.clear()
-        how = await process.stop()
+        how = await process.stop(_LAST_WORDS_S, ask=False)
         _LOG.error("gateway pid %d is gone: %s (%s)", process.pid, why, how)
         if self.runs is not None:
             await self.runs.stop_all(process.channel)
