@@ -13,6 +13,7 @@ from clrk.gateway.telemetry.query import SpanFilter
 
 MAX_LIMIT: Final = 10_000
 
+_LONG_AGO_S: Final = 200 * 365 * 86_400.0  # further back does not fit in 64 bits of nanoseconds
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _KNOWN: Final = frozenset(
     {"agent", "since", "until", "system", "model", "denied", "errors", "min_input_tokens", "limit"}
@@ -30,16 +31,18 @@ def parse_time(text: str, now_ns: int) -> int:
     Raises: ParameterError.
     """
     try:
-        return now_ns - int(parse_duration(text) * 1e9)
+        seconds = parse_duration(text)
     except ValueError:
         pass  # not a duration: then it has to be a time
+    else:
+        return now_ns - int(min(seconds, _LONG_AGO_S) * 1e9)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise ParameterError(f"{text!r} is no time: write 15m, 2h, 1d or 2026-11-22T03:14:00Z") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
+    return max(-(2**62), min(2**62, (moment - _EPOCH) // timedelta(microseconds=1) * 1000))
 
 
 def parse_filter(query: Mapping[str, str], now_ns: int) -> tuple[SpanFilter, int | None]:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.agents import agent_key
@@ -19,6 +19,7 @@ from clrk.gateway.cli.connection import Admin, AdminConnection, CommandError, pr
 EXIT_CODES: Final = {"Succeeded": 0, "Failed": 1, "Timeout": 124, "Rejected": 77}
 _CHUNK: Final = 65_536
 _OUTCOME_WAIT_S: Final = 10
+_TIMEOUT_GRACE_S: Final = 10.0
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 # CloudEvents HTTP binding, section 3.1.3.2: space, double quote, percent and all but printable ASCII are encoded.
 _HEADER_SAFE: Final = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
@@ -30,19 +31,20 @@ def run_task(admin: Admin, args: argparse.Namespace) -> int:
     body = _read_input(args.input)
     headers = _headers(args, body)
     timeout_s = _timeout(args.timeout)
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    path = url_path("agents", namespace, name, "run")
+    deadline, patience_s = None, None
     if timeout_s is not None:
-        path += "?" + urlencode({"timeout": f"{timeout_s:g}s"})
-    connection = AdminConnection(admin.path, timeout_s)
+        headers["X-Clrk-Timeout"] = f"{timeout_s:.3f}"
+        patience_s = timeout_s + _TIMEOUT_GRACE_S  # the daemon ends it; we go away only if it does not
+        deadline = time.monotonic() + patience_s
+    connection = AdminConnection(admin.path, patience_s)
     try:
-        connection.request("POST", path, body=body, headers=headers)
+        connection.request("POST", url_path("agents", namespace, name, "run"), body=body, headers=headers)
         response = connection.getresponse()
         invocation = response.getheader("X-Clrk-Invocation-ID", "")
         if invocation and not args.quiet:
             terminal.error(f"invocation {invocation}")
         if response.status >= 400:
-            return _failed(admin, response, invocation)
+            return _failed(response)
         whole = _copy(connection, response, deadline)
     except TimeoutError:
         connection.close()  # the caller goes away: the invocation is cancelled
@@ -73,7 +75,7 @@ def _copy(connection: AdminConnection, response: http.client.HTTPResponse, deadl
         return False
 
 
-def _failed(admin: Admin, response: http.client.HTTPResponse, invocation: str) -> int:
+def _failed(response: http.client.HTTPResponse) -> int:
     """Explain an error answer; its phase is the invocation's, or what the status says."""
     body = response.read()
     terminal.error(problem_detail(response.status, body))

@@ -6,18 +6,18 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Final
 
 from rich.text import Text
-from rich.tree import Tree
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.connection import Admin, CommandError
 from clrk.gateway.cli.facts import SpanFacts, show_cost, show_duration, show_time
 from clrk.gateway.telemetry import attributes as attr
 
-_MAX_DEPTH: Final = 64  # of what is drawn; deeper spans stand at this depth
-_ZERO_SPAN: Final = ""
+_MAX_INDENT: Final = 4 * 48  # columns; deeper spans stand at this depth
+_ROOT: Final = ""
 
 
 def show_trace(admin: Admin, args: argparse.Namespace) -> int:
@@ -38,9 +38,8 @@ def show_trace(admin: Admin, args: argparse.Namespace) -> int:
     for label, value in _summary(spans):
         console.print(Text.assemble((f"{label:<11}", "bold"), terminal.printable(value)), soft_wrap=True)
     console.print()
-    tree = Tree(Text(""), hide_root=True, guide_style="dim")
-    _grow(tree, spans)
-    console.print(tree, soft_wrap=True)
+    for guide, span in _branches(spans):
+        console.print(Text.assemble((guide, "dim"), _line(span)), soft_wrap=True)
     return 0
 
 
@@ -73,6 +72,8 @@ def _trigger(root: SpanFacts) -> str:
 def _caller(root: SpanFacts) -> str:
     address, port = root.get(attr.CLIENT_ADDRESS), root.get(attr.CLIENT_PORT)
     parts = [f"{address}:{port}" if port else str(address)] if address else []
+    if (uid := root.get(attr.CLRK_CALLER_UID)) is not None:
+        parts.append(f"uid {uid}, process {root.get(attr.CLRK_CALLER_PID)} on this host")
     if agent := root.get(attr.USER_AGENT_ORIGINAL):
         parts.append(str(agent))
     if parent := root.raw["parent_span_id"]:
@@ -98,25 +99,33 @@ def _usage(spans: list[SpanFacts]) -> str:
     return ", ".join(parts)
 
 
-def _grow(tree: Tree, spans: list[SpanFacts]) -> None:
-    """Hang every span below its parent, in order of time; each exactly once, whatever the ids say."""
+def _branches(spans: list[SpanFacts]) -> Iterator[tuple[str, SpanFacts]]:
+    """Yield every span exactly once, whatever the ids say, below its parent and in order of time, with its guide.
+
+    Not recursive and not rich.tree: an agent decides how deep its spans go, a terminal how wide it is.
+    """
     known = {span.raw["span_id"] for span in spans}
     children: defaultdict[str, list[SpanFacts]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns)):
         parent = span.raw["parent_span_id"]
-        children[parent if parent in known and parent != span.raw["span_id"] else _ZERO_SPAN].append(span)
+        children[parent if parent in known and parent != span.raw["span_id"] else _ROOT].append(span)
     drawn: set[int] = set()
-    # A cycle of parents is reachable from no root: what is left over becomes a root of its own.
-    for roots in (children[_ZERO_SPAN], spans):
-        stack = [(span, tree, 0) for span in reversed(roots)]
+    # A cycle of parents is reachable from no root: what is left over after the roots becomes a root of its own.
+    for roots in (children.pop(_ROOT, []), spans):
+        stack = [(span, "", "") for span in reversed(roots)]
         while stack:
-            span, parent_branch, depth = stack.pop()
+            span, guide, indent = stack.pop()
             if id(span) in drawn:
                 continue
             drawn.add(id(span))
-            branch = parent_branch.add(_line(span))
-            below = branch if depth < _MAX_DEPTH else parent_branch
-            stack += [(child, below, depth + 1) for child in reversed(children.pop(span.raw["span_id"], []))]
+            yield guide, span
+            below = children.pop(span.raw["span_id"], [])
+            deeper = len(indent) < _MAX_INDENT
+            for index, child in reversed(list(enumerate(below))):
+                last = index == len(below) - 1
+                stack.append(
+                    (child, indent + ("└── " if last else "├── "), indent + ("    " if last else "│   ") * deeper)
+                )
 
 
 def _line(span: SpanFacts) -> Text:

@@ -35,7 +35,8 @@ async def test_a_span_is_exactly_the_json_of_the_contract(telemetry):
         who, component=Component.GATEWAY, name="chat m", kind=SpanKind.CLIENT, start_ns=now, end_ns=now + 2_000,
         attributes={attr.GEN_AI_USAGE_INPUT_TOKENS: 12, attr.CLRK_COST_USD: 0.5, attr.GEN_AI_REQUEST_STREAM: True,
                     attr.GEN_AI_RESPONSE_FINISH_REASONS: ["stop"]},
-        status=Status(StatusCode.ERROR, "why"), events=[SpanEvent("e", now + 1_500, {"k": 1})], span_id="00f067aa0ba902b7",
+        status=Status(StatusCode.ERROR, "why"), events=[SpanEvent("e", now + 1_500, {"k": 1})],
+        span_id="00f067aa0ba902b7",
     )  # fmt: skip
     (document,) = await documents(telemetry)
     assert document == {
