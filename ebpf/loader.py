@@ -213,7 +213,7 @@ def _compile() -> Any:
     with resources.as_file(resources.files("clrk.core").joinpath("wire.h")) as wire_h, headers.environment():
         cflags = [*_CFLAGS, f"-I{wire_h.parent}", *headers.cflags]
         try:
-            return bpf_class(text=read_source(), cflags=cflags)
+            return bpf_class(text=read_source().encode(), cflags=cflags)
         except Exception as exc:  # bcc raises bare Exception; the compiler's messages are on stderr
             raise HostError(f"compile stamp.bpf.c: {exc}") from exc
 
@@ -232,7 +232,7 @@ def _import_bcc() -> Callable[..., Any]:
 
 def _load(bpf: Any, function: str, program_type: int, attach_type: int) -> int:
     try:
-        loaded = bpf.load_func(function, program_type, attach_type=attach_type)
+        loaded = bpf.load_func(function.encode(), program_type, attach_type=attach_type)
     except Exception as exc:  # bcc raises bare Exception; the verifier's log is on stderr
         raise HostError(f"load {function}: {exc}; needs CAP_BPF and CAP_NET_ADMIN, Linux 5.15 or newer") from exc
     return int(loaded.fd)

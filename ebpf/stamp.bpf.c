@@ -144,6 +144,9 @@ int clrk_sockops(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_RTT_CB:
 		flow_leave_sockmap(ctx);
 		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		flow_state(ctx);
+		break;
 	}
 	return 1; /* sockops have no verdict */
 }

@@ -45,6 +45,9 @@ static __always_inline void flow_save_source(struct bpf_sock_ops *ctx, struct cl
 	conn->src_port = ctx->local_port;
 }
 
+/* HDR_OPT and RTT for the stamped socket, STATE for the one that is closed or disconnected before it sends. */
+#define CLRK_CB_FLAGS (BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG)
+
 static __always_inline int flow_record(struct bpf_sock_ops *ctx, struct clrk_conn *conn)
 {
 	struct clrk_sandbox *sandbox = sandbox_find(conn->netns_cookie);
@@ -65,6 +68,15 @@ static __always_inline int flow_record(struct bpf_sock_ops *ctx, struct clrk_con
 	}
 	counter_add(CLRK_COUNT_FLOW_RECORDED);
 	return 0;
+}
+
+static __always_inline int flow_flags(struct bpf_sock_ops *ctx, int flags)
+{
+	int error = bpf_sock_ops_cb_flags_set(ctx, flags);
+
+	if (error)
+		counter_add(CLRK_COUNT_FAILED_CB_FLAGS);
+	return error;
 }
 
 /*
@@ -92,10 +104,7 @@ static __always_inline int flow_established(struct bpf_sock_ops *ctx)
 		counter_add(CLRK_COUNT_FAILED_SOCKMAP_UPDATE);
 		return error;
 	}
-	error = bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG);
-	if (error)
-		counter_add(CLRK_COUNT_FAILED_CB_FLAGS);
-	return error;
+	return flow_flags(ctx, CLRK_CB_FLAGS);
 }
 
 /*
@@ -119,10 +128,26 @@ static __always_inline int flow_leave_sockmap(struct bpf_sock_ops *ctx)
 		error = sockmap_delete(conn->flow.cookie);
 		counter_add(error ? CLRK_COUNT_FAILED_SOCKMAP_DELETE : CLRK_COUNT_SOCKMAP_LEFT);
 	}
-	error = bpf_sock_ops_cb_flags_set(ctx, 0);
-	if (error)
-		counter_add(CLRK_COUNT_FAILED_CB_FLAGS);
-	return error;
+	return flow_flags(ctx, 0);
+}
+
+/*
+ * connect(AF_UNSPEC) of a socket that has sent nothing: it leaves the SOCKHASH here, because the kernel would keep it
+ * in, and the next connect() may be one that must not be stamped. A socket being closed has left already.
+ */
+static __always_inline int flow_state(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct clrk_conn *conn;
+
+	if (!sk || ctx->args[1] != BPF_TCP_CLOSE)
+		return 0;
+	conn = conn_find(sk);
+	if (conn && conn->state != CLRK_CONN_PLAIN) {
+		conn->state = CLRK_CONN_PLAIN;
+		sockmap_delete(conn->flow.cookie);
+	}
+	return flow_flags(ctx, 0);
 }
 
 #endif
