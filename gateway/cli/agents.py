@@ -45,7 +45,7 @@ def list_agents(admin: Admin, args: argparse.Namespace) -> int:
     if not rows:
         terminal.error("no agents; declare one in /etc/clrk and reload with SIGHUP")
         return 0
-    columns = ("NAMESPACE", "NAME", "KIND", "REVISION", "EGRESS GATEWAY", "DELIVERY", "TIMEOUT", "MAX CONCURRENT")
+    columns = ("NAMESPACE", "NAME", "KIND", "REVISION", "GATEWAY", "DELIVERY", "TIMEOUT", "CONCURRENT")
     terminal.write_table(columns, rows)
     return 0
 
@@ -57,7 +57,8 @@ def get_agent(admin: Admin, args: argparse.Namespace) -> int:
         facts = {key: value for key, value in agent.items() if key not in ("spec", "labels")}
         template = agent["spec"]["template"]["spec"]
         facts["command"] = json.dumps(template["command"] + template["args"])
-        facts["resources"] = ", ".join(f"{key} {value:g}" for key, value in agent["spec"]["resources"].items())
+        limits = agent["spec"]["resources"]
+        facts["resources"] = f"cpu {limits['cpu']:g}, memory {limits['memory'] / 2**20:g}Mi, pids {limits['pids']}"
         terminal.write_table(("FIELD", "VALUE"), list(facts.items()))
     else:
         terminal.write_document(agent, args.output)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Final
 
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.connection import Admin
 from clrk.gateway.cli.facts import SpanFacts, show_cost, show_duration, show_time
 
-_SHORT_ID = 18  # of a UUID version 7: the millisecond and 12 random bits
-_WIDE_ENOUGH = 140
+_SHORT_ID: Final = 18  # of a UUID version 7: the millisecond and 12 random bits
+_WIDE_ENOUGH: Final = 120
+_MIN_TITLE: Final = 30
+_MAX_COLUMN: Final = 100
+_GAP: Final = "  "
 
 
 def list_traces(admin: Admin, args: argparse.Namespace) -> int:
@@ -51,36 +56,57 @@ def _query(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _write_table(spans: list[SpanFacts]) -> None:
-    from rich import box
-    from rich.table import Table
-
+    """Write one line a span. What a span is and where it went takes the room that the other columns leave."""
     console = terminal.console()
-    id_width = 36 if console.width >= _WIDE_ENOUGH else _SHORT_ID
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for name in ("TIME", "AGENT", "SPAN", "MODEL / TARGET", "IN", "OUT", "COST", "STATUS", "DURATION", "INVOCATION"):
-        table.add_column(
-            name,
-            justify="right" if name in ("IN", "OUT", "COST", "DURATION") else "left",
-            no_wrap=name not in ("AGENT", "SPAN", "MODEL / TARGET"),  # these three give way on a narrow terminal
-            overflow="ellipsis",
+    wide = console.width >= _WIDE_ENOUGH
+    columns = [
+        _Column("TIME", [show_time(span.start_ns)[0 if wide else 6 :] for span in spans], "dim"),
+        _Column("AGENT", [terminal.printable(span.agent) for span in spans]),
+        _Column("SPAN", [_title(span) for span in spans]),
+        _Column("IN", [_number(span.tokens_in) for span in spans], right=True),
+        _Column("OUT", [_number(span.tokens_out) for span in spans], right=True),
+        _Column("COST", [show_cost(span.cost_usd) for span in spans], right=True),
+        _Column("STATUS", [terminal.printable(span.status) for span in spans]),
+        _Column("DURATION", [show_duration(span.end_ns - span.start_ns) for span in spans], right=True),
+        _Column("INVOCATION", [span.invocation[: 36 if wide else _SHORT_ID] for span in spans], "cyan"),
+    ]
+    columns = [column for column in columns if any(column.cells)]
+    title = next(column for column in columns if column.name == "SPAN")
+    others = sum(column.width for column in columns if column is not title)
+    title.width = min(title.width, max(_MIN_TITLE, console.width - others - len(_GAP) * (len(columns) - 1)))
+    header = _GAP.join(column.fit(column.name) for column in columns)
+    console.print(Text(header.rstrip(), "bold"), soft_wrap=True)
+    for row, span in enumerate(spans):
+        bad = "red" if span.failed or span.denied else ""
+        line = Text(_GAP).join(
+            Text(column.fit(column.cells[row]), (bad if column.name in ("SPAN", "STATUS") else "") or column.style)
+            for column in columns
         )
-    for span in spans:
-        target = span.target if span.target not in span.name else ""
-        style = "red" if span.failed or span.denied else ""
-        table.add_row(
-            _cell(show_time(span.start_ns), "dim"),
-            _cell(span.agent),
-            _cell(span.name, style),
-            _cell(target),
-            _cell("" if span.tokens_in is None else span.tokens_in),
-            _cell("" if span.tokens_out is None else span.tokens_out),
-            _cell(show_cost(span.cost_usd)),
-            _cell(span.status, style or "green"),
-            _cell(show_duration(span.end_ns - span.start_ns)),
-            _cell(span.invocation[:id_width], "cyan"),
-        )
-    console.print(table)
+        line.rstrip()
+        console.print(line, soft_wrap=True)
 
 
-def _cell(value: object, style: str = "") -> Text:
-    return Text(terminal.printable(value), style=style, no_wrap=True, overflow="ellipsis")
+class _Column:
+    """Cells of one column, all printable, and how wide it is on a terminal."""
+
+    def __init__(self, name: str, cells: list[str], style: str = "", *, right: bool = False) -> None:
+        self.name = name
+        self.cells = cells
+        self.style = style
+        self.width = min(_MAX_COLUMN, max(cell_len(text) for text in (name, *cells)))
+        self._right = right
+
+    def fit(self, text: str) -> str:
+        """Return text cut or padded to the column's width."""
+        if (size := cell_len(text)) > self.width:
+            return set_cell_size(text, self.width - 1) + "…"
+        return " " * (self.width - size) + text if self._right else text + " " * (self.width - size)
+
+
+def _title(span: SpanFacts) -> str:
+    name, target = terminal.printable(span.name), terminal.printable(span.target)
+    return name if not target or target in name else f"{name} {target}"
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)

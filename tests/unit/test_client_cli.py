@@ -220,6 +220,7 @@ async def test_names_and_values_of_an_agent_do_not_reach_the_terminal(daemon):
     ):
         done = await daemon.clrk(*arguments)
         assert done.code == 0, done.err
+        assert len(done.out.splitlines()) < 6 or arguments[0] == "trace" or "yaml" in arguments
         assert not set(done.out) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"} or "--json" in arguments
         assert "\x1b" not in done.out
         if arguments[-1] == who.invocation_id:
