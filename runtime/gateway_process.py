@@ -84,21 +84,18 @@ class GatewayProcess:
         """Process id in the initial pid namespace."""
         return self._process.pid
 
-    async def stop(self, grace_s: float = 0.0, *, ask: bool = True) -> str:
-        """End it: after grace_s at the latest by SIGKILL. Reaps it.
+    async def stop(self, grace_s: float) -> str:
+        """Close its channel, which makes it end; after grace_s by SIGKILL. Reaps it.
 
-        Shape: ask sends SIGTERM first; without it, grace_s is only for what the gateway does on its own.
         Returns: how it ended, for the log.
         """
         try:
-            if grace_s > 0 and self._process.poll() is None:
-                if ask:
-                    self._process.send_signal(signal.SIGTERM)
-                await self._wait_exit(grace_s)
-        finally:
             self.channel.close()
             if self._process.poll() is None:
-                self._process.kill()
+                await self._wait_exit(grace_s)
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()  # bwrap's death is that of its pid namespace
             code = self._process.wait()  # at once: the child is dead or dying of SIGKILL
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -111,7 +108,7 @@ class GatewayProcess:
             async with asyncio.timeout(timeout_s):
                 await gone.wait()
         except TimeoutError:
-            _LOG.warning("gateway did not end within %.0f s", timeout_s)
+            _LOG.warning("gateway did not end within %.1f s: killed", timeout_s)
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)

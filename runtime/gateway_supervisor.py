@@ -64,6 +64,7 @@ class GatewaySupervisor:
         self._generation = 0
         self._announced: dict[int, Resources] = {}  # configured, not yet confirmed by Ready
         self._live: ControlChannel | None = None
+        self._draining = False
 
     async def run(self) -> None:
         """Supervise until cancelled; the gateway is stopped then.
@@ -95,6 +96,7 @@ class GatewaySupervisor:
 
     async def drain(self) -> None:
         """Ask the gateway to refuse new invocations; `drained` is set when none is left, or there is no gateway."""
+        self._draining = True
         if self._live is None:
             self.drained.set()
             return
@@ -163,10 +165,12 @@ class GatewaySupervisor:
         """Take away everything that belonged to a gateway that is gone: its runs first."""
         self._live = None
         self._announced.clear()
-        how = await process.stop(_LAST_WORDS_S, ask=False)
+        how = await process.stop(_LAST_WORDS_S)
         _LOG.error("gateway pid %d is gone: %s (%s)", process.pid, why, how)
         if self.runs is not None:
             await self.runs.stop_all(process.channel)
+        if self._draining:
+            self.drained.set()  # with the gateway, everything in flight is gone
 
     async def _send_counters(self, channel: ControlChannel) -> None:
         last: dict[str, int] = {}

@@ -32,7 +32,9 @@ def bwrap_arguments(writable: Path) -> list[str]:
 
     Raises: HostError when a folder of the code can not be read by an unprivileged user.
     """
-    arguments = ["--unshare-ipc", "--unshare-uts", "--new-session", "--die-with-parent"]
+    # A pid namespace of its own: the kernel ends everything in it with its first process. A parent-death signal alone
+    # would not do, since the kernel asks whether the dying parent may signal, and this bwrap has no CAP_KILL.
+    arguments = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--new-session", "--die-with-parent"]
     arguments += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP"]
     arguments += ["--dev", "/dev", "--proc", "/proc", "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108 - private
     for path in map(Path, _SYSTEM):
