@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Final
 
@@ -13,14 +14,17 @@ from clrk.core.ids import NetnsName, SandboxId, new_sandbox_id
 from clrk.core.layout import HostLayout
 from clrk.core.resources import RuntimeSpec
 from clrk.netns import namespace
-from clrk.netns.namespace import NamespaceMaker
+from clrk.netns.namespace import Namespace, NamespaceMaker
 
-from .cgroup import Cgroups
+from .cgroup import Cgroup, Cgroups
 from .sandbox import Sandbox, StampRegistry
-from .spawner import Spawner
+from .spawner import ReserveRequest, Spawner
 from .undo import Undo
 from .view import HostView
 
+_MAX_OPEN_FILES: Final = 4096
+_OOM_SCORE_ADJ: Final = 500  # when the whole host is short of memory, agents go before daemons
+_REFILL_DELAY_S: Final = 0.05  # with enough left, the run that starts now has the processors first
 _MAX_BACKOFF_S: Final = 30.0
 _LOG: Final = logging.getLogger(__name__)
 
@@ -118,6 +122,8 @@ class SandboxPool:
         while True:
             while not self._wants_more():
                 await self._changed.wait()
+            if len(self._ready) * 2 > self._wanted:
+                await asyncio.sleep(_REFILL_DELAY_S)
             try:
                 self._ready.append(await asyncio.shield(self._begin_making()))
                 backoff_s = 1.0
@@ -144,19 +150,25 @@ class SandboxPool:
             cgroup = await asyncio.to_thread(self._cgroups.create, sandbox_id)
             undo.push("cgroup", cgroup.remove)
             name = NetnsName(self._layout.netns_prefix + sandbox_id)
-            space = await asyncio.wrap_future(self._maker.submit(name))
+            making = asyncio.wrap_future(self._maker.submit(name))
+            undo.push("namespace", lambda: namespace.remove(name))
+            pid, space = await _both(self._reserve(cgroup), making)
         except BaseException:
-            self._free_uids.append(uid)
             await asyncio.to_thread(undo.run)
+            self._free_uids.append(uid)
             raise
-        undo.push("namespace", lambda: namespace.remove(name))
         undo.push("namespace fds", space.close)
         sandbox = Sandbox(
-            sandbox_id=sandbox_id, uid=uid, space=space, cgroup=cgroup, spawner=self._spawner, view=self._view,
-            stamp=self._stamp, undo=undo, on_removed=self._on_removed,
+            sandbox_id=sandbox_id, uid=uid, pid=pid, space=space, cgroup=cgroup, spawner=self._spawner,
+            view=self._view, stamp=self._stamp, undo=undo, on_removed=self._on_removed,
         )  # fmt: skip
         self._live[sandbox_id] = sandbox
         return sandbox
+
+    async def _reserve(self, cgroup: Cgroup) -> int:
+        files = list(cgroup.procs_files)
+        request = ReserveRequest(cgroup_procs=files, max_open_files=_MAX_OPEN_FILES, oom_score_adj=_OOM_SCORE_ADJ)
+        return await self._spawner.reserve(request)
 
     def _new_id(self) -> SandboxId:
         while (sandbox_id := new_sandbox_id()) in self._live:
@@ -173,3 +185,14 @@ class SandboxPool:
         """Have everyone who waits for a change look again: those waiting now run, later ones wait anew."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+async def _both(reserving: Awaitable[int], making: Awaitable[Namespace]) -> tuple[int, Namespace]:
+    """Wait for both, also when one fails: then the other's result must be taken back too."""
+    pid, space = await asyncio.gather(reserving, making, return_exceptions=True)
+    if isinstance(space, BaseException):
+        raise space
+    if isinstance(pid, BaseException):
+        space.close()
+        raise pid
+    return pid, space

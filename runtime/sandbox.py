@@ -23,8 +23,6 @@ from .spawner import ExitStatus, Spawner, SpawnRequest
 from .undo import Undo
 from .view import HostView
 
-_MAX_OPEN_FILES: Final = 4096
-_OOM_SCORE_ADJ: Final = 500  # when the whole host is short of memory, agents go before daemons
 _DEATH_TIMEOUT_S: Final = 5.0
 _SIGNAL_BASE: Final = 128  # how a shell shows a death by signal
 
@@ -71,8 +69,8 @@ class Sandbox:
     """Made by SandboxPool; used by one run; ends with `remove`. Belongs to one event loop."""
 
     def __init__(
-        self, *, sandbox_id: SandboxId, uid: int, space: Namespace, cgroup: Cgroup, spawner: Spawner, view: HostView,
-        stamp: StampRegistry, undo: Undo, on_removed: Callable[[Sandbox, bool], None],
+        self, *, sandbox_id: SandboxId, uid: int, pid: int, space: Namespace, cgroup: Cgroup, spawner: Spawner,
+        view: HostView, stamp: StampRegistry, undo: Undo, on_removed: Callable[[Sandbox, bool], None],
     ) -> None:  # fmt: skip
         self.sandbox_id: Final = sandbox_id
         self.netns_name: Final[NetnsName] = space.name
@@ -88,8 +86,8 @@ class Sandbox:
         self._undo = undo
         self._on_removed = on_removed
         self._stdio: tuple[int, ...] = ()
-        self._pid: int | None = None
-        self._killed = False
+        self._pid = pid  # reserved by the pool, and in the cgroup already
+        self._is_spawned = False
         self._removal: asyncio.Task[None] | None = None
 
     def register_stamp(self, header_v4: bytes, header_v6: bytes) -> None:
@@ -128,26 +126,20 @@ class Sandbox:
         Shape: environment is what the agent gets beside PATH, HOME, PWD and the CA variables.
         Raises: HostError when it can not start; call `remove` all the same.
         """
-        if self._pid is not None or not self._stdio:
+        if self._is_spawned or not self._stdio:
             raise HostError(f"sandbox {self.sandbox_id}: one spawn, after open_stdio")
+        self._is_spawned = True
         start_ns = time.time_ns()
         fds: list[int] = []
         try:
             run = await asyncio.to_thread(self._prepare, agent, environment, fds)
-            request = SpawnRequest(
-                argv=[os.fsencode(word) for word in run.argv],
-                environment={},
-                cgroup_procs=list(self._cgroup.procs_files),
-                max_open_files=_MAX_OPEN_FILES,
-                oom_score_adj=_OOM_SCORE_ADJ,
-            )
-            self._pid = await self._spawner.spawn(request, (*self._stdio, self._space.handle, *fds))
+            argv = [os.fsencode(word) for word in run.argv]
+            request = SpawnRequest(pid=self._pid, argv=argv, environment={})
+            await self._spawner.spawn(request, (self._space.handle, *self._stdio, *fds))
         finally:
             for fd in fds:
                 os.close(fd)
         self._close_stdio()
-        if self._killed:
-            self._cgroup.kill()  # it joined the cgroup after the first kill
         return SpawnedRun(self._pid, start_ns, time.time_ns())
 
     def _prepare(self, agent: TaskAgent, environment: Mapping[str, str], fds: list[int]) -> Run:
@@ -168,7 +160,7 @@ class Sandbox:
 
         Raises: HostError when nothing was spawned, or the spawner is gone.
         """
-        if self._pid is None:
+        if not self._is_spawned:
             raise HostError(f"sandbox {self.sandbox_id}: nothing was spawned")
         status = await self._spawner.wait(self._pid)
         exit_ns = time.time_ns()
@@ -182,11 +174,10 @@ class Sandbox:
         )
 
     def kill(self) -> None:
-        """Kill everything in the sandbox, now or as soon as it starts. Idempotent.
+        """Kill everything in the sandbox; a run that has not started yet will not. Idempotent.
 
         Raises: HostError when the kernel refuses.
         """
-        self._killed = True
         self._cgroup.kill()
 
     async def remove(self) -> None:
@@ -203,22 +194,21 @@ class Sandbox:
         clean = False
         try:
             self.kill()
-            if self._pid is not None:
-                await self._reap(self._pid)
+            await self._reap()
             await asyncio.to_thread(self._undo.run)
             clean = True
         finally:
             self._on_removed(self, clean)
 
-    async def _reap(self, pid: int) -> None:
+    async def _reap(self) -> None:
         try:
             with suppress(HostError):  # a dead spawner: its children died with it, and init reaps them
                 async with asyncio.timeout(_DEATH_TIMEOUT_S):
-                    await self._spawner.wait(pid)
+                    await self._spawner.wait(self._pid)
         except TimeoutError:
-            _LOG.error("sandbox does not die", extra={"sandbox_id": self.sandbox_id, "pid": pid})
+            _LOG.error("sandbox does not die", extra={"sandbox_id": self.sandbox_id, "pid": self._pid})
         finally:
-            self._spawner.forget(pid)
+            self._spawner.forget(self._pid)
 
     def _close_stdio(self) -> None:
         stdio, self._stdio = self._stdio, ()

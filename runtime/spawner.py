@@ -2,9 +2,10 @@
 
 Theory of operation. `Spawner.start` forks before the runtime has threads or an event loop, so that the fork of each
 run copies a small single-threaded process. Both sides speak over an AF_UNIX SOCK_SEQPACKET pair, one struct a packet
-(clrk.core.control framing): SpawnRequest with its fds one way, Spawned | SpawnFailed and later Ended the other way.
-For each request the process forks; the child takes its fds, joins the cgroups, enters the network namespace and execs
-bwrap. A pipe that closes on exec tells the parent that the exec happened, or which step failed with which errno.
+(clrk.core.control framing). ReserveRequest forks a process that joins its cgroups and waits: joining can take 20 ms, so
+it is done ahead of demand. SpawnRequest, with fds, has it enter the network namespace and exec bwrap. A socket that
+closes on exec tells the spawner that the exec happened, or which step failed with which errno. Ended comes for every
+reserved process, whether it execed or not.
 
 Death. The spawner gets SIGKILL when the runtime dies, each child when the spawner dies (and bwrap keeps that for the
 processes in the sandbox); the end of the socket makes the spawner exit as well.
@@ -20,7 +21,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -29,6 +30,8 @@ from clrk.core.errors import HostError, ProtocolError
 
 from .spawner_process import (
     Ended,
+    Reserved,
+    ReserveRequest,
     Signal,
     Spawned,
     SpawnFailed,
@@ -38,7 +41,9 @@ from .spawner_process import (
     serve,
 )
 
-__all__ = ["ExitStatus", "SpawnRequest", "Spawner"]
+__all__ = ["ExitStatus", "ReserveRequest", "SpawnRequest", "Spawner"]
+
+T = TypeVar("T")
 
 _REPLIES: Final = msgspec.msgpack.Decoder(SpawnReply)
 _SOCKET_BUFFER_BYTES: Final = 1 << 20
@@ -68,7 +73,7 @@ class Spawner:
         self._sock = sock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next_id = 1
-        self._starting: dict[int, asyncio.Future[int]] = {}
+        self._asked: dict[int, asyncio.Future[int]] = {}
         self._running: dict[int, asyncio.Future[ExitStatus]] = {}
         self._died: asyncio.Event = asyncio.Event()
 
@@ -93,26 +98,30 @@ class Spawner:
         ours.setblocking(False)
         return cls(ours, pid)
 
-    async def spawn(self, request: SpawnRequest, fds: Sequence[int]) -> int:
-        """Start a run; fds are, in order: stdin, stdout, stderr, the network namespace, then those numbered from 3.
+    async def reserve(self, request: ReserveRequest) -> int:
+        """Fork a process that joins its cgroups and waits for `spawn`.
 
-        Returns: the pid of the first process, which has execed.
-        Raises: HostError naming the step that failed, or when the spawner is gone. The caller keeps its fds.
+        Returns: its pid.
+        Raises: HostError naming the step that failed, or when the spawner is gone.
         """
-        loop = self._attach()
+        return await self._ask(request, ())
+
+    async def spawn(self, request: SpawnRequest, fds: Sequence[int]) -> None:
+        """Have a reserved process exec; fds are the network namespace, then those numbered from 0. They stay open here.
+
+        Raises: HostError naming the step that failed, or when the spawner is gone; `wait` tells the end all the same.
+        """
+        await self._ask(request, fds)
+
+    async def _ask(self, request: ReserveRequest | SpawnRequest, fds: Sequence[int]) -> int:
         request_id, self._next_id = self._next_id, self._next_id + 1
-        started: asyncio.Future[int] = loop.create_future()
-        self._starting[request_id] = started
-        try:
-            await self._send(msgspec.structs.replace(request, request_id=request_id), fds)
-            pid = await started
-        except asyncio.CancelledError:
-            started.add_done_callback(self._kill_unwanted)
-            raise
-        return pid
+        answer: asyncio.Future[int] = self._attach().create_future()
+        self._asked[request_id] = answer
+        await self._send(msgspec.structs.replace(request, request_id=request_id), fds)
+        return await answer
 
     async def wait(self, pid: int) -> ExitStatus:
-        """Wait for the end of a run. May be awaited more than once, until `forget`.
+        """Wait for the end of a reserved process or its run. May be awaited more than once, until `forget`.
 
         Raises: HostError for an unknown pid, or when the spawner is gone.
         """
@@ -127,7 +136,7 @@ class Spawner:
             ended.exception()  # read, so that asyncio does not report it as never retrieved
 
     def kill(self, pid: int, signum: int = signal.SIGKILL) -> None:
-        """Signal a run's first process; nothing happens when it has ended (the spawner knows: no pid is reused)."""
+        """Signal a reserved or running process; nothing happens when it has ended: its pid is not reused before."""
         try:
             control.send(self._sock, Signal(pid=pid, signum=signum))
         except OSError as exc:
@@ -152,7 +161,7 @@ class Spawner:
             self._loop.add_reader(self._sock, self._on_readable)
         return self._loop
 
-    async def _send(self, message: SpawnRequest, fds: Sequence[int]) -> None:
+    async def _send(self, message: ReserveRequest | SpawnRequest, fds: Sequence[int]) -> None:
         while True:
             try:
                 control.send(self._sock, message, fds)
@@ -160,16 +169,16 @@ class Spawner:
             except BlockingIOError:
                 await self._writable()
             except ValueError as exc:
-                self._starting.pop(message.request_id, None)
+                self._asked.pop(message.request_id, None)
                 raise HostError(f"spawn: command line too long: {exc}") from exc
             except OSError as exc:
-                self._starting.pop(message.request_id, None)
+                self._asked.pop(message.request_id, None)
                 raise HostError(f"spawn: the spawner is gone: {exc.strerror}") from exc
 
     async def _writable(self) -> None:
         loop = self._attach()
         ready: asyncio.Future[None] = loop.create_future()
-        loop.add_writer(self._sock, _wake, ready)
+        loop.add_writer(self._sock, _settle, ready, None)
         try:
             await ready
         finally:
@@ -191,50 +200,42 @@ class Spawner:
 
     def _on_reply(self, reply: SpawnReply) -> None:
         match reply:
-            case Spawned(request_id=request_id, pid=pid):
+            case Reserved(request_id=request_id, pid=pid):
                 self._running[pid] = self._attach().create_future()
-                self._settle(request_id, pid)
+                if not _settle(self._asked.pop(request_id, None), pid):
+                    self.kill(pid)  # nobody waits for it any more
+                    self.forget(pid)
+            case Spawned(request_id=request_id, pid=pid):
+                _settle(self._asked.pop(request_id, None), pid)
             case SpawnFailed(request_id=request_id, step=step, error=code):
-                started = self._starting.pop(request_id, None)
-                if started is not None and not started.done():
-                    started.set_exception(HostError(f"spawn: {SpawnStep(step).name.lower()}: {os.strerror(code)}"))
+                asked = self._asked.pop(request_id, None)
+                if asked is not None and not asked.done():
+                    asked.set_exception(HostError(f"spawn: {SpawnStep(step).name.lower()}: {os.strerror(code)}"))
             case Ended():
-                ended = self._running.get(reply.pid)
-                if ended is not None and not ended.done():
-                    ended.set_result(_exit_status(reply))
-
-    def _settle(self, request_id: int, pid: int) -> None:
-        started = self._starting.pop(request_id, None)
-        if started is None or started.cancelled():
-            self.kill(pid)  # nobody waits for it any more
-            self.forget(pid)
-        elif not started.done():
-            started.set_result(pid)
-
-    def _kill_unwanted(self, started: asyncio.Future[int]) -> None:
-        if not started.cancelled() and started.exception() is None:
-            self.kill(started.result())
-            self.forget(started.result())
+                _settle(self._running.get(reply.pid), _exit_status(reply))
 
     def _fail_all(self) -> None:
         """Every waiter learns that the spawner is gone: its children died with it."""
         if self._loop is not None:
             self._loop.remove_reader(self._sock)
         gone = HostError("the spawner is gone")
-        for started in self._starting.values():
-            if not started.done():
-                started.set_exception(gone)
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(gone)
         for ended in self._running.values():
             if not ended.done():
                 ended.set_exception(gone)
                 ended.exception()  # a run that nobody waits for is no error of its own
-        self._starting.clear()
+        self._asked.clear()
         self._died.set()
 
 
-def _wake(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
+def _settle(waiting: asyncio.Future[T] | None, result: T) -> bool:
+    """Returns: whether somebody was waiting."""
+    if waiting is None or waiting.done():
+        return False
+    waiting.set_result(result)
+    return True
 
 
 def _exit_status(reply: Ended) -> ExitStatus:

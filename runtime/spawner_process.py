@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import errno
 import fcntl
 import os
 import resource
 import select
 import signal
 import socket
-from typing import Final, NoReturn
+from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
 from clrk.core import control
 from clrk.core.errors import ProtocolError
 
-FIRST_EXTRA_FD: Final = 3
 _HIGH_FD: Final = 64  # above every fd number that a run gets
 _NO_FD_ABOVE: Final = 2**31 - 1
-_STDIO_AND_NETNS: Final = 4
+_NETNS_AND_STDIO: Final = 4
 
 _CLONE_NEWNS: Final = 0x00020000  # include/uapi/linux/sched.h
 _CLONE_NEWNET: Final = 0x40000000
@@ -35,17 +36,27 @@ _PASSIVE_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a te
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
-class SpawnRequest(msgspec.Struct, frozen=True, tag=True):
-    """Start one run. Comes with fds: stdin, stdout, stderr, network namespace, then those numbered from 3.
+class ReserveRequest(msgspec.Struct, frozen=True, tag=True):
+    """Fork a process ahead of a run and have it join its cgroups, which can take 20 ms: the kernel waits for RCU.
 
-    Shape: argv[0] is a path. environment is that of argv[0], complete. cgroup_procs are files to write "0" to.
+    Shape: cgroup_procs are files to write "0" to. oom_score_adj as in proc(5).
     """
 
-    argv: list[bytes]
-    environment: dict[bytes, bytes]
     cgroup_procs: list[str]
     max_open_files: int
     oom_score_adj: int
+    request_id: int = 0
+
+
+class SpawnRequest(msgspec.Struct, frozen=True, tag=True):
+    """Have a reserved process exec. Comes with fds: network namespace, stdin, stdout, stderr, those from 3 on.
+
+    Shape: argv[0] is a path. environment is that of argv[0], complete.
+    """
+
+    pid: int
+    argv: list[bytes]
+    environment: dict[bytes, bytes]
     request_id: int = 0
 
 
@@ -56,27 +67,34 @@ class Signal(msgspec.Struct, frozen=True, tag=True):
     signum: int
 
 
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """A process is in its cgroups and waits for a SpawnRequest."""
+
+    request_id: int
+    pid: int
+
+
 class Spawned(msgspec.Struct, frozen=True, tag=True):
-    """The run's first process has execed."""
+    """The reserved process has execed."""
 
     request_id: int
     pid: int
 
 
 class SpawnStep(enum.IntEnum):
-    """What the child does before exec, in order."""
+    """What happens before exec, in order."""
 
-    REQUEST = 0
-    FORK = 1
-    FDS = 2
-    CGROUP = 3
-    LIMITS = 4
-    NAMESPACE = 5
+    FORK = 0
+    CGROUP = 1
+    LIMITS = 2
+    REQUEST = 3
+    NAMESPACE = 4
+    FDS = 5
     EXEC = 6
 
 
 class SpawnFailed(msgspec.Struct, frozen=True, tag=True):
-    """The run did not start; nothing of it is left. error is an errno."""
+    """A request was not done, and its process is gone or going. error is an errno."""
 
     request_id: int
     step: int
@@ -84,7 +102,7 @@ class SpawnFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
-    """A run's first process is gone. status is as of wait(2)."""
+    """A reserved process, or what it execed, is gone. status is as of wait(2)."""
 
     pid: int
     status: int
@@ -92,8 +110,10 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     max_rss_bytes: int
 
 
-SpawnReply = Spawned | SpawnFailed | Ended
-_REQUESTS: Final = msgspec.msgpack.Decoder(SpawnRequest | Signal)
+SpawnReply = Reserved | Spawned | SpawnFailed | Ended
+_REQUESTS: Final = msgspec.msgpack.Decoder(ReserveRequest | SpawnRequest | Signal)
+_ORDERS: Final = msgspec.msgpack.Decoder(SpawnRequest)
+_READY: Final = b"\1"
 
 
 def serve(sock: socket.socket) -> None:
@@ -114,22 +134,37 @@ def _hide_namespace_mounts() -> None:
             pass
 
 
+@dataclass(slots=True)
+class _Child:
+    """A forked process. link carries the order to exec one way, and how the steps went the other; exec closes it.
+
+    Shape: request_id is of the request that is not answered yet, 0 when there is none.
+    """
+
+    pid: int
+    pidfd: int
+    link: socket.socket
+    request_id: int
+    is_reserved: bool = False
+
+
 class _Loop:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._poll = select.epoll()
-        self._execs: dict[int, tuple[int, int]] = {}  # exec pipe -> request id, pid
-        self._children: dict[int, int] = {}  # pidfd -> pid
+        self._children: dict[int, _Child] = {}  # by pid
+        self._links: dict[int, _Child] = {}  # by fd
+        self._pidfds: dict[int, _Child] = {}
 
     def run(self) -> None:
         self._poll.register(self._sock, select.EPOLLIN)
         while True:
             for fd, _ in self._poll.poll():
-                if fd in self._execs:
-                    self._on_exec(fd)
-                elif fd in self._children:
-                    self._on_exit(fd)
-                elif not self._on_request():
+                if fd in self._links:
+                    self._on_link(self._links[fd])
+                elif fd in self._pidfds:
+                    self._on_exit(self._pidfds[fd])
+                elif fd == self._sock.fileno() and not self._on_request():
                     return
 
     def _on_request(self) -> bool:
@@ -140,95 +175,133 @@ class _Loop:
             return False  # the runtime never sends such a packet: better no spawner than a confused one
         if received is None:
             return False
+        message: ReserveRequest | SpawnRequest | Signal
         message, fds = received
-        if isinstance(message, Signal):
-            if message.pid in self._children.values():
-                os.kill(message.pid, message.signum)
-        else:
-            self._start(message, fds)
+        match message:
+            case Signal():
+                if message.pid in self._children:
+                    os.kill(message.pid, message.signum)  # not reaped yet, so the pid is still its own
+            case ReserveRequest():
+                self._fork(message)
+            case SpawnRequest():
+                self._order(message, fds)
         for fd in fds:
             os.close(fd)
         return True
 
-    def _start(self, request: SpawnRequest, fds: list[int]) -> None:
-        if len(fds) < _STDIO_AND_NETNS:
-            control.send(self._sock, SpawnFailed(request.request_id, SpawnStep.REQUEST, 22))
-            return
+    def _fork(self, request: ReserveRequest) -> None:
         try:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             pid = os.fork()
         except OSError as exc:
             control.send(self._sock, SpawnFailed(request.request_id, SpawnStep.FORK, exc.errno or 0))
             return
         if pid == 0:
-            _run_child(request, fds, writer)
-        os.close(writer)
-        self._execs[reader] = (request.request_id, pid)
-        self._poll.register(reader, select.EPOLLIN)
+            _run_child(request, theirs)
+        theirs.close()
+        ours.setblocking(False)
+        child = _Child(pid, os.pidfd_open(pid), ours, request.request_id)
+        self._children[pid] = self._links[ours.fileno()] = self._pidfds[child.pidfd] = child
+        self._poll.register(ours, select.EPOLLIN)
+        self._poll.register(child.pidfd, select.EPOLLIN)
 
-    def _on_exec(self, reader: int) -> None:
-        request_id, pid = self._execs.pop(reader)
-        failure = os.read(reader, 16)
-        self._poll.unregister(reader)
-        os.close(reader)
-        if failure:
-            os.waitpid(pid, 0)
-            step, code = int.from_bytes(failure[:4], "little"), int.from_bytes(failure[4:8], "little")
-            control.send(self._sock, SpawnFailed(request_id, step, code))
+    def _order(self, request: SpawnRequest, fds: list[int]) -> None:
+        child = self._children.get(request.pid)
+        if child is None or not child.is_reserved or child.request_id or len(fds) < _NETNS_AND_STDIO:
+            control.send(self._sock, SpawnFailed(request.request_id, SpawnStep.REQUEST, errno.ESRCH))
             return
-        control.send(self._sock, Spawned(request_id, pid))
-        pidfd = os.pidfd_open(pid)
-        self._children[pidfd] = pid
-        self._poll.register(pidfd, select.EPOLLIN)
+        child.request_id = request.request_id
+        try:
+            control.send(child.link, request, fds)
+        except OSError as exc:
+            self._fail(child, SpawnStep.REQUEST, exc.errno or 0)
 
-    def _on_exit(self, pidfd: int) -> None:
-        pid = self._children.pop(pidfd)
-        self._poll.unregister(pidfd)
-        os.close(pidfd)
-        _, status, usage = os.wait4(pid, 0)
-        control.send(self._sock, Ended(pid, status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024))
+    def _on_link(self, child: _Child) -> None:
+        """A report of the child, or the end of the link: then it has execed, or died, which _on_exit tells."""
+        try:
+            report = child.link.recv(16)
+        except BlockingIOError:
+            return
+        except OSError:
+            report = b""
+        if report == _READY:
+            child.is_reserved = True
+            self._answer(child, Reserved(child.request_id, child.pid))
+        elif report:
+            step, code = int.from_bytes(report[:4], "little"), int.from_bytes(report[4:8], "little")
+            self._fail(child, step, code)
+        else:
+            if child.is_reserved and child.request_id:
+                self._answer(child, Spawned(child.request_id, child.pid))
+            self._drop_link(child)
+
+    def _fail(self, child: _Child, step: int, code: int) -> None:
+        if child.request_id:
+            self._answer(child, SpawnFailed(child.request_id, step, code))
+
+    def _answer(self, child: _Child, reply: SpawnReply) -> None:
+        child.request_id = 0
+        control.send(self._sock, reply)
+
+    def _drop_link(self, child: _Child) -> None:
+        if self._links.pop(child.link.fileno(), None) is not None:
+            self._poll.unregister(child.link)
+            child.link.close()
+
+    def _on_exit(self, child: _Child) -> None:
+        if child.link.fileno() >= 0:
+            self._on_link(child)  # what it said last comes first
+        self._fail(child, SpawnStep.REQUEST, errno.ESRCH)
+        self._drop_link(child)
+        del self._children[child.pid], self._pidfds[child.pidfd]
+        self._poll.unregister(child.pidfd)
+        os.close(child.pidfd)
+        _, status, usage = os.wait4(child.pid, 0)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        control.send(self._sock, Ended(child.pid, status, cpu_s, usage.ru_maxrss * 1024))
 
 
-def _run_child(request: SpawnRequest, fds: list[int], report: int) -> NoReturn:
-    """Between fork and exec: no locks, no logging, no imports. Any failure goes through the report pipe."""
-    step = SpawnStep.FDS
+def _run_child(request: ReserveRequest, link: socket.socket) -> None:
+    """Between fork and exec: no locks, no logging, no imports. Any failure is reported over the link."""
+    step = SpawnStep.CGROUP
     try:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        report, namespace = _arrange_fds(fds, report)
-        step = SpawnStep.CGROUP
         for path in request.cgroup_procs:
             _write(path, b"0")
         step = SpawnStep.LIMITS
         _write("/proc/self/oom_score_adj", b"%d" % request.oom_score_adj)
         _set_limits(request.max_open_files)
+        link.send(_READY)
+        step = SpawnStep.REQUEST
+        received = control.receive(link, _ORDERS)
+        if received is None:
+            return  # the spawner is gone
+        order, fds = received
         step = SpawnStep.NAMESPACE
-        if _LIBC.setns(namespace, _CLONE_NEWNET) != 0:
+        if _LIBC.setns(fds[0], _CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "setns")
+        step = SpawnStep.FDS
+        link = _arrange_fds(fds[1:], link)
         step = SpawnStep.EXEC
         for signum in _DEFAULT_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-        os.execve(request.argv[0], request.argv, request.environment)  # noqa: S606 - that is its purpose
+        os.execve(order.argv[0], order.argv, order.environment)  # noqa: S606 - that is its purpose
     except OSError as exc:
-        os.write(report, int(step).to_bytes(4, "little") + (exc.errno or 0).to_bytes(4, "little"))
+        link.send(int(step).to_bytes(4, "little") + (exc.errno or 0).to_bytes(4, "little"))
     finally:
         os._exit(127)
 
 
-def _arrange_fds(fds: list[int], report: int) -> tuple[int, int]:
-    """Put stdio on 0 to 2 and the extra fds on 3 and up; close every other fd, wherever it was inherited from.
+def _arrange_fds(fds: list[int], link: socket.socket) -> socket.socket:
+    """Put the fds on 0 and up; close every other one, wherever it was inherited from.
 
-    Returns: where the report pipe and the namespace are now: behind the others, closed by exec.
+    Returns: the link, behind the others and closed by exec.
     """
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in (*fds, report)]
-    report = high.pop()
-    namespace = high.pop(_STDIO_AND_NETNS - 1)
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in (*fds, link.detach())]
     for number, fd in enumerate(high):
-        os.dup2(fd, number, inheritable=True)
-    first = len(high)
-    os.dup2(report, first, inheritable=False)
-    os.dup2(namespace, first + 1, inheritable=False)
-    os.closerange(first + 2, _NO_FD_ABOVE)
-    return first, first + 1
+        os.dup2(fd, number, inheritable=number < len(fds))
+    os.closerange(len(high), _NO_FD_ABOVE)
+    return socket.socket(fileno=len(fds))
 
 
 def _set_limits(max_open_files: int) -> None:
