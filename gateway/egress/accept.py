@@ -315,8 +315,9 @@ class Acceptor:
 async def _open(sock: socket.socket, context: ssl.SSLContext | None) -> Channel:
     """Hand the socket to the loop. Raises: OSError, ssl.SSLError among them, when the handshake fails."""
     timeout = HANDSHAKE_TIMEOUT_S if context is not None else None
-    _, channel = await asyncio.get_running_loop().connect_accepted_socket(
-        Channel, sock, ssl=context, ssl_handshake_timeout=timeout
+    channel = Channel()  # not what the call returns: with TLS, uvloop returns its own protocol there
+    await asyncio.get_running_loop().connect_accepted_socket(
+        lambda: channel, sock, ssl=context, ssl_handshake_timeout=timeout
     )
     return channel
 
