@@ -53,6 +53,8 @@ def send_the_request() -> str:
         f" -H 'traceparent: 00-{trace_id}-{span_id}-01' -H 'ce-x-tenant-id: {TENANT}'"
         f" -d {shlex.quote(json.dumps(QUESTION))}"
     )
+    if " 200 " not in answer.splitlines()[0]:
+        clrk("agents logs support")
     expect(" 200 " in answer.splitlines()[0], "the agent answers with 200")
     return trace_id
 
@@ -64,7 +66,7 @@ def walk_the_trace(caller_trace_id: str) -> None:
 
     title("Step 2: the interesting ones: by model and tokens, or those that were denied")
     clrk("traces --agent support --since 5m --model gpt-5.4-mini --min-input-tokens 20")
-    expect("DELETE" in clrk("traces --agent support --since 5m --denied"), "the denied DELETE is listed")
+    expect("egress.dial.denied" in clrk("traces --agent support --since 5m --denied"), "the denied call is listed")
 
     title("Step 3: the invocation that caused it")
     denied = spans_of(clrk("traces --agent support --since 5m --denied --json"))

@@ -208,7 +208,7 @@ def daemon(folder: Path, binary: Path, address: str) -> Iterator[Daemon]:
         [
             document("EgressGateway", "default", hostAliases=aliases, upstreamTLS={"caFile": str(folder / "ca.pem")}),
             document("EgressL4Route", "bench", rules=[{"hostnames": ["files.internal"], "ports": [443]}]),
-            agent("now", ["/opt/bench/stopwatch", "now"], mounts={"/opt/bench/stopwatch": binary}),
+            agent("now", ["/agent/bench/stopwatch", "now"], mounts={"/agent/bench/stopwatch": binary}),
             agent("shell", ["/usr/bin/python3", "-I", "-c", shell]),
         ],
     )  # fmt: skip

@@ -44,13 +44,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dia
     documents = [
         *egress(providers),
         agent(
-            "sdk", ["/opt/venv/bin/python", "-I", "/opt/agents/sdk_agent.py"],
-            mounts={"/opt/venv": venv, "/opt/agents": agents}, env=keys,
+            "sdk", ["/agent/venv/bin/python", "-I", "/agent/code/sdk_agent.py"],
+            mounts={"/agent/venv": venv, "/agent/code": agents}, env=keys,
         ),
         agent("curl", ["/bin/bash", "-c", 'curl -sS "http://tools.internal/orders/1042?i=$CLRK_INVOCATION_ID"']),
-        agent("node", ["/usr/bin/node", "/opt/agents/fetch_agent.mjs"], mounts={"/opt/agents": agents}),
-        agent("python", [*python, RUN_PYTHON], mounts={"/opt/raw": raw_dial}),
-        agent("shell", [*python, RUN_SHELL], mounts={"/opt/raw": raw_dial}),
+        agent("node", ["/usr/bin/node", "/agent/code/fetch_agent.mjs"], mounts={"/agent/code": agents}),
+        agent("python", [*python, RUN_PYTHON], mounts={"/agent/raw": raw_dial}),
+        agent("shell", [*python, RUN_SHELL], mounts={"/agent/raw": raw_dial}),
         agent("deaf", ["/bin/echo", "done"]),
         agent("flood", ["/usr/bin/yes", "no end of words"], timeout="2s"),
         agent("sleepy", ["/bin/sleep", "3600"], timeout="1s"),

@@ -169,7 +169,7 @@ async def test_node_agent_over_tls(daemon: Daemon, caller: aiohttp.ClientSession
 
 async def test_raw_dial_to_an_address_is_named_by_the_kernel(daemon: Daemon, caller: aiohttp.ClientSession) -> None:
     """No library, no name: the destination on the span is what connect() was called with, and so is getpeername()."""
-    source = "exec /opt/raw/raw_dial 203.0.113.9 80 tools.internal /orders/1042"
+    source = "exec /agent/raw/raw_dial 203.0.113.9 80 tools.internal /orders/1042"
     async with caller.post(f"{daemon.url}/agents/shell", data=source, headers=SOURCE) as answer:
         text = await answer.text()
         assert answer.status == 200, text
@@ -184,7 +184,7 @@ async def test_raw_dial_to_an_address_is_named_by_the_kernel(daemon: Daemon, cal
 
 async def test_raw_dial_to_a_resolved_name(daemon: Daemon, caller: aiohttp.ClientSession) -> None:
     address = "$(getent ahostsv4 tools.internal | head -1 | cut -d' ' -f1)"
-    source = f"exec /opt/raw/raw_dial {address} 80 tools.internal /orders/1042"
+    source = f"exec /agent/raw/raw_dial {address} 80 tools.internal /orders/1042"
     async with caller.post(f"{daemon.url}/agents/shell", data=source, headers=SOURCE) as answer:
         text = await answer.text()
         invocation_id = answer.headers["X-Clrk-Invocation-ID"]

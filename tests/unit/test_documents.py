@@ -1,0 +1,45 @@
+"""What the README and the examples show is what the product accepts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from clrk.runtime.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_first_agent_of_the_readme_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for line in block.splitlines() if not line.startswith(("#", "---"))]
+    assert len(lines) <= 10
+    (tmp_path / "hello.yaml").write_text(block)
+    assert main(["check", "-c", str(tmp_path)]) == 0, capsys.readouterr().err
+
+
+def test_the_resources_of_the_demo_are_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = tmp_path / "examples" / "demo"
+    demo.mkdir(parents=True)
+    for path in (ROOT / "examples" / "demo").glob("*.yaml"):
+        (demo / path.name).write_text(path.read_text())
+    for folder in (".venv", ".output/demo/standin", "examples/agents"):  # what its relative paths name
+        (tmp_path / folder).mkdir(parents=True)
+    sys.path.insert(0, str(ROOT / "examples/standin"))
+    from certificates import make_server_context
+
+    make_server_context(tmp_path / ".output/demo/standin", ("api.anthropic.com",))
+    assert main(["check", "-c", str(demo)]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("document", ["README.md", "THREAT_MODEL.md", "docs/benchmarks.md"])
+def test_files_and_tests_that_a_document_names_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), target
+    for path, _, test in re.findall(r"`(tests/[\w/]+\.py)(::(\w+))?`", text):
+        source = (ROOT / path).read_text()
+        assert not test or f"def {test}(" in source, f"{path}::{test}"
