@@ -22,7 +22,7 @@ from clrk.gateway.invocation import Invocation, StartRefused
 from clrk.gateway.media import STRUCTURED_EVENT, prefers_structured
 from clrk.gateway.metadata import PostedAnswer
 from clrk.gateway.outcome import Outcome, Phase
-from clrk.gateway.problem import Problem
+from clrk.gateway.problem import SERVER, Problem
 
 _SLOW_CALLER_S: Final = 60.0  # beyond the agent's timeout, for a caller that reads slowly
 _ABORT_AFTER_S: Final = 30.0  # for what is still in the send buffer of a connection that ends badly
@@ -94,6 +94,7 @@ class Answer:
         received, wraps = bytearray(), self._wraps(self._content_type)
         while chunk := await self._read_stdout():
             if wraps:
+                self._invocation.charge(len(chunk))
                 received += chunk
             if len(received) > MAX_BODY_BYTES:
                 raise Problem(502, f"the agent's answer is over {MAX_BODY_BYTES} bytes; ask for it without wrapping")
@@ -136,7 +137,7 @@ class Answer:
         return prefers_structured(self._accept, content_type)
 
     def _headers(self, content_type: str) -> dict[str, str]:
-        return {"Content-Type": content_type, "X-Clrk-Invocation-ID": self._dispatch.invocation_id}
+        return {"Content-Type": content_type, "X-Clrk-Invocation-ID": self._dispatch.invocation_id, **SERVER}
 
     def _whole(self, status: int, content_type: str, body: bytes, outcome: Outcome | None) -> web.Response:
         if outcome is not None:

@@ -24,7 +24,7 @@ from clrk.gateway.answer import Answer
 from clrk.gateway.dispatch import Dispatch, Target
 from clrk.gateway.envelope import EnvelopeError, Event, EventContext, check_body, event_attributes
 from clrk.gateway.invocation import Order
-from clrk.gateway.invocations import Invocations
+from clrk.gateway.invocations import Invocations, Slot
 from clrk.gateway.outcome import Outcome, Phase
 from clrk.gateway.problem import Problem, read_body
 from clrk.gateway.telemetry.spans import Recorder
@@ -95,6 +95,11 @@ class Ingress:
             dispatch.disconnected = True
             dispatch.outcome = dispatch.outcome or Outcome(Phase.CANCELLED)
             raise
+        except Exception:  # the root of a request: a bug of ours must not leave its caller without an answer
+            if dispatch.status is not None:  # headers are out: aiohttp logs it and drops the connection
+                raise
+            _LOG.exception("request failed", extra={"invocation_id": dispatch.invocation_id})
+            return self._refuse(dispatch, Problem(500, "the gateway failed; its log says why"), record=False)
         finally:
             dispatch.record(self._recorder)
 
@@ -109,7 +114,7 @@ class Ingress:
         slot = invocations.admit(dispatch.invocation_id, target.agent, target.trigger)
         try:
             timeout_s = _timeout(request, target)
-            event = await self._read_event(request, dispatch)
+            event = await self._read_event(request, dispatch, slot)
             order = Order(
                 identity=dispatch.identity,
                 agent=target.agent,
@@ -131,7 +136,7 @@ class Ingress:
         finally:  # after a complete answer, or a failure that was told, these change nothing
             answer.close()
 
-    async def _read_event(self, request: web.BaseRequest, dispatch: Dispatch) -> Event:
+    async def _read_event(self, request: web.BaseRequest, dispatch: Dispatch, slot: Slot) -> Event:
         target, metadata = dispatch.target, dispatch.target.agent.metadata
         path, _, query = (target.path or request.raw_path).partition("?")
         context = dispatch.identity.context
@@ -153,7 +158,9 @@ class Ingress:
                 ),
             )
             await _continue(request)
-            body = await read_body(request, limit=MAX_BODY_BYTES, idle_s=_BODY_IDLE_S, total_s=_BODY_TOTAL_S)
+            body = await read_body(
+                request, limit=MAX_BODY_BYTES, idle_s=_BODY_IDLE_S, total_s=_BODY_TOTAL_S, charge=slot.charge
+            )
             check_body(attributes.get("datacontenttype", ""), body)
         except EnvelopeError as exc:
             raise Problem(400, str(exc)) from exc

@@ -109,10 +109,18 @@ class Order:
 class Invocation:
     """A run and its answer; see the head of this file."""
 
-    def __init__(self, order: Order, commands: Commands, egress: Egress, telemetry: TelemetrySink) -> None:
+    def __init__(
+        self,
+        order: Order,
+        commands: Commands,
+        egress: Egress,
+        telemetry: TelemetrySink,
+        charge: Callable[[int], None],
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.order = order
         self.identity = order.identity
+        self.charge = charge  # for every byte of an answer that is held in memory; raises Problem when that is short
         self.started: asyncio.Future[None] = loop.create_future()
         self.posted: asyncio.Future[PostedAnswer] = loop.create_future()
         self.outcome: asyncio.Future[Outcome] = loop.create_future()
@@ -233,7 +241,9 @@ class Invocation:
         )  # fmt: skip
         egress = self._egress.serve(run)
         stack.push_async_callback(egress.close)
-        metadata = MetadataService(order.event, metadata_mode=order.metadata_mode, on_answer=self._on_answer)
+        metadata = MetadataService(
+            order.event, metadata_mode=order.metadata_mode, on_answer=self._on_answer, charge=self.charge
+        )
         stack.push_async_callback(metadata.close)
         await metadata.serve(sockets.metadata_v4, sockets.metadata_v6)
         self._pump(stack, stdin, stdout, stderr)
@@ -250,7 +260,8 @@ class Invocation:
     async def _feed(self, stdin: Pipe) -> None:
         """Write the event to stdin, then close it. In Metadata mode stdin is empty."""
         if not self.order.metadata_mode:
-            await stdin.write_all(to_structured(self.order.event) + b"\n")
+            if await stdin.write_all(to_structured(self.order.event)):
+                await stdin.write_all(b"\n")
         stdin.close()
 
     async def _log_lines(self, stream: str, pipe: Pipe) -> None:

@@ -21,6 +21,7 @@ from clrk.gateway.problem import Problem
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_HISTORY: Final = 10_000  # finished invocations whose phase is remembered
+_MAX_HELD_BYTES: Final = 512 * 1024 * 1024  # of bodies and collected answers, all invocations together
 _RETRY_AFTER: Final = {"Retry-After": "1"}
 RunMessage = Started | Spawned | StartFailed | Exited | Removed
 
@@ -58,6 +59,7 @@ class Invocations:
         self._telemetry = telemetry
         self._seen = seen
         self._draining = False
+        self._held_bytes = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._live: dict[str, Invocation] = {}
@@ -100,9 +102,15 @@ class Invocations:
             raise refusal
         self._running[key] += 1
         self._idle.clear()
-        return Slot(lambda: self._release(key))
+        return Slot(self._hold, lambda held: self._release(key, held))
 
-    def _release(self, key: tuple[str, str]) -> None:
+    def _hold(self, size: int) -> None:
+        if self._held_bytes + size > _MAX_HELD_BYTES:
+            raise Problem(503, "this host is short of memory", {**_RETRY_AFTER, "Connection": "close"})
+        self._held_bytes += size
+
+    def _release(self, key: tuple[str, str], held_bytes: int) -> None:
+        self._held_bytes -= held_bytes
         self._running[key] -= 1
         if not self._running[key]:
             del self._running[key]
@@ -112,7 +120,7 @@ class Invocations:
 
     def start(self, order: Order, slot: Slot) -> Invocation:
         """Begin a run; the slot is released when the run has ended."""
-        invocation = Invocation(order, self._commands, self._egress, self._telemetry)
+        invocation = Invocation(order, self._commands, self._egress, self._telemetry, slot.charge)
         invocation_id = order.identity.invocation_id
         self._live[invocation_id] = invocation
 
@@ -202,13 +210,25 @@ class Invocations:
 
 
 class Slot:
-    """The right to run one invocation, counted against maxConcurrent and the host's limit."""
+    """The right to run one invocation and to hold its bytes, counted against maxConcurrent and the host's limits."""
 
-    def __init__(self, on_release: Callable[[], None]) -> None:
-        self._on_release: Callable[[], None] | None = on_release
+    def __init__(self, hold: Callable[[int], None], on_release: Callable[[int], None]) -> None:
+        self._hold = hold
+        self._on_release = on_release
+        self._held_bytes = 0
+        self._released = False
+
+    def charge(self, size: int) -> None:
+        """Hold size bytes more, until the release.
+
+        Raises: Problem 503 when the host is short of memory.
+        """
+        if not self._released:
+            self._hold(size)
+            self._held_bytes += size
 
     def release(self) -> None:
-        """Give it back; a second time does nothing."""
-        if self._on_release is not None:
-            on_release, self._on_release = self._on_release, None
-            on_release()
+        """Give everything back; a second time does nothing."""
+        if not self._released:
+            self._released = True
+            self._on_release(self._held_bytes)

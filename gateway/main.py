@@ -20,6 +20,7 @@ from clrk.core.resources import GatewayConfig
 from clrk.gateway.app import App, EgressSide
 from clrk.gateway.egress.service import EgressService
 from clrk.gateway.invocation import TelemetrySink
+from clrk.gateway.lifeline import watch_lifeline
 from clrk.gateway.privileges import drop_privileges, raise_open_files
 
 _LOG: Final = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         raise_open_files()
         drop_privileges(options.uid, options.gid)
+        watch_lifeline(options.control_fd)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             reason = runner.run(_serve(options.control_fd, options.state_dir))
     except ClrkError as exc:

@@ -19,7 +19,7 @@ from aiohttp import web
 from clrk.core.resources import MAX_BODY_BYTES
 from clrk.gateway.envelope import Event, to_binary_headers, to_structured
 from clrk.gateway.media import STRUCTURED_EVENT, prefers_structured
-from clrk.gateway.problem import Problem, read_body
+from clrk.gateway.problem import SERVER, Problem, read_body
 
 _LOG: Final = logging.getLogger(__name__)
 HOSTS: Final = frozenset({"169.254.169.254", "169.254.169.254:80", "[fd00:ec2::254]", "[fd00:ec2::254]:80"})
@@ -40,8 +40,16 @@ class PostedAnswer:
 class MetadataService:
     """Serves one invocation on the listeners of its sandbox."""
 
-    def __init__(self, event: Event, *, metadata_mode: bool, on_answer: Callable[[PostedAnswer], None]) -> None:
+    def __init__(
+        self,
+        event: Event,
+        *,
+        metadata_mode: bool,
+        on_answer: Callable[[PostedAnswer], None],
+        charge: Callable[[int], None],
+    ) -> None:
         self._event = event
+        self._charge = charge
         self._metadata_mode = metadata_mode
         self._on_answer = on_answer
         self._answered = False  # an answer is posted, or being read
@@ -91,8 +99,8 @@ class MetadataService:
     def _get_event(self, request: web.BaseRequest) -> web.Response:
         accept = ",".join(request.headers.getall("Accept", []))
         if prefers_structured(accept, self._event.content_type):
-            return web.Response(body=to_structured(self._event), headers={"Content-Type": STRUCTURED_EVENT})
-        return web.Response(body=self._event.body, headers=to_binary_headers(self._event))
+            return web.Response(body=to_structured(self._event), headers={"Content-Type": STRUCTURED_EVENT, **SERVER})
+        return web.Response(body=self._event.body, headers=[*to_binary_headers(self._event), *SERVER.items()])
 
     async def _post_response(self, request: web.BaseRequest) -> web.Response:
         if not self._metadata_mode:
@@ -102,12 +110,14 @@ class MetadataService:
         status, content_type = _posted_head(request)
         self._answered = True  # before the first await: one body at a time is in memory
         try:
-            body = await read_body(request, limit=MAX_BODY_BYTES, idle_s=_BODY_TIMEOUT_S, total_s=_BODY_TIMEOUT_S)
+            body = await read_body(
+                request, limit=MAX_BODY_BYTES, idle_s=_BODY_TIMEOUT_S, total_s=_BODY_TIMEOUT_S, charge=self._charge
+            )
         except BaseException:  # whatever ended it, the answer did not arrive
             self._answered = False
             raise
         self._on_answer(PostedAnswer(status, content_type, body))
-        return web.Response(status=204)
+        return web.Response(status=204, headers=SERVER)
 
 
 def _posted_head(request: web.BaseRequest) -> tuple[int, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Final
 
@@ -15,6 +15,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from clrk.core.errors import ClrkError
 
 PROBLEM_TYPE: Final = "application/problem+json"
+SERVER: Final = {"Server": "clrk"}  # instead of aiohttp's, which tells strangers its version and Python's
 
 
 class Problem(ClrkError):
@@ -33,12 +34,16 @@ class Problem(ClrkError):
         return web.Response(
             status=self.status,
             body=json.dumps(body | {"invocation_id": invocation_id}).encode() + b"\n",
-            headers={"Content-Type": PROBLEM_TYPE, "X-Clrk-Invocation-ID": invocation_id} | self.headers,
+            headers={"Content-Type": PROBLEM_TYPE, "X-Clrk-Invocation-ID": invocation_id, **SERVER} | self.headers,
         )
 
 
-async def read_body(request: web.BaseRequest, *, limit: int, idle_s: float, total_s: float) -> bytes:
+async def read_body(
+    request: web.BaseRequest, *, limit: int, idle_s: float, total_s: float, charge: Callable[[int], None]
+) -> bytes:
     """Return the whole body; it is held once, and never more than limit bytes of it.
+
+    Shape: charge is told of each chunk's size, and may raise a Problem when memory is short.
 
     Raises: Problem 413 over the limit, 408 when it does not come in time, 400 when its coding is broken;
         ConnectionResetError when the client is gone.
@@ -51,9 +56,11 @@ async def read_body(request: web.BaseRequest, *, limit: int, idle_s: float, tota
     try:
         while not request.content.at_eof():
             async with asyncio.timeout_at(min(deadline, loop.time() + idle_s)):
-                received += await request.content.readany()
-            if len(received) > limit:
+                chunk = await request.content.readany()
+            if len(received) + len(chunk) > limit:
                 raise Problem(413, f"the body is over {limit} bytes", {"Connection": "close"})
+            charge(len(chunk))
+            received += chunk
     except TimeoutError:
         raise Problem(408, "the body did not come in time", {"Connection": "close"}) from None
     except (ClientError, HttpProcessingError, web.RequestPayloadError) as exc:

@@ -207,6 +207,34 @@ async def test_the_hosts_limit(gateway):
     assert (status, headers["Retry-After"]) == (503, "1")
 
 
+async def test_memory_is_bounded_over_all_invocations(gateway, monkeypatch):
+    monkeypatch.setattr("clrk.gateway.invocations._MAX_HELD_BYTES", 3_000_000)
+    first = asyncio.create_task(gateway.call("/agents/one", data=io.BytesIO(b"\0" * 2_000_000)))
+    await gateway.runtime.until(lambda: gateway.runtime.runs)
+    status, headers, body = await gateway.call("/agents/echo", data=io.BytesIO(b"\0" * 2_000_000))
+    assert (status, headers["Retry-After"]) == (503, "1")
+    problem(503, headers, body)
+    gateway.runtime.open_gate()
+    assert (await first)[0] == 200
+    assert (await gateway.call("/agents/echo", data=io.BytesIO(b"\0" * 2_000_000)))[0] == 200  # given back
+    assert gateway.runtime.app._parts.invocations._held_bytes == 0
+
+
+async def test_no_answer_names_versions(gateway):
+    for path in ("/agents/echo", "/agents/nobody", "/agents/text"):
+        assert (await gateway.call(path))[1]["Server"] == "clrk"
+
+
+async def test_a_bug_of_ours_is_an_answer_with_an_id(gateway, monkeypatch):
+    monkeypatch.setattr("clrk.gateway.ingress.check_body", lambda *_: 1 / 0)
+    status, headers, body = await gateway.call("/agents/one")
+    assert status == 500
+    problem(500, headers, body)
+    monkeypatch.undo()
+    gateway.runtime.open_gate()
+    assert (await gateway.call("/agents/one"))[0] == 200
+
+
 async def test_draining(gateway):
     first = asyncio.create_task(gateway.call("/agents/one"))
     await gateway.runtime.until(lambda: gateway.runtime.runs)
