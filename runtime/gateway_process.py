@@ -66,13 +66,17 @@ class GatewayProcess:
             command = [sys.executable, "-P", "-m", _MODULE, "--uid", str(uid), "--gid", str(uid)]
             command += ["--control-fd", str(theirs.fileno()), "--state-dir", str(state_dir)]
             try:
-                process = subprocess.Popen(  # the parent-death signal is tied to this thread: the main one
-                    [bwrap, *bwrap_arguments(state_dir), "--", *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=sys.stderr.fileno(),
-                    env=_environment(state_dir, environ),
-                    pass_fds=(theirs.fileno(),),
-                )
+                # In a memfd: forty mounts in `ps` and the journal would hide what runs.
+                with os.fdopen(os.memfd_create("bwrap-options"), "wb") as options:
+                    options.write(b"".join(os.fsencode(word) + b"\0" for word in bwrap_arguments(state_dir)))
+                    options.seek(0)
+                    process = subprocess.Popen(  # the parent-death signal is tied to this thread: the main one
+                        [bwrap, "--args", str(options.fileno()), "--", *command],
+                        stdin=subprocess.DEVNULL,
+                        stdout=2,
+                        env=_environment(state_dir, environ),
+                        pass_fds=(theirs.fileno(), options.fileno()),
+                    )
             except OSError as exc:
                 ours.close()
                 raise HostError(f"start the gateway: {exc.strerror}: {exc.filename}") from exc

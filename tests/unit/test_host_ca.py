@@ -1,0 +1,126 @@
+"""The per-host certificate authority: made once, kept from others, and refused when it must not be used."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from clrk.core.errors import HostError
+from clrk.runtime import ca
+
+
+def test_is_made_once_and_then_loaded(tmp_path):
+    first = ca.load_or_create(tmp_path / "state")
+    assert ca.load_or_create(tmp_path / "state") == first
+    assert sorted(os.listdir(tmp_path / "state")) == ["ca"]  # no staging folder stays
+
+
+def test_only_root_can_read_it(tmp_path):
+    ca.load_or_create(tmp_path)
+    assert stat.S_IMODE((tmp_path / "ca").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "ca").iterdir()} == {0o600}
+
+
+def test_is_a_p256_authority_for_leaves_only(tmp_path):
+    made = ca.load_or_create(tmp_path)
+    certificate = x509.load_pem_x509_certificate(made.cert_pem.encode())
+    key = certificate.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert key.curve.name == "secp256r1"
+    constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert (constraints.critical, constraints.value.ca, constraints.value.path_length) == (True, True, 0)
+    usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+    assert (usage.key_cert_sign, usage.digital_signature) == (True, False)
+    certificate.verify_directly_issued_by(certificate)
+
+
+def test_the_key_is_not_in_its_repr(tmp_path):
+    assert "PRIVATE" not in repr(ca.load_or_create(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "ca.key", "ca.crt"])
+def test_what_others_could_have_read_is_refused(tmp_path, name):
+    ca.load_or_create(tmp_path)
+    os.chmod(tmp_path / "ca" / name, 0o755)
+    with pytest.raises(HostError, match=r"others may have read the key; to mend it, remove .*/ca and start again"):
+        ca.load_or_create(tmp_path)
+
+
+def test_a_link_in_place_of_the_key_is_refused(tmp_path):
+    ca.load_or_create(tmp_path)
+    key = tmp_path / "ca" / "ca.key"
+    key.rename(tmp_path / "elsewhere")
+    key.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HostError, match="must be owned by root"):
+        ca.load_or_create(tmp_path)
+
+
+def test_a_missing_key_is_an_error_and_nothing_is_made_anew(tmp_path):
+    ca.load_or_create(tmp_path)
+    (tmp_path / "ca" / "ca.key").unlink()
+    with pytest.raises(HostError, match=r"No such file or directory: .*/ca/ca.key"):
+        ca.load_or_create(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ca.key", "ca.crt"])
+def test_garbage_is_refused(tmp_path, name):
+    ca.load_or_create(tmp_path)
+    (tmp_path / "ca" / name).write_text("garbage")
+    with pytest.raises(HostError, match="its certificate or key can not be read"):
+        ca.load_or_create(tmp_path)
+
+
+def test_a_key_of_another_certificate_is_refused(tmp_path):
+    ca.load_or_create(tmp_path / "a")
+    other = ca.load_or_create(tmp_path / "b")
+    (tmp_path / "a" / "ca" / "ca.key").write_text(other.key_pem)
+    with pytest.raises(HostError, match="its key does not belong to its certificate"):
+        ca.load_or_create(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("begin_h", "end_h", "why"), [(-72, 24, "it expires at"), (-72, -24, "it expires at"), (24, 240, "check the clock")]
+)
+def test_a_certificate_outside_its_time_is_refused(tmp_path, begin_h, end_h, why):
+    rewrite_validity(tmp_path, begin_h, end_h)
+    with pytest.raises(HostError, match=why):
+        ca.load_or_create(tmp_path)
+
+
+def rewrite_validity(state_dir: Path, begin_h: int, end_h: int) -> None:
+    made = ca.load_or_create(state_dir)
+    key = serialization.load_pem_private_key(made.key_pem.encode(), None)
+    old = x509.load_pem_x509_certificate(made.cert_pem.encode())
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(old.subject).issuer_name(old.subject).public_key(old.public_key())
+    builder = builder.serial_number(1).not_valid_before(now + datetime.timedelta(hours=begin_h))
+    certificate = builder.not_valid_after(now + datetime.timedelta(hours=end_h)).sign(key, hashes.SHA256())
+    (state_dir / "ca" / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def test_two_runtimes_on_one_state_folder_agree(tmp_path, monkeypatch):
+    """The loser of the race uses the winner's authority: here the winner comes in between."""
+    real = Path.rename
+    winner: list[ca.HostCa] = []
+
+    def late(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", real)
+        winner.append(ca.load_or_create(tmp_path))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert ca.load_or_create(tmp_path) == winner[0]
+    assert os.listdir(tmp_path) == ["ca"]
+
+
+def test_a_state_folder_that_can_not_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HostError, match="Not a directory"):
+        ca.load_or_create(tmp_path / "file" / "state")

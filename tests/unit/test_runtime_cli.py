@@ -1,0 +1,107 @@
+"""The clrk-runtime command: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clrk import __version__
+from clrk.runtime.cli import main
+
+VALID = """\
+apiVersion: clrk/v1alpha1
+kind: TaskAgent
+metadata: {name: a}
+spec: {template: {spec: {command: [/bin/true]}}}
+---
+apiVersion: clrk/v1alpha1
+kind: EgressGateway
+metadata: {name: default}
+---
+apiVersion: clrk/v1alpha1
+kind: EgressL4Route
+metadata: {name: r}
+spec: {rules: [{hostnames: [api.openai.com]}, {hostnames: [api.anthropic.com]}]}
+---
+apiVersion: clrk/v1alpha1
+kind: Secret
+metadata: {name: s}
+data: {token: hunter2}
+"""
+
+
+def test_check_of_valid_resources_says_what_was_found(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(VALID)
+    assert main(["check", "-c", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "TaskAgent default/a: revision " in out
+    assert "EgressGateway default/default: deny-all, 2 rules" in out
+    assert "Secret default/s: 1 keys" in out
+    assert "hunter2" not in out
+    assert err == ""
+
+
+def test_check_tells_when_an_agent_has_no_egress(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(VALID.split("---", maxsplit=1)[0])
+    assert main(["check", "-c", str(tmp_path)]) == 0
+    assert "no egress: everything is denied" in capsys.readouterr().out
+
+
+def test_check_of_invalid_resources_lists_all_and_exits_2(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(
+        VALID.replace("template", "templte").replace("deny", "x").replace("rules", "rulez")
+    )
+    assert main(["check", "-c", str(tmp_path / "a.yaml"), "-c", str(tmp_path / "missing")]) == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert lines[-1] == f"{len(lines) - 1} problems"
+    assert any(line.endswith('spec.templte: unknown field; did you mean "template"?') for line in lines)
+    assert any("missing: no such file or folder" in line for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [["check", "-x"], ["check", "extra"], ["serv"], ["--bogus"]])
+def test_usage_errors_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: clrk-runtime" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "sudo clrk-runtime serve -c" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"clrk-runtime {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-c", "x"], ["serve"], ["serve", "--instance", "other"]])
+def test_serve_without_root_says_so(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == "clrk-runtime: serve needs root (namespaces, cgroups, BPF): use sudo\n"
+
+
+def test_instance_names_are_checked(capsys):
+    assert main(["serve", "--instance", "../etc"]) == 2
+    assert "use 1 to 14 of a-z and 0-9" in capsys.readouterr().err
+
+
+def test_check_needs_neither_bpf_nor_netlink(tmp_path):
+    """`check` must work on a laptop without bcc."""
+    (tmp_path / "a.yaml").write_text(VALID)
+    code = (
+        "import sys; from clrk.runtime.cli import main; status = main(['check', '-c', sys.argv[1]]); "
+        "assert not {'bcc', 'pyroute2', 'clrk.ebpf'} & set(sys.modules), 'imported'; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
