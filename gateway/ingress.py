@@ -133,8 +133,9 @@ class Ingress:
         answer = Answer(request, dispatch, invocation)
         try:
             return await answer.send()
-        finally:  # after a complete answer, or a failure that was told, these change nothing
-            answer.close()
+        finally:
+            dispatch.identity = invocation.identity  # by now it names the sandbox
+            answer.close()  # after a complete answer, or a failure that was told, this changes nothing
 
     async def _read_event(self, request: web.BaseRequest, dispatch: Dispatch, slot: Slot) -> Event:
         target, metadata = dispatch.target, dispatch.target.agent.metadata
