@@ -48,7 +48,11 @@ SERVER_FIRST_TLS_PORTS: Final = frozenset((465, 563, 993, 995))
 _LOG: Final = logging.getLogger(__name__)
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TLS_HANDSHAKE: Final = 0x16
-_HTTP_START: Final = re.compile(rb"[A-Z][A-Z-]{1,19} (?:/|\*|[Hh][Tt][Tt][Pp])|\r?\n|CONNECT [^ ]+ HTTP/1")
+# The well-known methods, or any that is followed by what begins a target. CONNECT is also a word of STOMP.
+_HTTP_START: Final = re.compile(
+    rb"(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE)[ \t]|[A-Z][A-Z-]{1,19} (?:/|\*|[Hh][Tt][Tt][Pp])|\r?\n|"
+    rb"CONNECT [^ ]+ HTTP/1"
+)
 _HTTP_PREFIX: Final = re.compile(rb"[A-Z][A-Z-]{0,19}(?: [Hh]?[Tt]{0,2})?|\r|CONNECT [^ \r\n]{0,270}(?: [HTP/1]{0,6})?")
 _REJECTIONS: Final = ("UNKNOWN_CA", "CERTIFICATE_UNKNOWN", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "ACCESS_DENIED")
 

@@ -149,11 +149,12 @@ class Exchange:
 
     async def _relay(self, admitted: Admitted, upload: Upload, upstream: Channel, response: Response) -> bool:
         """Send the response to the agent as it comes; return whether the upstream connection can be used again."""
-        self._status = response.status
         if response.status == 101:
+            self._status = response.status
             await self._switch(upstream, response)
             return False
         body = response_body(response, self._request.method)
+        self._status = response.status
         interpreter = admitted.interpreter
         if interpreter is not None:
             interpreter.response_head(ResponseHead(response.status, response.headers), self._elapsed())
@@ -228,7 +229,7 @@ class Exchange:
             return
         kind = exc.code if isinstance(exc, ProtocolError) else error_type_of(exc)
         message = f"{admitted.target.label}: {exc}"
-        if self._status is not None:
+        if self._answered:
             self._record(admitted, kind, message, complete=False)
             self._cut()
         elif kind == "timeout":
@@ -241,7 +242,7 @@ class Exchange:
 
     def _cut(self) -> None:
         """End a response that is not complete so that the agent can see it: never a clean end."""
-        if self._open_ended or not self._answered:
+        if self._open_ended:
             self._agent.reset()
         else:
             self._agent.close()  # what came is delivered; the length, or the last chunk, is missing

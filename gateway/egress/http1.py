@@ -243,22 +243,28 @@ class ChunkedBody(Body):
         """Take one framing line at `at`; return where it ends, or -1 when it is not complete."""
         if self._state == self._TRAILERS:
             return self._read_trailers(data, at)
+        if self._state == self._DATA_END:
+            return self._read_data_end(data, at)
         end = data.find(b"\r\n", at)
         if end < 0:
-            if len(data) - at > MAX_CHUNK_LINE or (self._state == self._DATA_END and len(data) - at >= 2):
-                raise ProtocolError("chunk", "a chunk's framing is broken")
+            if len(data) - at > MAX_CHUNK_LINE or data.find(b"\n", at) >= 0:
+                raise ProtocolError("chunk", "a chunk's size line is too long or ends with a bare LF")
             return -1
-        if self._state == self._DATA_END:
-            if end != at:
-                raise ProtocolError("chunk", "a chunk is longer than its size")
-            self._state = self._SIZE
-            return end + 2
         found = _CHUNK_LINE.fullmatch(data, at, end)
         if found is None or end - at > MAX_CHUNK_LINE:
             raise ProtocolError("chunk", "a chunk's size is not a hexadecimal number")
         self._left = int(found[1], 16)
         self._state = self._DATA if self._left else self._TRAILERS
         return end + 2
+
+    def _read_data_end(self, data: bytes, at: int) -> int:
+        ending = data[at : at + 2]
+        if not b"\r\n".startswith(ending):
+            raise ProtocolError("chunk", "a chunk is longer than its size")
+        if len(ending) < 2:
+            return -1
+        self._state = self._SIZE
+        return at + 2
 
     def _read_trailers(self, data: bytes, at: int) -> int:
         if data.startswith(b"\r\n", at):

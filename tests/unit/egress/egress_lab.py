@@ -213,6 +213,12 @@ class Wire:
             )
             return head, await self.reader.readexactly(length)
 
+    def reset(self) -> None:
+        """Leave with a reset."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
     def close(self) -> None:
         self.writer.transport.abort()
 
@@ -221,7 +227,14 @@ class Lab:
     """One sandbox behind one EgressService."""
 
     def __init__(
-        self, *, gateway: dict | None, rules: list[dict], resolver=None, recognise=None, upstream_ca: str | None = None
+        self,
+        *,
+        gateway: dict | None,
+        rules: list[dict],
+        resolver=None,
+        recognise=None,
+        upstream_ca: str | None = None,
+        host_addresses: Sequence[str] = (),
     ) -> None:
         self.ca = Authority("clrk test CA")
         self.recorder = SpanList()
@@ -241,7 +254,7 @@ class Lab:
             runtime=RuntimeSpec(), agents=[agent], gateways=[declared] if declared else [],
             routes=[EgressL4Route.model_validate(route) for route in routes],
             ca_cert_pem=self.ca.cert_pem, ca_key_pem=self.ca.key_pem,
-            upstream_ca_pem={"default/default": upstream_ca} if upstream_ca else {},
+            upstream_ca_pem={"default/default": upstream_ca} if upstream_ca else {}, host_addresses=list(host_addresses),
         )  # fmt: skip
         self.identity = Identity(
             new_invocation_id(), "TaskAgent", "default", "agent", agent.uid, agent.revision, SandboxId("0badcafe"),
