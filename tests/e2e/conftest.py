@@ -31,6 +31,7 @@ def providers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
 def raw_dial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the compiled C agent."""
     folder = tmp_path_factory.mktemp("raw")
+    folder.chmod(0o755)  # the sandbox has a uid of its own
     subprocess.run(["gcc", "-O2", "-Wall", "-o", folder / "raw_dial", ROOT / "examples/agents/raw_dial.c"], check=True)
     return folder
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import uuid
 from typing import Any
 
 import aiohttp
 import pytest
+import yarl
 from stack import Daemon
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -53,7 +55,7 @@ def check_problem(answer: aiohttp.ClientResponse, body: dict[str, Any], status: 
 async def test_bad_request(
     daemon: Daemon, caller: aiohttp.ClientSession, path: str, headers: dict[str, str], body: bytes, status: int
 ) -> None:
-    async with caller.post(f"{daemon.url}{path}", data=body, headers=headers) as answer:
+    async with caller.post(f"{daemon.url}{path}", data=io.BytesIO(body), headers=headers) as answer:
         check_problem(answer, await answer.json(content_type=None), status)
 
 
@@ -74,7 +76,8 @@ async def test_the_envelope_says_who_asked(daemon: Daemon, caller: aiohttp.Clien
         "ce-x-tenant-id": "acme", "X-Tenant-Id": "not-delivered", "Authorization": "Bearer secret",
         "ce-specversion": "9.9", "ce-traceparent": "forged", "ce-invocationid": "forged", "ce-subject": "caf%C3%A9",
     }  # fmt: skip
-    async with caller.post(f"{daemon.url}{path}?a=b%2F", data="print(json.dumps(event))", headers=headers) as answer:
+    url = yarl.URL(f"{daemon.url}{path}?a=b%2F", encoded=True)
+    async with caller.post(url, data="print(json.dumps(event))", headers=headers) as answer:
         assert answer.status == 200
         event = json.loads(await answer.read())
         invocation_id = answer.headers["X-Clrk-Invocation-ID"]
@@ -98,9 +101,6 @@ async def test_the_environment_joins_the_trace(daemon: Daemon, caller: aiohttp.C
         invocation_id = answer.headers["X-Clrk-Invocation-ID"]
     assert environment["TRACEPARENT"] == traceparent
     assert environment["CLRK_INVOCATION_ID"] == invocation_id
-    assert environment["OTEL_SERVICE_NAME"]
-    assert invocation_id in environment["OTEL_RESOURCE_ATTRIBUTES"]
-    assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://169.254.0.1:4318"
     assert environment["CLRK_METADATA_URL"] == "http://169.254.169.254"
     assert environment["CLRK_METADATA_URL_V6"] == "http://[fd00:ec2::254]"
     (run,) = [span for span in daemon.spans(invocation_id) if span["name"] == "invoke_agent python"]
@@ -143,7 +143,7 @@ async def test_failure_after_the_first_byte_is_visible(daemon: Daemon, caller: a
 
 
 async def test_agent_that_never_reads_stdin(daemon: Daemon, caller: aiohttp.ClientSession) -> None:
-    async with caller.post(f"{daemon.url}/agents/deaf", data=bytes(8 * 2**20)) as answer:
+    async with caller.post(f"{daemon.url}/agents/deaf", data=io.BytesIO(bytes(8 * 2**20))) as answer:
         assert answer.status == 200
         assert await answer.read() == b"done\n"
 
