@@ -77,8 +77,6 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> None:
         what = f"{head.method} {destination.host}:{destination.port}"
         message = f"{what} is not allowed ({verdict.reason}); add a rule to an EgressL4Route to allow it"
         raise RefusedError(403, verdict.reason, message, rule=verdict.rule, hint=verdict.hint)
-    if head.method == "CONNECT":
-        raise RefusedError(405, "connect_method", "this is no proxy: connect to the host itself")
 
 
 def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext:

@@ -30,7 +30,16 @@ from clrk.gateway.egress.service import EgressService, RunEgress
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.proxyv2.expect import expected_header
 from clrk.gateway.run import Run, SandboxSockets
-from clrk.gateway.telemetry.spans import Attributes, Component, Identity, SpanEvent, SpanKind, Status, TraceContext
+from clrk.gateway.telemetry.spans import (
+    UNSET,
+    Attributes,
+    Component,
+    Identity,
+    SpanEvent,
+    SpanKind,
+    Status,
+    TraceContext,
+)
 
 NETNS_COOKIE = 77
 
@@ -131,7 +140,7 @@ class SpanList:
 
     def record(
         self, identity: Identity, *, component: Component, name: str, kind: SpanKind, start_ns: int, end_ns: int,
-        attributes: Attributes, status: Status = Status(), events: Sequence[SpanEvent] = (), span_id=None,
+        attributes: Attributes, status: Status = UNSET, events: Sequence[SpanEvent] = (), span_id=None,
         parent_span_id=None,
     ) -> None:  # fmt: skip
         self.spans.append(
@@ -254,7 +263,8 @@ class Lab:
             runtime=RuntimeSpec(), agents=[agent], gateways=[declared] if declared else [],
             routes=[EgressL4Route.model_validate(route) for route in routes],
             ca_cert_pem=self.ca.cert_pem, ca_key_pem=self.ca.key_pem,
-            upstream_ca_pem={"default/default": upstream_ca} if upstream_ca else {}, host_addresses=list(host_addresses),
+            upstream_ca_pem={"default/default": upstream_ca} if upstream_ca else {},
+            host_addresses=list(host_addresses),
         )  # fmt: skip
         self.identity = Identity(
             new_invocation_id(), "TaskAgent", "default", "agent", agent.uid, agent.revision, SandboxId("0badcafe"),

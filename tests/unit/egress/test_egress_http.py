@@ -273,7 +273,8 @@ async def test_expect_100_continue_is_answered_and_the_body_follows():
     [
         (b"HEAD / HTTP/1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"200 OK\r\nContent-Length: 9\r\n"),
         (b"GET / HTTP/1.1", b"HTTP/1.1 204 No Content\r\n\r\n", b"204 No Content\r\n"),
-        (b"GET / HTTP/1.1", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b"304 Not Modified\r\nContent-Length: 5\r\n"),
+        (b"GET / HTTP/1.1", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n",
+         b"304 Not Modified\r\nContent-Length: 5\r\n"),
         (b"GET / HTTP/1.1", b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", b"200 \r\nContent-Length: 0\r\n"),
     ],
 )  # fmt: skip
