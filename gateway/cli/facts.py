@@ -134,7 +134,24 @@ class SpanFacts:
         ):
             if (value := self.get(name)) is not None:
                 return str(value)
+        if self.name == attr.SPAN_INGRESS_DISPATCH:
+            return f"{self.get(attr.HTTP_REQUEST_METHOD) or ''} {self._path}".strip()
         return self.request_line or self.destination
+
+    @property
+    def title(self) -> str:
+        """The name, and what it does not say of the target. What was refused is said best by its message."""
+        target = self.target
+        if self.denied and not self.request_line:
+            target = self.message or target
+        if not target or target in self.name:
+            return self.name
+        return target if target.startswith(self.name) else f"{self.name} {target}"
+
+    @property
+    def message(self) -> str:
+        """Message of the status; only failed spans have one."""
+        return str(self.raw["status"]["message"])
 
     @property
     def process(self) -> str:

@@ -62,7 +62,7 @@ def _write_table(spans: list[SpanFacts]) -> None:
     columns = [
         _Column("TIME", [show_time(span.start_ns)[0 if wide else 6 :] for span in spans], "dim"),
         _Column("AGENT", [terminal.printable(span.agent) for span in spans]),
-        _Column("SPAN", [_title(span) for span in spans]),
+        _Column("SPAN", [terminal.printable(span.title) for span in spans]),
         _Column("IN", [_number(span.tokens_in) for span in spans], right=True),
         _Column("OUT", [_number(span.tokens_out) for span in spans], right=True),
         _Column("COST", [show_cost(span.cost_usd) for span in spans], right=True),
@@ -101,11 +101,6 @@ class _Column:
         if (size := cell_len(text)) > self.width:
             return set_cell_size(text, self.width - 1) + "…"
         return " " * (self.width - size) + text if self._right else text + " " * (self.width - size)
-
-
-def _title(span: SpanFacts) -> str:
-    name, target = terminal.printable(span.name), terminal.printable(span.target)
-    return name if not target or target in name else f"{name} {target}"
 
 
 def _number(value: int | None) -> str:

@@ -133,17 +133,19 @@ def _line(span: SpanFacts) -> Text:
     line = Text(terminal.printable(span.name), style="bold red" if bad else "bold")
     add = _Parts(line)
     if span.target and span.target not in span.name:
-        add(span.target)
+        if span.target.startswith(span.name):
+            line.append(terminal.printable(span.target.removeprefix(span.name)))
+        else:
+            add(span.target)
     add(show_duration(span.end_ns - span.start_ns), "cyan")
     if span.is_llm_call and (span.tokens_in is not None or span.tokens_out is not None):
         add(f"{span.tokens_in or 0} in, {span.tokens_out or 0} out", "yellow")
     add(show_cost(span.cost_usd), "yellow")
     if span.denied:
-        reason = span.get(attr.CLRK_EGRESS_DENY_REASON) or span.raw["status"]["message"]
-        add(f"DENIED {reason or ''}".rstrip(), "red")
+        reason = str(span.get(attr.CLRK_EGRESS_DENY_REASON) or "")
+        add(f"DENIED {span.message if reason in span.message else f'{reason}: {span.message}'}", "red")
     elif span.failed:
-        message = span.raw["status"]["message"]
-        add(f"ERROR {span.get(attr.ERROR_TYPE) or ''} {message}".strip(), "red")
+        add(f"ERROR {span.get(attr.ERROR_TYPE) or ''} {span.message}".strip(), "red")
     elif (code := span.get(attr.HTTP_RESPONSE_STATUS_CODE)) is not None:
         add(str(code), "green")
     if span.get(attr.CLRK_SANDBOX_WARM):

@@ -151,7 +151,7 @@ async def test_the_five_steps_of_the_debugging_session(daemon):
         "tools/call refund_policy": 2,
         "egress.dial.denied": 2,
     }
-    assert "DENIED no_rule" in tree
+    assert "DENIED no_rule: no rule allows it" in tree
     assert "python3[4711]" in tree
     assert "320 in, 85 out" in tree
 
