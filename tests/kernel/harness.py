@@ -248,6 +248,7 @@ class Sandbox:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
+            _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: a test may look at its own /proc files
 
     def accept(self, listener: str = "egress4") -> Accepted:
         sock, peer = self.listeners[listener].accept()
