@@ -46,6 +46,8 @@ _LOG: Final = logging.getLogger(__name__)
 _MAX_CONFIG_SIZE: Final = 64 * 1024 * 1024
 _DRAIN_ANSWERS_S: Final = 5.0  # for answers that are still on their way to slow callers
 _BACKLOG: Final = 1024
+_KEEPALIVE_S: Final = 75.0
+_SHUTDOWN_S: Final = 2.0  # for handlers, when their runs are over
 
 
 class EgressSide(Egress, Protocol):
@@ -166,7 +168,7 @@ class App:
         if self._parts is not None:
             self._parts.invocations.drain()
             await self._parts.invocations.idle()
-            await self._parts.finish_answers()
+            await self._parts.finish_answers(_DRAIN_ANSWERS_S)
             await self._parts.telemetry.flush()
         self._drained = True
         if then_exit:
@@ -225,10 +227,17 @@ class _Parts:
         )
         health = build_health_app(lambda: True)
         # A caller that goes away must cancel its handler: that is how its run is stopped.
-        ingress = web.Server(self.ingress.handle, handler_cancellation=True, access_log=None)
-        await self._site(web.ServerRunner(ingress), fds[ConfigureFd.INGRESS])
-        await self._site(web.AppRunner(admin, handler_cancellation=True, access_log=None), fds[ConfigureFd.ADMIN_UNIX])
-        await self._site(web.AppRunner(health, access_log=None), fds[ConfigureFd.ADMIN_TCP])
+        handle = self.ingress.handle
+        ingress = web.Server(handle, handler_cancellation=True, access_log=None, keepalive_timeout=_KEEPALIVE_S)
+        runners = {
+            ConfigureFd.INGRESS: web.ServerRunner(ingress, shutdown_timeout=_SHUTDOWN_S),
+            ConfigureFd.ADMIN_UNIX: web.AppRunner(
+                admin, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S
+            ),
+            ConfigureFd.ADMIN_TCP: web.AppRunner(health, access_log=None, shutdown_timeout=_SHUTDOWN_S),
+        }
+        for index, runner in runners.items():
+            await self._site(runner, fds[index])
 
     async def _site(self, runner: web.BaseRunner, fd: int) -> None:
         await runner.setup()
@@ -243,17 +252,18 @@ class _Parts:
         self.telemetry.reconfigure(config)
         self.egress.reconfigure(config)
 
-    async def finish_answers(self) -> None:
+    async def finish_answers(self, timeout_s: float) -> None:
         """Let answers that are on their way arrive, within reason."""
         try:
-            async with asyncio.timeout(_DRAIN_ANSWERS_S):
+            async with asyncio.timeout(timeout_s):
                 await self.ingress.idle()
         except TimeoutError:
             _LOG.warning("answers to slow callers are cut off")
 
     async def close(self) -> None:
         self.invocations.drain()
-        self.invocations.stop_all()
+        self.invocations.abandon_all()
+        await self.finish_answers(_SHUTDOWN_S)
         for runner in self._runners:
             await runner.cleanup()
         await self.egress.close()

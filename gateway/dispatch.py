@@ -103,7 +103,7 @@ class Dispatch:
             attr.CLRK_TRIGGER: self.target.trigger,
             attr.HTTP_REQUEST_METHOD: request.method if known else "_OTHER",
             attr.URL_SCHEME: "http",
-            attr.URL_PATH: request.raw_path.partition("?")[0],
+            attr.URL_PATH: split_target(request)[0],
             attr.NETWORK_PROTOCOL_VERSION: f"{request.version.major}.{request.version.minor}",
             attr.CLRK_RESP_BYTES: self.response_bytes,
             **self._caller,
@@ -137,6 +137,14 @@ class Dispatch:
         if self._truncated or (self.status is not None and self.status >= 500):
             return Status(StatusCode.ERROR, self.outcome.message if self.outcome is not None else "")
         return UNSET
+
+
+def split_target(request: web.BaseRequest) -> tuple[str, str]:
+    """Return path and query of the request target as they were sent; of the absolute form too (RFC 9112, 3.2.2)."""
+    path, _, query = request.raw_path.partition("?")
+    if not path.startswith("/") and "://" in path:
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    return path, query
 
 
 def _caller_attributes(request: web.BaseRequest) -> dict[str, AttributeValue]:

@@ -21,7 +21,7 @@ from clrk.core.ids import new_invocation_id
 from clrk.core.resources import MAX_BODY_BYTES, MAX_TIMEOUT_S, TaskAgent
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.answer import Answer
-from clrk.gateway.dispatch import Dispatch, Target
+from clrk.gateway.dispatch import Dispatch, Target, split_target
 from clrk.gateway.envelope import EnvelopeError, Event, EventContext, check_body, event_attributes
 from clrk.gateway.invocation import Order
 from clrk.gateway.invocations import Invocations, Slot
@@ -139,7 +139,7 @@ class Ingress:
 
     async def _read_event(self, request: web.BaseRequest, dispatch: Dispatch, slot: Slot) -> Event:
         target, metadata = dispatch.target, dispatch.target.agent.metadata
-        path, _, query = (target.path or request.raw_path).partition("?")
+        path, query = (target.path, "") if target.path else split_target(request)
         context = dispatch.identity.context
         try:
             attributes = event_attributes(
@@ -179,7 +179,7 @@ class Ingress:
             if not _LABEL.fullmatch(name) or not _LABEL.fullmatch(namespace or "default"):
                 raise Problem(400, "X-Clrk-TaskAgent: write namespace/name")
             return Target(self._find(namespace or "default", name), "", trigger)
-        segments = request.raw_path.partition("?")[0].split("/")
+        segments = split_target(request)[0].split("/")
         if len(segments) < 3 or segments[1] != "agents" or not segments[2]:
             raise Problem(400, "no agent named: use /agents/NAME, /agents/NAMESPACE/NAME or X-Clrk-TaskAgent")
         if len(segments) > 3 and (agent := self._agents.find(segments[2], segments[3])) is not None:

@@ -160,6 +160,19 @@ class Invocation:
             case _:
                 raise ProtocolError("control_order", f"{type(message).__name__} with {len(fds)} fds: not expected now")
 
+    def abandon(self) -> None:
+        """Take it that the run is over: the runtime is gone, and its sandboxes with it."""
+        lost = ControlError("the runtime is gone")
+        if not self._start.done():
+            self._start.set_exception(StartRefused(StartFailure.SANDBOX_FAILED, str(lost)))
+        if not self._exit.done():
+            now_ns = time.time_ns()
+            self._exit.set_result(Exited(self.identity.invocation_id, ExitReason.STOPPED, 137, 0.0, 0, now_ns))
+        if not self._removed.done():
+            self._removed.set_exception(lost)
+            self._removed.exception()  # seen, also when nobody comes to wait for it
+        self.release_stdout()  # its other end may outlive the runtime for a moment
+
     # --- the answer's side ------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
@@ -304,6 +317,8 @@ class Invocation:
         try:
             async with asyncio.timeout(REMOVED_DEADLINE_S):
                 removed = await asyncio.shield(self._removed)
+        except ControlError:  # the runtime is gone; its next start removes what is left
+            return
         except TimeoutError:
             _LOG.error("sandbox not removed", extra={"invocation_id": self.identity.invocation_id})
             return

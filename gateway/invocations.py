@@ -165,10 +165,10 @@ class Invocations:
         """Wait until no invocation is in flight and every sandbox is gone."""
         await self._idle.wait()
 
-    def stop_all(self) -> None:
-        """Cancel everything in flight."""
+    def abandon_all(self) -> None:
+        """End everything in flight as Failed: no word of it will come any more."""
         for invocation in list(self._live.values()):
-            invocation.cancel()
+            invocation.abandon()
 
     def _check_idle(self) -> None:
         if not self._live and not self._running:

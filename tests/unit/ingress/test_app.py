@@ -3,12 +3,15 @@
 import asyncio
 import os
 import socket
+import sqlite3
 
+import aiohttp
 import pytest
 from scripted_runtime import AGENTS, NoEgress, ScriptedRuntime, agent
 
 from clrk.core.control import GATEWAY_MESSAGES, receive, send
 from clrk.core.errors import ProtocolError
+from clrk.core.ids import new_invocation_id
 from clrk.core.messages import (
     Configure,
     Counters,
@@ -98,6 +101,28 @@ async def test_the_gateway_ends_with_its_runtime(tmp_path):
     running = asyncio.create_task(App(theirs, tmp_path, lambda *_: NoEgress()).run())
     ours.close()
     assert "closed" in await asyncio.wait_for(running, 10)
+
+
+async def test_what_is_in_flight_fails_with_the_runtime(gateway):
+    """The callers are told, and the spans are in the store when the gateway ends."""
+    runtime, mute_id, forever_id = gateway.runtime, new_invocation_id(), new_invocation_id()
+    mute = asyncio.create_task(gateway.call("/agents/mute", headers={"X-Clrk-Invocation-ID": mute_id}))
+    unstarted = asyncio.create_task(gateway.call("/agents/unstarted"))
+    headers = {"X-Clrk-Invocation-ID": forever_id}
+    async with asyncio.timeout(20), gateway.client.post(gateway.url + "/agents/forever", headers=headers) as forever:
+        assert await forever.content.readany() == b"ready\n"
+        await runtime.until(lambda: len(runtime.runs) == 2 and len(runtime.received) == 4)
+        asyncio.get_running_loop().remove_reader(runtime.control.fileno())
+        runtime.control.shutdown(socket.SHUT_RDWR)
+        assert ((await mute)[0], (await unstarted)[0]) == (500, 502)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await forever.read()
+    await asyncio.wait_for(asyncio.shield(runtime.running), 10)
+    with sqlite3.connect(next(runtime.state_dir.glob("*.db*"))) as store:
+        dump = "\n".join(store.iterdump())
+    store.close()
+    for text in ("invoke_agent mute", mute_id, "invoke_agent forever", forever_id):
+        assert text in dump
 
 
 async def test_sigterm_before_configure_ends_at_once(tmp_path):

@@ -137,6 +137,24 @@ async def test_a_compressed_body_counts_as_what_it_holds(gateway):
     assert (await gateway.call("/agents/echo", data=bomb, headers={"Content-Encoding": "deflate"}))[0] == 413
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"/agents/echo/\xff", b"/agents/echo/\xc3\xa4", b"/agents/echo?\xff", b"/agents/echo#x", b"/agents/echo/\x01"],
+)
+async def test_a_target_with_raw_bytes_hangs_nothing(gateway, line):
+    reader, writer = await gateway.raw(b"GET " + line + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), 10)
+    assert answer.split()[1] in (b"200", b"400", b"404")
+    writer.close()
+
+
+async def test_absolute_form_and_authority(gateway):
+    reader, writer = await gateway.raw(b"GET http://x/agents/echo?a=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), 10)
+    assert b'"httpurl":"/agents/echo"' in answer
+    writer.close()
+
+
 async def test_expect_100_continue(gateway):
     reader, writer = await gateway.raw(
         b"POST /agents/echo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
