@@ -389,6 +389,11 @@ def test_what_follows_the_usage_chunk_is_passed_on() -> None:
 def test_an_endless_event_is_not_held() -> None:
     stream = BEFORE + b"data: {" + b"x" * (2 << 20)
     parts = [stream[at : at + 100_000] for at in range(0, len(stream), 100_000)]
+    interpreter = recognise(HEAD)
+    assert interpreter is not None
+    interpreter.rewrite_request(raw(ONE))
+    interpreter.response_head(OK_SSE, 0.1)
+    assert b"".join(interpreter.response_data(piece, 0.2) for piece in parts) == stream
     facts, _, received = exchange(HEAD, raw(ONE), OK_SSE, [*parts, b"\n\n", USAGE_CHUNK, DONE])
     assert received == stream + b"\n\n" + DONE
     assert facts.attributes["gen_ai.usage.input_tokens"] == 1000
