@@ -145,11 +145,11 @@ async def test_what_can_not_be_a_span_is_counted_and_does_not_raise(telemetry, c
 
 
 async def test_log_lines_are_cut_and_bounded_per_invocation(telemetry):
-    noisy, quiet = identity(), identity()
-    telemetry.record_log(noisy, "stdout", b"x" * 100_000, 1)
+    noisy, quiet, now = identity(), identity(), time.time_ns()
+    telemetry.record_log(noisy, "stdout", b"x" * 100_000, now)
     for _ in range(100):
-        telemetry.record_log(noisy, "stdout", b"y" * pipeline.MAX_LINE_BYTES, 2)
-    telemetry.record_log(quiet, "stderr", b"still heard", time.time_ns())
+        telemetry.record_log(noisy, "stdout", b"y" * pipeline.MAX_LINE_BYTES, now)
+    telemetry.record_log(quiet, "stderr", b"still heard", now)
     await telemetry.flush()
     lines = await telemetry.store.logs("default/support", invocation_id=noisy.invocation_id)
     assert len(lines[0].line) == pipeline.MAX_LINE_BYTES
