@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clrk.core.errors import ProtocolError
 from clrk.gateway.egress import forward
-from clrk.gateway.egress.http1 import Body, Request, request_body, values
+from clrk.gateway.egress.http1 import Body, Request, request_body
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call
 from clrk.gateway.egress.refusal import RefusedError, status_of
@@ -36,7 +36,7 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     try:
         host, path, query = forward.split_target(request, origin.scheme)
         name, port = forward.split_host(host) if host else (None, None)
-        forward.check_connection(request.headers)
+        forward.check_connection(request)
         body = request_body(request)
     except ProtocolError as exc:
         raise RefusedError(status_of(exc.code), f"bad_request_{exc.code}", str(exc)) from exc
@@ -72,6 +72,8 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> None:
     destination = origin.destination
     # A real address was chosen by the agent, so no name that it presents may vouch for it.
     address = None if destination.name is not None else destination.address
+    if way_out.is_open(destination.name, address, destination.port):
+        return
     verdict = way_out.policy.request(destination.name, address, destination.port, head.method, head.path)
     if not verdict.allowed:
         what = f"{head.method} {destination.host}:{destination.port}"
@@ -81,7 +83,7 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> None:
 
 def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext:
     """Find the span's parent: the agent's own span if it is of this trace, else the run."""
-    own = parse_trace_context(values(request.headers, "traceparent"), values(request.headers, "tracestate"))
+    own = parse_trace_context(request.values("traceparent"), request.values("tracestate"))
     run = way_out.spans.identity.context
     parent = own if own is not None and own.trace_id == run.trace_id else run
     call.parent_span_id = parent.span_id

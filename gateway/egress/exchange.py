@@ -26,7 +26,6 @@ from clrk.gateway.egress.http1 import (
     render_head,
     render_last_chunk,
     response_body,
-    tokens,
 )
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call
@@ -162,7 +161,7 @@ class Exchange:
         reframed = upload.rewritten and not body.done and not body.until_close
         chunked = (body.chunked or reframed) and self._request.minor == 1
         self._open_ended = body.until_close or ((body.chunked or reframed) and not chunked)
-        asked_close = self._request.minor == 0 or "close" in tokens(self._request.headers, "connection")
+        asked_close = self._request.minor == 0 or "close" in self._request.tokens("connection")
         self._continues = not (self._open_ended or asked_close)
         headers = forward.response_headers(response, chunked=chunked, drop_length=reframed, close=not self._continues)
         pending = [render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)]
@@ -186,7 +185,7 @@ class Exchange:
             pending.append(render_last_chunk(body.trailers))
         await self._flush(pending)
         upstream.unread(body.rest)
-        return response.minor == 1 and not body.until_close and "close" not in tokens(response.headers, "connection")
+        return response.minor == 1 and not body.until_close and "close" not in response.tokens("connection")
 
     def _push(self, pending: list[bytes], piece: bytes, *, chunked: bool) -> None:
         if piece:

@@ -9,7 +9,7 @@ import re
 from typing import Final
 
 from clrk.core.errors import ProtocolError
-from clrk.gateway.egress.http1 import Headers, Request, Response, tokens, values
+from clrk.gateway.egress.http1 import Head, Request, Response
 from clrk.gateway.telemetry.spans import TraceContext
 
 _HOP_BY_HOP: Final = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"))
@@ -25,7 +25,7 @@ def split_target(request: Request, scheme: str) -> tuple[str, str, str]:
     Shape: host is "" for an HTTP/1.0 request without Host. query is without `?`.
     Raises: ProtocolError(host | target): what two servers could read differently.
     """
-    hosts = values(request.headers, "host")
+    hosts = request.values("host")
     if len(hosts) > 1 or (not hosts and request.minor == 1):
         raise ProtocolError("host", "a request has exactly one Host header")
     host, target = (hosts[0] if hosts else ""), request.target
@@ -53,12 +53,12 @@ def split_host(host: str) -> tuple[str, int | None]:
 
 def wants_websocket(request: Request) -> bool:
     """Say whether the request asks to become a WebSocket (RFC 6455, section 4.1): the only upgrade that passes."""
-    return "upgrade" in tokens(request.headers, "connection") and tokens(request.headers, "upgrade") == ["websocket"]
+    return "upgrade" in request.tokens("connection") and request.tokens("upgrade") == ["websocket"]
 
 
-def check_connection(headers: Headers) -> frozenset[str]:
+def check_connection(head: Head) -> frozenset[str]:
     """Return the header names that Connection nominates. Raises: ProtocolError(connection)."""
-    nominated = frozenset(tokens(headers, "connection"))
+    nominated = frozenset(head.tokens("connection"))
     if nominated & _NOT_NOMINABLE:
         raise ProtocolError("connection", "Connection names a header that is not hop-by-hop")
     return nominated
@@ -71,7 +71,7 @@ def request_headers(
 
     Shape: host fills in for a missing Host header. length replaces Content-Length when the body was rewritten.
     """
-    dropped = _HOP_BY_HOP | check_connection(request.headers) | {"expect"}
+    dropped = _HOP_BY_HOP | check_connection(request) | {"expect"}
     kept: list[tuple[str, str]] = []
     ours = {"traceparent": context.traceparent, "tracestate": context.tracestate}
     for name, value in request.headers:
@@ -89,7 +89,7 @@ def request_headers(
             kept.append((name, "Upgrade" if lower == "connection" else "websocket"))
         elif lower not in dropped:
             kept.append((name, value))
-    if not values(request.headers, "host"):
+    if not request.values("host"):
         kept.insert(0, ("Host", host))
     kept.extend((name, value) for name, value in ours.items() if value)
     return kept
@@ -101,7 +101,7 @@ def response_headers(response: Response, *, chunked: bool, drop_length: bool, cl
     Shape: chunked says that we send chunks; drop_length that the upstream's Content-Length no longer holds; close that
         the connection ends with this response. Alt-Svc goes: it would send the agent to UDP, which goes nowhere.
     """
-    dropped = _HOP_BY_HOP | frozenset(tokens(response.headers, "connection")) | {"alt-svc"}
+    dropped = _HOP_BY_HOP | frozenset(response.tokens("connection")) | {"alt-svc"}
     if response.status == 101:
         dropped -= {"connection", "upgrade"}
     kept: list[tuple[str, str]] = []

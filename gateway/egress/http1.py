@@ -9,7 +9,7 @@ anew from what was read; names, values, their order and their case are kept.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
 from clrk.core.errors import ProtocolError
@@ -20,7 +20,8 @@ MAX_CHUNK_LINE: Final = 1024
 
 Headers = tuple[tuple[str, str], ...]
 
-_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+# A whole block at once: nothing in it can match in two ways, so it is one pass. Control characters are _FORBIDDEN's.
+_FIELDS: Final = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n]*\r\n)*")
 _REQUEST_LINE: Final = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 _STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _FORBIDDEN: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
@@ -28,35 +29,48 @@ _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Head:
+    """What a request and a response head have in common: headers in wire order, and an index of them."""
+
+    __slots__ = ("_index", "headers", "minor")
+
+    def __init__(self, minor: int, headers: Headers) -> None:
+        self.minor = minor
+        self.headers = headers
+        self._index: dict[str, list[str]] = {}
+        for name, value in headers:
+            self._index.setdefault(name.lower(), []).append(value)
+
+    def values(self, name: str) -> Sequence[str]:
+        """Return every value of a header, in order; name in lower case."""
+        return self._index.get(name, ())
+
+    def tokens(self, name: str) -> list[str]:
+        """Return the lower-case elements of a comma-separated header."""
+        found = self._index.get(name, ())
+        return [item.strip(" \t").lower() for value in found for item in value.split(",") if item.strip(" \t")]
+
+
+class Request(Head):
     """A request head; target as it stood in the request line."""
 
-    method: str
-    target: str
-    minor: int
-    headers: Headers
+    __slots__ = ("method", "target")
+
+    def __init__(self, method: str, target: str, minor: int, headers: Headers) -> None:
+        super().__init__(minor, headers)
+        self.method = method
+        self.target = target
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(Head):
     """A response head."""
 
-    minor: int
-    status: int
-    reason: str
-    headers: Headers
+    __slots__ = ("reason", "status")
 
-
-def values(headers: Headers, name: str) -> list[str]:
-    """Return every value of a header, in order; name in lower case."""
-    return [value for key, value in headers if key.lower() == name]
-
-
-def tokens(headers: Headers, name: str) -> list[str]:
-    """Return the lower-case elements of a comma-separated header."""
-    found = values(headers, name)
-    return [item.strip(" \t").lower() for value in found for item in value.split(",") if item.strip(" \t")]
+    def __init__(self, minor: int, status: int, reason: str, headers: Headers) -> None:
+        super().__init__(minor, headers)
+        self.status = status
+        self.reason = reason
 
 
 class HeadReader:
@@ -115,20 +129,18 @@ def parse_response(head: bytes) -> Response:
 def _split_head(head: bytes) -> tuple[str, Headers]:
     if (bad := _FORBIDDEN.search(head)) is not None:
         raise ProtocolError("control_character", "a control character, a bare CR or a bare LF in the head", bad.start())
-    line, *lines = head[:-2].decode("latin-1").split("\r\n")
-    return line, _parse_fields(lines)
+    line, _, fields = head.decode("latin-1").partition("\r\n")
+    return line, _parse_fields(fields)
 
 
-def _parse_fields(lines: list[str]) -> Headers:
-    if len(lines) > MAX_HEADERS:
+def _parse_fields(text: str) -> Headers:
+    """Read header lines, each with its CRLF."""
+    if text.count("\n") > MAX_HEADERS:
         raise ProtocolError("too_many_headers", f"more than {MAX_HEADERS} headers")
-    fields = []
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or _TOKEN.fullmatch(name) is None:
-            raise ProtocolError("header", "a header line is not `name: value`")
-        fields.append((name, value.strip(" \t")))
-    return tuple(fields)
+    if _FIELDS.fullmatch(text) is None:
+        raise ProtocolError("header", "a header line is not `name: value`")
+    split = [line.partition(":") for line in text.split("\r\n")[:-1]]
+    return tuple([(name, value.strip(" \t")) for name, _, value in split])
 
 
 def render_head(start_line: str, headers: list[tuple[str, str]] | Headers) -> bytes:
@@ -278,7 +290,7 @@ class ChunkedBody(Body):
         raw = data[at : end + 2]
         if _FORBIDDEN.search(raw) is not None:
             raise ProtocolError("control_character", "a control character in the trailers")
-        self.trailers = _parse_fields(raw[:-2].decode("latin-1").split("\r\n"))
+        self.trailers = _parse_fields(raw.decode("latin-1"))
         self.done = True
         return end + 4
 
@@ -303,7 +315,7 @@ def request_body(request: Request) -> Body:
 
     Raises: ProtocolError(content_length | transfer_encoding): anything that two readers could read differently.
     """
-    lengths, codings = values(request.headers, "content-length"), values(request.headers, "transfer-encoding")
+    lengths, codings = request.values("content-length"), request.values("transfer-encoding")
     if codings:
         if lengths:
             raise ProtocolError("transfer_encoding", "Content-Length beside Transfer-Encoding")
@@ -317,7 +329,7 @@ def response_body(response: Response, method: str) -> Body:
     """Return how the response's body is framed. Raises: ProtocolError as request_body does."""
     if method == "HEAD" or response.status in (204, 304) or response.status < 200:
         return NoBody()
-    lengths, codings = values(response.headers, "content-length"), values(response.headers, "transfer-encoding")
+    lengths, codings = response.values("content-length"), response.values("transfer-encoding")
     if codings:
         if lengths:
             raise ProtocolError("transfer_encoding", "Content-Length beside Transfer-Encoding")
@@ -325,13 +337,13 @@ def response_body(response: Response, method: str) -> Body:
     return LengthBody(_length(lengths)) if lengths else Body()
 
 
-def _chunked(codings: list[str]) -> ChunkedBody:
+def _chunked(codings: Sequence[str]) -> ChunkedBody:
     if [coding.lower() for coding in codings] != ["chunked"]:
         raise ProtocolError("transfer_encoding", "the only transfer coding here is one `chunked`")
     return ChunkedBody()
 
 
-def _length(lengths: list[str]) -> int:
+def _length(lengths: Sequence[str]) -> int:
     if len(lengths) != 1 or _LENGTH.fullmatch(lengths[0]) is None:
         raise ProtocolError("content_length", "Content-Length is not one number")
     return int(lengths[0])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
-from clrk.core.wire import FlowRecord
+from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.egress.record import Call, Destination, EgressSpans
 from clrk.gateway.egress.upstream import Upstream
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.policy import EgressPolicy
+
+_MAX_OPEN: Final = 1024
 
 Recognise = Callable[[RequestHead], Interpreter | None]
 
@@ -23,6 +26,17 @@ class Exit:
     spans: EgressSpans
     recognise: Recognise
     request_timeout_s: float
+    _open: dict[tuple[str | None, IPAddress | None, int], bool] = field(default_factory=dict)
+
+    def is_open(self, name: str | None, address: IPAddress | None, port: int) -> bool:
+        """Say whether every request to the destination is allowed, so that none needs to be judged by itself."""
+        key = (name, address, port)
+        if (known := self._open.get(key)) is None:
+            verdict = self.policy.connect(name, address, port)
+            if len(self._open) >= _MAX_OPEN:
+                self._open.clear()
+            known = self._open[key] = verdict.allowed and not verdict.needs_http
+        return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from clrk.core.errors import ProtocolError
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted
 from clrk.gateway.egress.channel import Channel
-from clrk.gateway.egress.http1 import render_chunk, render_head, render_last_chunk, tokens
+from clrk.gateway.egress.http1 import render_chunk, render_head, render_last_chunk
 from clrk.gateway.egress.record import Call
 
 MAX_REWRITE_SIZE: Final = 8 * 1024 * 1024
@@ -46,7 +46,7 @@ class Upload:
         Raises: OSError, ProtocolError of the agent's side.
         """
         request, interpreter = self._admitted.request, self._admitted.interpreter
-        if not self._body.done and request.minor and "100-continue" in tokens(request.headers, "expect"):
+        if not self._body.done and request.minor and "100-continue" in request.tokens("expect"):
             await self._agent.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if interpreter is None or not interpreter.wants_whole_request:
             self._first = self._feed(self._agent.read_nowait()) if not self._body.done else b""
