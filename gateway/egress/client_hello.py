@@ -70,9 +70,12 @@ def parse_client_hello(peeked: bytes) -> ClientHello | None:
 
 
 def _join_records(peeked: bytes) -> bytes:
-    """Return the handshake bytes in the records so far, the last one perhaps cut."""
-    at, parts = 0, []
-    while at < len(peeked):
+    """Return the handshake bytes of the first message, the last record perhaps cut.
+
+    What follows the message is not looked at: with early data (RFC 8446, section 4.2.10) other records do.
+    """
+    at, message = 0, b""
+    while at < len(peeked) and not (len(message) >= 4 and len(message) >= 4 + int.from_bytes(message[1:4], "big")):
         if peeked[at] != _HANDSHAKE or (len(peeked) > at + 1 and peeked[at + 1] != 3):
             raise ProtocolError("client_hello", "not a TLS handshake record", at)
         if len(peeked) < at + 5:
@@ -80,9 +83,9 @@ def _join_records(peeked: bytes) -> bytes:
         length = int.from_bytes(peeked[at + 3 : at + 5], "big")
         if not 0 < length <= 2**14:
             raise ProtocolError("client_hello", f"TLS record of {length} bytes", at)
-        parts.append(peeked[at + 5 : at + 5 + length])
+        message += peeked[at + 5 : at + 5 + length]
         at += 5 + length
-    return b"".join(parts)
+    return message
 
 
 def _server_name(body: _Cursor) -> str | None:

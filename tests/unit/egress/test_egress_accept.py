@@ -296,7 +296,7 @@ async def test_one_sandbox_can_not_use_up_the_gateway(monkeypatch):
         (b"PROPFIND", None), (b"PROPFIND /x", "http"), (b"PROPFIND x", "tcp"), (b"PING\r\n", "tcp"), (b"*1\r\n", "tcp"),
         (b"\r\nGET /", "http"), (b"\n", "http"), (b"\0", "tcp"), (b"CONNECT a:1 HTTP/1.1", "http"),
         (b"CONNECT {}", None), (b"CONNECT {} \r\n", "tcp"), (b"CONNECT\n", "tcp"),
-        (b"A" * 40, "tcp"), 
+        (b"A" * 40, "tcp"),
         (b"get /", "tcp"),
     ],
 )  # fmt: skip

@@ -1,0 +1,168 @@
+"""The seam to LLM and MCP parsers: what an interpreter sees, what it may change, and what its facts do to the span."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from egress_lab import aliased, answer, laboratory, read_request, upstream
+
+from clrk.gateway.egress import upload
+from clrk.gateway.interpret import Facts, RequestHead, ResponseHead
+
+NAME = "api.example.com"
+ALLOW = [{"hostnames": [NAME]}]
+
+
+class Scribe:
+    """Writes down what it is told; rewrites and withholds on request."""
+
+    def __init__(self, *, rewrite: bytes | None = None, withhold: bytes = b"") -> None:
+        self.rewrite, self.withhold = rewrite, withhold
+        self.request, self.response, self.order = b"", b"", []
+        self.head: RequestHead | None = None
+
+    @property
+    def wants_whole_request(self) -> bool:
+        return self.rewrite is not None
+
+    def rewrite_request(self, body: bytes) -> bytes:
+        self.order.append("rewrite")
+        return self.rewrite or body
+
+    def request_data(self, chunk: bytes) -> None:
+        self.order.append("request_data")
+        self.request += chunk
+
+    def request_end(self) -> None:
+        self.order.append("request_end")
+
+    def response_head(self, head: ResponseHead, elapsed_s: float) -> None:
+        self.order.append(f"head {head.status}")
+
+    def response_data(self, chunk: bytes, elapsed_s: float) -> bytes:
+        self.response += chunk
+        return chunk.replace(self.withhold, b"") if self.withhold else chunk
+
+    def response_end(self, *, complete: bool) -> bytes:
+        self.order.append(f"end {complete}")
+        return b"<tail>" if self.withhold and complete else b""
+
+    def facts(self) -> Facts:
+        return Facts("chat model-1", {"gen_ai.operation.name": "chat"}, "overloaded_error", "try later")
+
+
+async def exchange(scribe: Scribe, request: bytes, reply: bytes):
+    seen = []
+
+    async def handle(reader, writer):
+        seen.append(await read_request(reader))
+        writer.write(reply)
+
+    def recognise(head: RequestHead) -> Scribe:
+        scribe.head = head
+        return scribe
+
+    async with (
+        upstream(handle) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, recognise=recognise) as lab,
+    ):
+        wire = await lab.dial(NAME, 80)
+        raw = await wire.ask(request)
+        span = (await lab.recorder.wait())[0]
+    return seen, raw, span
+
+
+def post(body: bytes, framing: str = "length") -> bytes:
+    head = b"POST /v1/x?y=1 HTTP/1.1\r\nHost: api.example.com\r\nConnection: close\r\n"
+    if framing == "chunked":
+        return head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def test_an_interpreter_sees_everything_and_names_the_span():
+    scribe = Scribe()
+    seen, raw, span = await exchange(scribe, post(b"question"), answer(b"reply"))
+    assert (scribe.request, scribe.response) == (b"question", b"reply")
+    assert scribe.order == ["request_data", "request_end", "head 200", "end True"]
+    assert (scribe.head.host, scribe.head.path, scribe.head.query, scribe.head.scheme) == (NAME, "/v1/x", "y=1", "http")
+    assert span.name == "chat model-1"
+    assert span.attributes["gen_ai.operation.name"] == "chat"
+    assert span.attributes["error.type"] == "overloaded_error"
+    assert span.attributes["http.response.status_code"] == 200
+    assert (span.status.code, span.status.message) == ("STATUS_CODE_ERROR", "try later")
+    assert raw.endswith(b"reply")
+    assert seen[0][1] == b"question"
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_a_rewritten_request_has_the_right_length(framing):
+    scribe = Scribe(rewrite=b"a longer question")
+    seen, _, span = await exchange(scribe, post(b"question", framing), answer(b"reply"))
+    head, body = seen[0]
+    assert scribe.order[0] == "rewrite"
+    assert scribe.request == b"question"  # as the agent sent it
+    if framing == "length":
+        assert b"Content-Length: 17\r\n" in head
+        assert body == b"a longer question"
+    else:
+        assert body == b"11\r\na longer question\r\n0\r\n\r\n"
+    assert span.attributes["clrk.req.bytes"] == 17
+
+
+async def test_withheld_bytes_change_the_framing_not_the_truth():
+    scribe = Scribe(rewrite=b"rewritten", withhold=b"-secret-")
+    _, raw, _ = await exchange(scribe, post(b"question"), answer(b"a-secret-b"))
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert b"Content-Length" not in head
+    assert b"Transfer-Encoding: chunked" in head
+    assert body == b"2\r\nab\r\n6\r\n<tail>\r\n0\r\n\r\n"
+
+
+async def test_an_oversized_body_passes_unrewritten(monkeypatch):
+    monkeypatch.setattr(upload, "MAX_REWRITE_SIZE", 1000)
+    scribe = Scribe(rewrite=b"never used")
+    big = bytes(range(256)) * 2000
+    seen, _, _ = await exchange(scribe, post(big), answer(b"reply"))
+    assert seen[0][1] == big
+    assert scribe.request == big
+    assert "rewrite" not in scribe.order
+
+
+async def test_a_truncated_answer_is_told_to_the_interpreter():
+    scribe = Scribe()
+    _, _, span = await exchange(scribe, post(b"question"), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")
+    assert scribe.order[-1] == "end False"
+    assert span.attributes["error.type"] == "truncated"
+    assert span.name == "chat model-1"
+
+
+async def test_the_real_recogniser_understands_a_real_provider_name():
+    """No double between relay and parsers: an Anthropic call becomes a chat span."""
+    from clrk.gateway.recognise import recognise
+
+    reply = {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-4-5", "stop_reason": "end_turn",
+        "content": [{"type": "text", "text": "hi"}], "usage": {"input_tokens": 7, "output_tokens": 3},
+    }  # fmt: skip
+    name = "api.anthropic.com"
+
+    async def handle(reader, writer):
+        await read_request(reader)
+        writer.write(answer(json.dumps(reply).encode(), headers="Content-Type: application/json\r\n"))
+
+    async with (
+        upstream(handle) as port,
+        laboratory(gateway=aliased(port, name), rules=[{"hostnames": [name]}], recognise=recognise) as lab,
+    ):
+        wire = await lab.dial(name, 80)
+        body = json.dumps({"model": "claude-sonnet-4-5", "max_tokens": 9, "messages": []}).encode()
+        head = b"POST /v1/messages HTTP/1.1\r\nHost: api.anthropic.com\r\nConnection: close\r\n"
+        raw = await wire.ask(
+            head + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        span = (await lab.recorder.wait())[0]
+    assert raw.endswith(json.dumps(reply).encode())
+    assert span.name == "chat claude-sonnet-4-5"
+    assert span.attributes["gen_ai.usage.input_tokens"] == 7
+    assert span.attributes["gen_ai.usage.output_tokens"] == 3
