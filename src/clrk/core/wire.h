@@ -86,23 +86,23 @@ struct clrk_flow_key {
 	__u64 netns_cookie;
 	__u8 src[16];
 	__u32 src_port; /* host order */
-	__u32 family;   /* CLRK_FAMILY_* of the egress listener that accepts the connection */
+	__u32 family;	/* CLRK_FAMILY_* of the egress listener that accepts the connection */
 };
 
 struct clrk_flow {
-	__u8 dst[16];       /* what the agent dialled */
-	__u64 cookie;       /* socket cookie */
-	__u64 connect_ns;   /* CLOCK_BOOTTIME at connect() */
-	__u32 tgid;         /* of the process that called connect(), initial pid namespace */
+	__u8 dst[16];	  /* what the agent dialled */
+	__u64 cookie;	  /* socket cookie */
+	__u64 connect_ns; /* CLOCK_BOOTTIME at connect() */
+	__u32 tgid;	  /* of the process that called connect(), initial pid namespace */
 	__u32 uid;
-	__u32 dst_port;     /* host order */
-	__u32 family;       /* CLRK_FAMILY_* of the stamp: a v4-mapped destination is stamped as IPv4 */
+	__u32 dst_port; /* host order */
+	__u32 family;	/* CLRK_FAMILY_* of the stamp: a v4-mapped destination is stamped as IPv4 */
 	char comm[CLRK_COMM_SIZE];
 };
 
 /* One per sandbox, by netns cookie: where its connections go, and the header templates with zeroed holes. */
 struct clrk_sandbox {
-	__u8 egress_v4[4];  /* network order */
+	__u8 egress_v4[4]; /* network order */
 	__u8 egress_v6[16];
 	__u8 metadata_v4[4];
 	__u8 metadata_v6[16];
