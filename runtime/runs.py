@@ -63,7 +63,13 @@ class Runs:
     def start(self, request: StartRun, channel: ControlChannel) -> None:
         """Begin a run; its messages go to channel. A second one with the same id is refused and changes nothing."""
         run = _Run(request, channel, self.resources)
-        task = asyncio.get_running_loop().create_task(self._live(run), name=f"run {request.invocation_id}")
+        try:
+            self._admit(run)  # here and not in the task: a StopRun may be the next message
+        except _StartError as exc:
+            work = self._fail(run, exc.reason, str(exc))
+        else:
+            work = self._live(run)
+        task = asyncio.get_running_loop().create_task(work, name=f"run {request.invocation_id}")
         self._tasks[task] = run
         task.add_done_callback(self._ended)
 
@@ -89,18 +95,6 @@ class Runs:
 
     # --- one run ----------------------------------------------------------------------------------------------------
 
-    async def _live(self, run: _Run) -> None:
-        invocation_id = run.request.invocation_id
-        try:
-            self._admit(run)
-        except _StartError as exc:
-            await self._fail(run, exc.reason, str(exc))
-            return
-        try:
-            await self._live_admitted(run)
-        finally:
-            del self._runs[invocation_id]
-
     def _admit(self, run: _Run) -> None:
         """Refuse what can be refused without touching the host; else the id is taken."""
         key = run.request.agent
@@ -113,6 +107,12 @@ class Runs:
         if len(self._runs) >= self._max_runs:
             raise _StartError(StartFailure.POOL_EXHAUSTED, f"{self._max_runs} sandboxes run, limits.maxSandboxes")
         self._runs[run.request.invocation_id] = run
+
+    async def _live(self, run: _Run) -> None:
+        try:
+            await self._live_admitted(run)
+        finally:
+            del self._runs[run.request.invocation_id]
 
     async def _live_admitted(self, run: _Run) -> None:
         acquire_start_ns = time.time_ns()

@@ -15,10 +15,11 @@ PROTOCOL_VERSION: Final = 1
 MAX_PACKET_SIZE: Final = 65_536
 MAX_FDS: Final = 16
 
-_Name = Annotated[str, msgspec.Meta(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-_Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
-_Traceparent = Annotated[str, msgspec.Meta(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")]
-_Tracestate = Annotated[str, msgspec.Meta(max_length=512, pattern=r"^[\x20-\x7e]*$")]
+# \Z, not $: that would let a newline pass at the end.
+_Name = Annotated[str, msgspec.Meta(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z")]
+_Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")]
+_Traceparent = Annotated[str, msgspec.Meta(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")]
+_Tracestate = Annotated[str, msgspec.Meta(max_length=512, pattern=r"^[\x20-\x7e]*\Z")]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
 

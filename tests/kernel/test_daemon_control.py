@@ -1,0 +1,552 @@
+"""The runtime's side of the control protocol: real sandboxes, and a peer that says whatever a hostile gateway might."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from clrk.core import control
+from clrk.core.control import RUNTIME_MESSAGES
+from clrk.core.ids import new_invocation_id
+from clrk.core.layout import HostLayout
+from clrk.core.messages import (
+    PROTOCOL_VERSION,
+    AgentKey,
+    Configure,
+    ConfigureFd,
+    Counters,
+    Drain,
+    Drained,
+    Exited,
+    ExitReason,
+    Ready,
+    Removed,
+    Spawned,
+    Started,
+    StartedFd,
+    StartFailed,
+    StartFailure,
+    StartRun,
+    StopRun,
+)
+from clrk.core.resources import GatewayConfig, RuntimeSpec, TaskAgent, UidRange
+from clrk.ebpf.loader import Stamp
+from clrk.runtime import ca
+from clrk.runtime.cgroup import Cgroups
+from clrk.runtime.config.declared import Resources
+from clrk.runtime.control_channel import ControlChannel
+from clrk.runtime.gateway_config import build_gateway_config
+from clrk.runtime.gateway_process import GatewayProcess
+from clrk.runtime.gateway_supervisor import GatewaySupervisor
+from clrk.runtime.listeners import HostListeners
+from clrk.runtime.pool import SandboxPool
+from clrk.runtime.reconcile import InstanceLock, remove_leftovers
+from clrk.runtime.runs import Runs
+from clrk.runtime.spawner import Spawner
+from clrk.runtime.view import HostView
+
+# One loop for all: the spawner belongs to the loop that used it first.
+pytestmark = [pytest.mark.kernel, pytest.mark.asyncio(loop_scope="module")]
+
+LAYOUT = HostLayout(f"ctl{os.getpid() % 100_000}")
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+SPEC = RuntimeSpec(uid_range=UidRange(start=2_300_000, count=50), state_dir="/nonexistent")
+DEADLINE_S = 20.0
+
+
+def make_agent(name: str, script: str, **spec: Any) -> TaskAgent:
+    template = {"spec": {"command": ["/bin/bash", "-c", script]}}
+    value = {"kind": "TaskAgent", "metadata": {"name": name}, "spec": {"template": template, **spec}}
+    return TaskAgent.model_validate(value)
+
+
+AGENTS = [
+    make_agent("echo", 'read line; echo "got $line"; echo oops >&2; exit 7'),
+    make_agent("sleep", "exec sleep 1000"),
+    make_agent("hog", "exec python3 -c 'x = [bytearray(1 << 20) for _ in range(1000)]'", resources={"memory": "32Mi"}),
+]
+
+
+def make_resources(*agents: TaskAgent) -> Resources:
+    named = {("default", agent.metadata.name): agent for agent in agents}
+    return Resources(runtime=SPEC, agents=named, gateways={}, routes={}, secrets={}, upstream_ca_pem={})
+
+
+# --- the host's parts -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Host:
+    """What the daemon takes before it starts a gateway."""
+
+    spawner: Spawner
+    cgroups: Cgroups
+    view: HostView
+    stamp: Stamp
+    authority: ca.HostCa
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    lock = InstanceLock.take(LAYOUT)
+    with contextlib.ExitStack() as undo:
+        undo.callback(LAYOUT.run_dir.rmdir)
+        undo.callback((LAYOUT.run_dir / "runtime.lock").unlink)
+        undo.callback(lock.release)
+        spawner = Spawner.start()
+        undo.callback(spawner.close)
+        cgroups = Cgroups.open(LAYOUT)
+        undo.callback(cgroups.close)
+        remove_leftovers(LAYOUT, cgroups)
+        authority = ca.load_or_create(tmp_path_factory.mktemp("state"))
+        view = HostView.prepare(LAYOUT, ca_cert_pem=authority.cert_pem)
+        undo.callback(view.remove)
+        stamp = undo.enter_context(Stamp.attach(LAYOUT, cgroups.v2_dir))
+        yield Host(spawner, cgroups, view, stamp, authority)
+
+
+@contextlib.asynccontextmanager
+async def open_pool(host: Host) -> AsyncIterator[SandboxPool]:
+    pool = SandboxPool(
+        layout=LAYOUT, spec=SPEC, cgroups=host.cgroups, spawner=host.spawner, view=host.view, stamp=host.stamp, ready=1
+    )
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+    assert left_on_host(host) == []
+
+
+def left_on_host(host: Host) -> list[str]:
+    namespaces = [name for name in os.listdir("/run/netns") if name.startswith(LAYOUT.netns_prefix)]
+    return namespaces + [entry.name for entry in host.cgroups.v2_dir.iterdir() if entry.is_dir()]
+
+
+# --- the peer -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Peer:
+    """The far end of a control channel."""
+
+    sock: socket.socket
+    fds: list[int] = field(default_factory=list)
+
+    def say(self, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> None:
+        control.send(self.sock, message, fds)
+
+    async def hear(self) -> Any:
+        """Return the next message but Counters; None at the end. Its fds are kept in `fds`."""
+        loop = asyncio.get_running_loop()
+        while True:
+            ready = loop.create_future()
+            loop.add_reader(self.sock, lambda ready=ready: None if ready.done() else ready.set_result(None))
+            try:
+                async with asyncio.timeout(DEADLINE_S):
+                    await ready
+            finally:
+                loop.remove_reader(self.sock)
+            try:
+                received = control.receive(self.sock, RUNTIME_MESSAGES)
+            except ConnectionResetError:  # it closed with something of ours unread
+                return None
+            if received is None:
+                return None
+            self.drop_fds()
+            message, self.fds = received
+            if not isinstance(message, Counters):
+                return message
+
+    async def hear_all(self, *kinds: type[msgspec.Struct]) -> list[Any]:
+        """Return one message of each kind, in this order."""
+        heard = [await self.hear() for _ in kinds]
+        assert [type(message) for message in heard] == list(kinds), heard
+        return heard
+
+    def drop_fds(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def close(self) -> None:
+        self.drop_fds()
+        self.sock.close()
+
+
+def make_pair() -> tuple[ControlChannel, Peer]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setblocking(False)
+    return ControlChannel(ours), Peer(theirs)
+
+
+def ask(agent: str = "echo", timeout_s: float = 0.0) -> StartRun:
+    return StartRun(new_invocation_id(), AgentKey("default", agent), TRACEPARENT, "", timeout_s)
+
+
+@dataclass
+class Desk:
+    """Runs with one channel."""
+
+    runs: Runs
+    channel: ControlChannel
+    peer: Peer
+
+    def start(self, request: StartRun) -> StartRun:
+        self.runs.start(request, self.channel)
+        return request
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def desk(host: Host) -> AsyncIterator[Desk]:
+    async with open_pool(host) as pool:
+        channel, peer = make_pair()
+        runs = Runs(pool, make_resources(*AGENTS), max_runs=2)
+        yield Desk(runs, channel, peer)
+        await runs.stop_all()
+        channel.close()
+        peer.close()
+
+
+async def read_all(fd: int) -> bytes:
+    os.set_blocking(fd, True)
+    with os.fdopen(fd, "rb") as stream:
+        return await asyncio.to_thread(stream.read)
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_run_from_start_to_removed(desk: Desk, host: Host) -> None:
+    request = desk.start(ask())
+    (started,) = await desk.peer.hear_all(Started)
+    fds, desk.peer.fds = desk.peer.fds, []
+    assert len(fds) == len(StartedFd)
+    listeners = [socket.socket(fileno=os.dup(fd)) for fd in fds[: StartedFd.STDIN]]
+    assert [sock.getsockname()[:2] for sock in listeners] == [
+        ("169.254.0.1", 15001), ("fd00:c1::1", 15001), ("169.254.169.254", 80), ("fd00:ec2::254", 80),
+        ("169.254.0.1", 53), ("169.254.0.1", 53), ("169.254.0.1", 4318),
+    ]  # fmt: skip
+    for sock in listeners:
+        sock.close()
+    for part in (b"echo", request.invocation_id.encode(), TRACEPARENT.encode(), started.sandbox_id.encode()):
+        assert part in started.header_v4
+        assert part in started.header_v6
+    os.write(fds[StartedFd.STDIN], b"hello\n")
+    assert await read_all(fds[StartedFd.STDOUT]) == b"got hello\n"
+    assert await read_all(fds[StartedFd.STDERR]) == b"oops\n"
+    for fd in fds[: StartedFd.STDOUT]:
+        os.close(fd)
+    spawned, exited, removed = await desk.peer.hear_all(Spawned, Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.EXITED, 7)
+    times = (
+        started.acquire_start_ns, started.acquire_end_ns, spawned.spawn_start_ns, spawned.spawn_end_ns,
+        exited.exit_ns, removed.teardown_start_ns, removed.teardown_end_ns,
+    )  # fmt: skip
+    assert list(times) == sorted(times)
+    assert {message.invocation_id for message in (started, spawned, exited, removed)} == {request.invocation_id}
+    assert not any(started.sandbox_id in name for name in left_on_host(host))
+
+
+async def test_a_timeout_may_be_shortened_by_the_request(desk: Desk) -> None:
+    desk.start(ask("sleep", timeout_s=0.3))
+    *_, exited, _ = await desk.peer.hear_all(Started, Spawned, Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.TIMEOUT, 137)
+
+
+async def test_the_agents_own_timeout_can_not_be_lengthened(desk: Desk) -> None:
+    short = make_agent("sleep", "exec sleep 1000", timeout="300ms")
+    desk.runs.resources = make_resources(short)
+    desk.start(ask("sleep", timeout_s=3600.0))
+    *_, exited, _ = await desk.peer.hear_all(Started, Spawned, Exited, Removed)
+    assert exited.reason is ExitReason.TIMEOUT
+
+
+async def test_stop_kills_a_run(desk: Desk) -> None:
+    request = desk.start(ask("sleep"))
+    await desk.peer.hear_all(Started, Spawned)
+    desk.runs.stop(request.invocation_id, desk.channel)
+    exited, _ = await desk.peer.hear_all(Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 137)
+
+
+async def test_stop_right_behind_start_is_not_lost(desk: Desk) -> None:
+    request = desk.start(ask("sleep"))
+    desk.runs.stop(request.invocation_id, desk.channel)
+    (failed,) = await desk.peer.hear_all(StartFailed)
+    assert failed.reason is StartFailure.SANDBOX_FAILED
+
+
+async def test_only_the_life_that_started_a_run_can_stop_it(desk: Desk) -> None:
+    request = desk.start(ask("sleep", timeout_s=1.0))
+    await desk.peer.hear_all(Started, Spawned)
+    stranger, peer = make_pair()
+    desk.runs.stop(request.invocation_id, stranger)
+    desk.runs.stop(new_invocation_id(), desk.channel)
+    exited, _ = await desk.peer.hear_all(Exited, Removed)
+    assert exited.reason is ExitReason.TIMEOUT
+    stranger.close()
+    peer.close()
+
+
+async def test_a_memory_hog_ends_as_oom(desk: Desk) -> None:
+    desk.start(ask("hog"))
+    *_, exited, _ = await desk.peer.hear_all(Started, Spawned, Exited, Removed)
+    assert exited.reason is ExitReason.OOM
+    assert exited.max_rss_bytes > 0
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_unknown_agent(desk: Desk) -> None:
+    desk.start(ask("nobody"))
+    (failed,) = await desk.peer.hear_all(StartFailed)
+    assert (failed.reason, failed.message) == (StartFailure.UNKNOWN_AGENT, "no TaskAgent default/nobody")
+
+
+async def test_an_id_that_is_running_changes_nothing_of_the_first(desk: Desk) -> None:
+    request = desk.start(ask("sleep"))
+    await desk.peer.hear_all(Started, Spawned)
+    desk.start(request)
+    (failed,) = await desk.peer.hear_all(StartFailed)
+    assert failed.reason is StartFailure.SANDBOX_FAILED
+    desk.runs.stop(request.invocation_id, desk.channel)
+    await desk.peer.hear_all(Exited, Removed)
+
+
+async def test_more_runs_than_the_host_may_have(desk: Desk) -> None:
+    for _ in range(2):
+        desk.start(ask("sleep"))
+        await desk.peer.hear_all(Started, Spawned)
+    desk.start(ask("sleep"))
+    (failed,) = await desk.peer.hear_all(StartFailed)
+    assert failed.reason is StartFailure.POOL_EXHAUSTED
+
+
+async def test_nothing_starts_while_draining(desk: Desk) -> None:
+    desk.runs.draining = True
+    desk.start(ask())
+    (failed,) = await desk.peer.hear_all(StartFailed)
+    assert failed.reason is StartFailure.DRAINING
+
+
+async def test_when_the_peer_is_gone_its_runs_are_removed(desk: Desk, host: Host) -> None:
+    desk.start(ask("sleep"))
+    started, _ = await desk.peer.hear_all(Started, Spawned)
+    desk.peer.close()
+    async with asyncio.timeout(DEADLINE_S):
+        await desk.runs.stop_all(desk.channel)
+    assert not any(started.sandbox_id in name for name in left_on_host(host))
+
+
+async def test_a_peer_that_dies_before_started(desk: Desk) -> None:
+    desk.start(ask("sleep"))
+    desk.peer.close()
+    async with asyncio.timeout(DEADLINE_S):
+        await desk.runs.stop_all()
+
+
+# --- lives of the gateway -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lives:
+    """A supervisor whose gateways are this test."""
+
+    supervisor: GatewaySupervisor
+    started: asyncio.Queue[tuple[GatewayProcess, Peer]]
+    task: asyncio.Task[None]
+
+    async def next(self) -> tuple[GatewayProcess, Peer]:
+        async with asyncio.timeout(DEADLINE_S):
+            return await self.started.get()
+
+    async def next_ready(self) -> tuple[GatewayProcess, Peer, int]:
+        process, peer = await self.next()
+        (configure,) = await peer.hear_all(Configure)
+        peer.say(Ready(PROTOCOL_VERSION, configure.generation))
+        return process, peer, configure.generation
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def lives(host: Host, tmp_path: Path) -> AsyncIterator[Lives]:
+    queue: asyncio.Queue[tuple[GatewayProcess, Peer]] = asyncio.Queue()
+    peers: list[Peer] = []
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start() -> GatewayProcess:
+        channel, peer = make_pair()
+        processes.append(subprocess.Popen(["sleep", "1000"]))
+        process = GatewayProcess(channel, processes[-1])
+        peers.append(peer)
+        queue.put_nowait((process, peer))
+        return process
+
+    spec = SPEC.model_copy(update={"ingress": loopback(), "admin": loopback()})
+    with contextlib.closing(HostListeners.open(LAYOUT, spec)) as listeners:
+        async with open_pool(host) as pool:
+            supervisor = GatewaySupervisor(
+                start_process=start,
+                build_config=lambda resources: build_gateway_config(resources, host.authority),
+                listeners=listeners,
+                flows_fd=host.stamp.flows_fd,
+                counters=host.stamp.counters,
+                resources=make_resources(*AGENTS),
+            )
+            supervisor.runs = Runs(pool, make_resources(*AGENTS), max_runs=2)
+            task = asyncio.get_running_loop().create_task(supervisor.run())
+            yield Lives(supervisor, queue, task)
+            task.cancel()
+            for process in processes:
+                process.kill()  # these do not end by themselves when their channel does
+            await asyncio.gather(task, return_exceptions=True)
+            await supervisor.runs.stop_all()
+            for peer in peers:
+                peer.close()
+
+
+def loopback() -> Any:
+    return SPEC.ingress.model_copy(update={"listen": "127.0.0.1:0"})
+
+
+async def test_configure_carries_everything_and_no_secret(lives: Lives) -> None:
+    _, peer = await lives.next()
+    (configure,) = await peer.hear_all(Configure)
+    assert configure.version == PROTOCOL_VERSION
+    assert len(peer.fds) == len(ConfigureFd)
+    with pytest.raises(OSError, match="Operation not permitted"):  # sealed
+        os.pwrite(peer.fds[ConfigureFd.CONFIG], b"x", 0)
+    config = GatewayConfig.model_validate_json(Path(f"/proc/self/fd/{peer.fds[ConfigureFd.CONFIG]}").read_bytes())
+    assert [agent.revision for agent in config.agents] == [agent.revision for agent in AGENTS]
+    assert "127.0.0.1" in config.host_addresses
+    assert "PRIVATE KEY" in config.ca_key_pem
+    for index in (ConfigureFd.INGRESS, ConfigureFd.ADMIN_TCP, ConfigureFd.ADMIN_UNIX):
+        with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+
+
+async def test_a_dead_gateway_is_replaced_and_its_runs_are_removed(lives: Lives, host: Host) -> None:
+    first, peer, generation = await lives.next_ready()
+    peer.say(ask("sleep"))
+    started, _ = await peer.hear_all(Started, Spawned)
+    peer.close()
+    second, peer, later = await lives.next_ready()
+    assert (second.pid != first.pid, later > generation) == (True, True)
+    assert not any(started.sandbox_id in name for name in left_on_host(host))
+    peer.say(ask())
+    await peer.hear_all(Started, Spawned)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [b"\x00garbage", b"\x80", b"x" * 70_000, b"", b'{"type":"Ready"}'],
+    ids=["garbage", "empty map", "too long", "nothing", "json"],
+)
+async def test_a_malformed_packet_ends_the_gateway(lives: Lives, packet: bytes) -> None:
+    first, peer, _ = await lives.next_ready()
+    peer.sock.send(packet)
+    assert await peer.hear() is None
+    second, _, _ = await lives.next_ready()
+    assert second.pid != first.pid
+    assert not Path(f"/proc/{first.pid}").exists()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        StartRun("not-a-uuid", AgentKey("default", "echo"), TRACEPARENT),
+        StartRun(new_invocation_id(), AgentKey("../x", "echo"), TRACEPARENT),
+        StartRun(new_invocation_id(), AgentKey("default", "echo"), "00-x"),
+        StartRun(new_invocation_id(), AgentKey("default", "echo"), TRACEPARENT, "\n"),
+        StartRun(new_invocation_id(), AgentKey("default", "echo"), TRACEPARENT, "", -1.0),
+        StartRun(new_invocation_id(), AgentKey("default", "echo"), TRACEPARENT, "", float("nan")),
+        Ready(PROTOCOL_VERSION, 99),
+        Ready(99, 1),
+        Drain(),
+    ],
+    ids=lambda message: msgspec.json.encode(message).decode()[:60],
+)
+async def test_a_message_that_can_not_be_ends_the_gateway(lives: Lives, message: msgspec.Struct) -> None:
+    _, peer, _ = await lives.next_ready()
+    peer.say(message)
+    assert await peer.hear() is None
+    await lives.next_ready()
+
+
+async def test_fds_from_the_gateway_end_it(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    before = len(os.listdir("/proc/self/fd"))
+    peer.say(Drained(), (0, 1))
+    assert await peer.hear() is None
+    await lives.next()
+    assert len(os.listdir("/proc/self/fd")) <= before + 4  # the next life's pair, its pidfd and its memfd
+
+
+async def test_a_gateway_that_speaks_before_ready_is_replaced_at_first_only_by_an_error(lives: Lives) -> None:
+    _, peer = await lives.next()
+    await peer.hear_all(Configure)
+    peer.say(ask())
+    with pytest.raises(Exception, match="did not become ready: StartRun before Ready"):
+        await lives.task
+
+
+async def test_reload_counts_from_the_gateways_ready_on(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    other = make_agent("other", "exit 3")
+    await lives.supervisor.reload(make_resources(other))
+    (configure,) = await peer.hear_all(Configure)
+    assert len(peer.fds) == 1  # the sockets are there already
+    peer.say(ask("other"))
+    (failed,) = await peer.hear_all(StartFailed)
+    assert failed.reason is StartFailure.UNKNOWN_AGENT
+    peer.say(Ready(PROTOCOL_VERSION, configure.generation))
+    peer.say(ask("other"))
+    *_, exited, _ = await peer.hear_all(Started, Spawned, Exited, Removed)
+    assert exited.exit_code == 3
+    peer.say(ask("echo"))
+    (failed,) = await peer.hear_all(StartFailed)
+    assert failed.reason is StartFailure.UNKNOWN_AGENT
+
+
+async def test_stop_run_by_message(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    request = ask("sleep")
+    peer.say(request)
+    await peer.hear_all(Started, Spawned)
+    peer.say(StopRun(new_invocation_id()))  # unknown: ignored
+    peer.say(StopRun(request.invocation_id))
+    exited, _ = await peer.hear_all(Exited, Removed)
+    assert exited.reason is ExitReason.STOPPED
+
+
+async def test_drain_and_drained(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    await lives.supervisor.drain()
+    await peer.hear_all(Drain)
+    assert not lives.supervisor.drained.is_set()
+    peer.say(Drained())
+    async with asyncio.timeout(DEADLINE_S):
+        await lives.supervisor.drained.wait()
+
+
+async def test_a_gateway_that_dies_while_draining_has_drained(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    await lives.supervisor.drain()
+    peer.close()
+    async with asyncio.timeout(DEADLINE_S):
+        await lives.supervisor.drained.wait()
