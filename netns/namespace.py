@@ -133,6 +133,7 @@ def _create(name: NetnsName) -> Namespace:
             cookie = read_cookie(listeners[0])
             handle = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             half_made.callback(os.close, handle)
+            _make_pin(name)  # fails if the name is taken: then it is not ours to remove
             half_made.callback(remove, name)
             _pin(name)
             half_made.pop_all()
@@ -144,13 +145,18 @@ def _enter(handle: int) -> None:
     _check(_LIBC.setns(handle, _CLONE_NEWNET), "return to the host's network namespace")
 
 
-def _pin(name: NetnsName) -> None:
-    path = NETNS_DIR / name
+def _make_pin(name: NetnsName) -> None:
     try:
-        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
-        _mount(f"/proc/self/task/{threading.get_native_id()}/ns/net", str(path), _MS_BIND)
+        os.close(os.open(NETNS_DIR / name, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
     except OSError as exc:
-        raise HostError(f"pin network namespace at {path}: {exc.strerror}") from exc
+        raise HostError(f"make {NETNS_DIR / name}: {exc.strerror}") from exc
+
+
+def _pin(name: NetnsName) -> None:
+    try:
+        _mount(f"/proc/self/task/{threading.get_native_id()}/ns/net", str(NETNS_DIR / name), _MS_BIND)
+    except OSError as exc:
+        raise HostError(f"pin network namespace at {NETNS_DIR / name}: {exc.strerror}") from exc
 
 
 def _configure(name: NetnsName) -> None:

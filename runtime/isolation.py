@@ -36,6 +36,7 @@ _DEFAULT_ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/
 
 # The loader and the C library obey these before the drop, as root: they are set after it, by env.
 _LOADER_PREFIXES: Final = ("LD_", "GLIBC_", "MALLOC_", "GCONV_", "NLSPATH", "LOCPATH", "LANG", "LC_", "TZDIR")
+_BUILT_IN_LOCALES: Final = ("C", "POSIX", "C.UTF-8")  # nothing is loaded for these; the usual value of LANG
 
 # Made anew in every sandbox, or kernel interfaces. /sys stays out but for the CPU topology.
 _OWN_IN_SANDBOX: Final = frozenset({"proc", "sys", "dev", "run", "tmp", "etc"})
@@ -66,7 +67,7 @@ def plan_run(template: TemplateSpec, view: HostView, *, uid: int, memory: int, e
     Raises: HostError when the rootfs can not be listed, a mount's source is missing, or a string holds NUL.
     """
     merged = _DEFAULT_ENVIRONMENT | ca_environment() | dict(environment)
-    early = {name: value for name, value in merged.items() if not name.startswith(_LOADER_PREFIXES)}
+    early = {name: value for name, value in merged.items() if not _is_for_loader(name, value)}
     late = [f"{name}={value}" for name, value in merged.items() if name not in early]
     options = [
         *_namespace_options(),
@@ -88,6 +89,10 @@ def plan_run(template: TemplateSpec, view: HostView, *, uid: int, memory: int, e
     return Run(argv, b"\0".join(os.fsencode(text) for text in options) + b"\0", _passwd(uid), _group(uid))
 
 
+def _is_for_loader(name: str, value: str) -> bool:
+    return name.startswith(_LOADER_PREFIXES) and value not in _BUILT_IN_LOCALES
+
+
 def _namespace_options() -> list[str]:
     """Everything but the network: the spawner has entered that."""
     return [
@@ -101,7 +106,8 @@ def _file_options(template: TemplateSpec, view: HostView, memory: int) -> list[s
     return [
         *_rootfs_options(template.rootfs, view),
         "--ro-bind", str(view.etc_for(template.rootfs)), "/etc",
-        "--ro-bind-data", str(PASSWD_FD), "/etc/passwd", "--ro-bind-data", str(GROUP_FD), "/etc/group",
+        "--perms", "0644", "--ro-bind-data", str(PASSWD_FD), "/etc/passwd",
+        "--perms", "0644", "--ro-bind-data", str(GROUP_FD), "/etc/group",
         *_parent_options(f"{_DROP_DIR}/setpriv"), "--ro-bind", str(view.drop.directory), _DROP_DIR,
         "--proc", "/proc", "--dev", "/dev",
         "--perms", "1777", "--size", half, "--tmpfs", _SHM,

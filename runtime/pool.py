@@ -63,7 +63,8 @@ class SandboxPool:
         Raises: HostError when the first sandbox can not be made: the host lacks something.
         """
         namespace.ensure_netns_dir()
-        self._ready.append(await self._begin_making())
+        if self._wanted > 0:
+            self._ready.append(await self._begin_making())
         self._refill = asyncio.create_task(self._keep_filled(), name="sandbox pool")
         while len(self._ready) < min(self._wanted, self._limit):
             await self._changed.wait()

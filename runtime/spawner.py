@@ -27,6 +27,7 @@ import msgspec
 
 from clrk.core import control
 from clrk.core.errors import HostError, ProtocolError
+from clrk.netns.namespace import ensure_netns_dir
 
 from .spawner_process import (
     Ended,
@@ -82,8 +83,10 @@ class Spawner:
         """Fork the spawner. Call before any thread or event loop exists.
 
         Raises: HostError.
-        Side effects: the child leaves the mount propagation of /run/netns, so that runs do not copy those mounts.
+        Side effects: makes /run/netns a mount point; the child has a mount namespace without it, so that bwrap does
+            not copy one mount for each sandbox.
         """
+        ensure_netns_dir()  # a mount of its own, which the child can leave out
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)

@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG: Final = 1  # include/uapi/linux/prctl.h
 
 # Python ignores SIGPIPE and SIGXFSZ; runs must not inherit that.
 _DEFAULT_SIGNALS: Final = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-_PASSIVE_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal's ^C is the runtime's to handle
+_PASSIVE_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -118,6 +118,7 @@ _READY: Final = b"\1"
 
 def serve(sock: socket.socket) -> None:
     """Serve until the runtime closes its end. Single-threaded; never logs (the log's lock may be held by the fork)."""
+    os.setsid()  # a ^C at the runtime's terminal is for the runtime: it drains, the runs go on meanwhile
     for signum in _PASSIVE_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     _hide_namespace_mounts()
@@ -266,6 +267,8 @@ def _run_child(request: ReserveRequest, link: socket.socket) -> None:
     step = SpawnStep.CGROUP
     try:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        for signum in _DEFAULT_SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
         for path in request.cgroup_procs:
             _write(path, b"0")
         step = SpawnStep.LIMITS
@@ -283,8 +286,6 @@ def _run_child(request: ReserveRequest, link: socket.socket) -> None:
         step = SpawnStep.FDS
         link = _arrange_fds(fds[1:], link)
         step = SpawnStep.EXEC
-        for signum in _DEFAULT_SIGNALS:
-            signal.signal(signum, signal.SIG_DFL)
         os.execve(order.argv[0], order.argv, order.environment)  # noqa: S606 - that is its purpose
     except OSError as exc:
         link.send(int(step).to_bytes(4, "little") + (exc.errno or 0).to_bytes(4, "little"))
@@ -297,10 +298,11 @@ def _arrange_fds(fds: list[int], link: socket.socket) -> socket.socket:
 
     Returns: the link, behind the others and closed by exec.
     """
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in (*fds, link.detach())]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in (*fds, link.fileno())]
     for number, fd in enumerate(high):
         os.dup2(fd, number, inheritable=number < len(fds))
     os.closerange(len(high), _NO_FD_ABOVE)
+    link.detach()
     return socket.socket(fileno=len(fds))
 
 

@@ -1,0 +1,134 @@
+"""A pool of real sandboxes for tests of the host side. No BPF: attribution is not what these tests prove."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clrk.core.layout import HostLayout
+from clrk.core.resources import HostLimits, RuntimeSpec, TaskAgent, UidRange
+from clrk.runtime.cgroup import Cgroups
+from clrk.runtime.pool import SandboxPool
+from clrk.runtime.sandbox import Sandbox, SandboxExit
+from clrk.runtime.spawner import Spawner
+from clrk.runtime.view import HostView
+
+LAYOUT = HostLayout("clrkh")
+FIRST_UID = 2_100_000
+
+
+class RecordingRegistry:
+    """Stands where the kernel's table of templates is; says what is registered."""
+
+    def __init__(self) -> None:
+        self.cookies: set[int] = set()
+
+    def register(self, netns_cookie: int, header_v4: bytes, header_v6: bytes) -> None:
+        self.cookies.add(netns_cookie)
+
+    def unregister(self, netns_cookie: int) -> None:
+        self.cookies.discard(netns_cookie)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    out: str
+    err: str
+    exit: SandboxExit
+
+
+@dataclass
+class Host:
+    pool: SandboxPool
+    spawner: Spawner
+    cgroups: Cgroups
+    view: HostView
+    stamp: RecordingRegistry
+
+    async def run(self, *command: str, environment: Mapping[str, str] | None = None, **spec: Any) -> Outcome:
+        """Run a command to its end in a sandbox of its own, which is removed."""
+        sandbox = await self.pool.acquire()
+        try:
+            return await run_in(sandbox, *command, environment=environment, **spec)
+        finally:
+            await sandbox.remove()
+
+    async def sh(self, script: str, **spec: Any) -> Outcome:
+        return await self.run("/bin/sh", "-c", script, **spec)
+
+    async def python(self, script: str, **spec: Any) -> Outcome:
+        return await self.run("/usr/bin/python3", "-I", "-c", script, **spec)
+
+
+def task_agent(*command: str, resources: Mapping[str, Any] | None = None, **template: Any) -> TaskAgent:
+    spec = {"template": {"spec": {"command": list(command), **template}}, "resources": dict(resources or {})}
+    return TaskAgent.model_validate({"kind": "TaskAgent", "metadata": {"name": "host-test"}, "spec": spec})
+
+
+async def run_in(sandbox: Sandbox, *command: str, environment: Mapping[str, str] | None = None, **spec: Any) -> Outcome:
+    stdin, stdout, stderr = sandbox.open_stdio()
+    os.close(stdin)
+    reading = asyncio.gather(read_all(stdout), read_all(stderr))
+    try:
+        await sandbox.spawn(agent=task_agent(*command, **spec), environment=environment or {})
+        ended = await sandbox.wait()
+    finally:
+        sandbox.kill()
+    out, err = await reading
+    return Outcome(out, err, ended)
+
+
+async def read_all(fd: int) -> str:
+    os.set_blocking(fd, True)
+
+    def read() -> bytes:
+        with open(fd, "rb") as stream:
+            return stream.read()
+
+    return (await asyncio.to_thread(read)).decode()
+
+
+@asynccontextmanager
+async def running_host(*, ready: int = 1, max_sandboxes: int = 64, layout: HostLayout = LAYOUT) -> AsyncIterator[Host]:
+    spawner = Spawner.start()
+    try:
+        cgroups = Cgroups.open(layout)
+        view = HostView.prepare(layout, ca_cert_pem="-----BEGIN CERTIFICATE-----\nours\n-----END CERTIFICATE-----\n")
+        stamp = RecordingRegistry()
+        spec = RuntimeSpec(
+            uid_range=UidRange(start=FIRST_UID, count=1000), limits=HostLimits(max_sandboxes=max_sandboxes)
+        )
+        pool = SandboxPool(
+            layout=layout, spec=spec, cgroups=cgroups, spawner=spawner, view=view, stamp=stamp, ready=ready
+        )
+        await pool.start()
+        try:
+            yield Host(pool, spawner, cgroups, view, stamp)
+        finally:
+            await pool.close()
+            view.remove()
+            layout.run_dir.rmdir()
+            cgroups.close()
+    finally:
+        spawner.close()
+
+
+def count_leftovers(prefix: str = LAYOUT.netns_prefix) -> dict[str, int]:
+    """Everything of the host that a sandbox could leave behind, counted."""
+    groups = [path for path in Path("/sys/fs/cgroup").rglob(f"{prefix[:-1]}/*") if path.is_dir()]
+    owned = re.compile(re.escape(prefix) + "[0-9a-f]{8}")
+    uids = subprocess.run(["ps", "-eo", "uid="], capture_output=True, text=True, check=True).stdout.split()
+    return {
+        "namespaces": sum(owned.fullmatch(name) is not None for name in os.listdir("/run/netns")),
+        "cgroups": len(groups),
+        "mounts": len(Path("/proc/self/mounts").read_text().splitlines()),
+        "processes": sum(FIRST_UID <= int(uid) < FIRST_UID + 1000 for uid in uids),
+        "fds": len(os.listdir("/proc/self/fd")),
+    }

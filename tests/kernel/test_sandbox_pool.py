@@ -1,0 +1,249 @@
+"""The pool's count, and what a crash of either process leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from host_harness import FIRST_UID, LAYOUT, count_leftovers, running_host, task_agent
+
+from clrk.core.errors import HostError
+from clrk.core.ids import SandboxId
+from clrk.netns.namespace import NETNS_DIR
+from clrk.netns.reconcile import remove_leftovers
+from clrk.runtime.cgroup import Cgroups
+from clrk.runtime.pool import PoolExhaustedError
+from clrk.runtime.spawner import ReserveRequest, Spawner, SpawnRequest
+
+pytestmark = pytest.mark.kernel
+
+# A runtime that starts one sleeping sandbox, says its first pid, and waits to be killed.
+RUNTIME = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from host_harness import running_host, task_agent
+async def main():
+    async with running_host() as host:
+        sandbox = await host.pool.acquire()
+        sandbox.open_stdio()
+        spawned = await sandbox.spawn(agent=task_agent("/bin/sleep", "600"), environment={{}})
+        print(host.spawner.pid, spawned.pid, flush=True)
+        await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+async def test_warm_cold_and_exhausted() -> None:
+    async with running_host(ready=1, max_sandboxes=2) as host:
+        first = await host.pool.acquire()
+        second = await host.pool.acquire()
+        assert first.warm
+        assert {first.sandbox_id, second.sandbox_id} & set(os.listdir(host.cgroups.v2_dir)) == {
+            first.sandbox_id, second.sandbox_id,
+        }  # fmt: skip
+        with pytest.raises(PoolExhaustedError, match="the limit is 2"):
+            await host.pool.acquire()
+        await first.remove()
+        third = await host.pool.acquire()
+        assert third.sandbox_id not in (first.sandbox_id, second.sandbox_id)
+
+
+async def test_no_ready_sandboxes_means_cold_ones() -> None:
+    async with running_host(ready=0) as host:
+        sandbox = await host.pool.acquire()
+        assert not sandbox.warm
+        await sandbox.remove()
+
+
+async def test_close_removes_running_sandboxes_and_refuses_more() -> None:
+    before = count_leftovers()
+    async with running_host() as host:
+        sandbox = await host.pool.acquire()
+        for fd in sandbox.open_stdio():
+            os.close(fd)
+        await sandbox.spawn(agent=task_agent("/bin/sleep", "600"), environment={})
+        await host.pool.close()
+        with pytest.raises(PoolExhaustedError):
+            await host.pool.acquire()
+    after = count_leftovers()
+    assert after == before
+    assert not LAYOUT.run_dir.exists()
+
+
+async def test_a_cancelled_acquire_loses_nothing() -> None:
+    async with running_host(ready=0, max_sandboxes=1) as host:
+        acquiring = asyncio.create_task(host.pool.acquire())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        acquiring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await acquiring
+        sandbox = await host.pool.acquire()
+        await sandbox.remove()
+
+
+async def test_a_taken_cgroup_name_fails_the_making_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_host(ready=0) as host:
+        monkeypatch.setattr("clrk.runtime.pool.new_sandbox_id", lambda: SandboxId("aaaaaaaa"))
+        taken = host.cgroups.create(SandboxId("aaaaaaaa"))
+        before = count_leftovers()
+        with pytest.raises(HostError, match="File exists"):
+            await host.pool.acquire()
+        assert count_leftovers() == before
+        taken.remove()
+        await (await host.pool.acquire()).remove()
+
+
+async def test_a_namespace_that_can_not_be_made_leaves_no_process_and_no_cgroup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_host(ready=0) as host:
+        await (await host.pool.acquire()).remove()
+        before = count_leftovers()
+        monkeypatch.setattr("clrk.netns.namespace.ADDRESSES", (("203.0.113.1", 99),))
+        with pytest.raises(HostError, match="configure lo"):
+            await host.pool.acquire()
+        assert count_leftovers() == before
+
+
+@pytest.mark.parametrize("victim", ["runtime", "spawner"])
+async def test_kill_9_ends_the_sandbox_and_the_next_start_is_clean(victim: str) -> None:
+    before = count_leftovers()
+    runtime = subprocess.Popen([sys.executable, "-c", RUNTIME], stdout=subprocess.PIPE, text=True)
+    try:
+        assert runtime.stdout is not None
+        spawner_pid, sandbox_pid = map(int, runtime.stdout.readline().split())
+        watched = os.pidfd_open(sandbox_pid)
+        os.kill(runtime.pid if victim == "runtime" else spawner_pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            await readable(watched)
+        os.close(watched)
+        await asyncio.to_thread(wait_no_process)
+    finally:
+        runtime.kill()
+        runtime.wait()
+        assert runtime.stdout is not None
+        runtime.stdout.close()
+    left = count_leftovers()
+    assert left["namespaces"] > 0
+    assert left["cgroups"] > 0
+    cgroups = Cgroups.open(LAYOUT)
+    assert cgroups.remove_leftovers()
+    assert remove_leftovers(LAYOUT.netns_prefix)
+    assert cgroups.remove_leftovers() == ()
+    cgroups.close()
+    assert count_leftovers() == before
+    async with running_host() as host:
+        assert (await host.sh("echo again")).out == "again\n"
+
+
+async def readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def wait_no_process() -> None:
+    """The agent dies with its pid namespace, a moment after bwrap's monitor: wait for each that is still there."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if FIRST_UID <= os.stat(f"/proc/{name}").st_uid < FIRST_UID + 1000:
+                pidfd = os.pidfd_open(int(name))
+                assert select.select([pidfd], [], [], 10)[0]
+                os.close(pidfd)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+async def test_reconcile_kills_what_still_runs_and_leaves_others_alone() -> None:
+    cgroups = Cgroups.open(LAYOUT)
+    leftover = cgroups.create(SandboxId("deadbeef"))
+    foreign = cgroups.v2_dir / "not-ours"
+    foreign.mkdir()
+    sleeper = subprocess.Popen(["sleep", "600"])
+    bystander = subprocess.Popen(["sleep", "600"])
+    try:
+        for path in leftover.procs_files:
+            Path(path).write_text(str(sleeper.pid))
+        (foreign / "cgroup.procs").write_text(str(bystander.pid))
+        assert cgroups.remove_leftovers() == ("deadbeef",)
+        assert sleeper.wait(timeout=5) == -signal.SIGKILL
+        assert bystander.poll() is None
+        assert foreign.is_dir()
+    finally:
+        for process in (sleeper, bystander):
+            process.kill()
+            process.wait()
+        foreign.rmdir()
+        cgroups.close()
+
+
+# --- the spawner alone ----------------------------------------------------------------------------------------------
+
+
+async def test_spawner_names_the_step_that_failed() -> None:
+    spawner = Spawner.start()
+    try:
+        bad = ReserveRequest(cgroup_procs=["/sys/fs/cgroup/none/cgroup.procs"], max_open_files=1024, oom_score_adj=0)
+        with pytest.raises(HostError, match="cgroup: No such file"):
+            await spawner.reserve(bad)
+        good = ReserveRequest(cgroup_procs=[], max_open_files=1024, oom_score_adj=0)
+        null = os.open("/dev/null", os.O_RDWR)
+        here = os.open("/proc/self/ns/net", os.O_RDONLY)
+        pid = await spawner.reserve(good)
+        with pytest.raises(HostError, match="namespace: Invalid argument"):
+            await spawner.spawn(SpawnRequest(pid=pid, argv=[b"/bin/true"], environment={}), (null, null, null, null))
+        assert (await spawner.wait(pid)).exit_code == 127
+        pid = await spawner.reserve(good)
+        with pytest.raises(HostError, match="exec: No such file"):
+            await spawner.spawn(SpawnRequest(pid=pid, argv=[b"/no/such"], environment={}), (here, null, null, null))
+        with pytest.raises(HostError, match="No such process"):
+            await spawner.spawn(SpawnRequest(pid=1, argv=[b"/bin/true"], environment={}), (here, null, null, null))
+        os.close(null)
+        os.close(here)
+    finally:
+        spawner.close()
+        spawner.close()
+
+
+async def test_spawner_signals_its_own_children_only() -> None:
+    spawner = Spawner.start()
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        pid = await spawner.reserve(ReserveRequest(cgroup_procs=[], max_open_files=1024, oom_score_adj=0))
+        spawner.kill(other.pid)
+        spawner.kill(pid, signal.SIGTERM)
+        assert (await spawner.wait(pid)).signal == signal.SIGTERM
+        assert other.poll() is None
+    finally:
+        spawner.close()
+        other.kill()
+        other.wait()
+
+
+async def test_everyone_learns_of_the_spawners_death() -> None:
+    spawner = Spawner.start()
+    pid = await spawner.reserve(ReserveRequest(cgroup_procs=[], max_open_files=1024, oom_score_adj=0))
+    waiting = asyncio.create_task(spawner.wait(pid))
+    os.kill(spawner.pid, signal.SIGKILL)
+    async with asyncio.timeout(5):
+        await spawner.wait_died()
+        with pytest.raises(HostError, match="spawner is gone"):
+            await waiting
+        with pytest.raises(HostError, match="spawner is gone"):
+            await spawner.reserve(ReserveRequest(cgroup_procs=[], max_open_files=1024, oom_score_adj=0))
+    spawner.close()
+
+
+def test_namespaces_of_this_suite_are_gone() -> None:
+    assert not [name for name in os.listdir(NETNS_DIR) if name.startswith(LAYOUT.netns_prefix)]
