@@ -66,6 +66,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dia
 
 @pytest_asyncio.fixture
 async def caller() -> AsyncIterator[aiohttp.ClientSession]:
-    """An HTTP client that sends nothing of its own accord."""
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False) as session:
+    """An HTTP client that uses each connection once: a restarted daemon does not know the old ones."""
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False
+    ) as session:
         yield session

@@ -6,6 +6,7 @@ import ctypes
 import os
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ class Footprint:
     processes: tuple[str, ...]
     mounts: int
     map_entries: int
-    fds: tuple[tuple[str, int], ...]
-    files: int
+    fds: tuple[tuple[int, str, int], ...]  # pid, name, count
+    files: tuple[str, ...]
 
 
 def footprint(daemon: Daemon) -> Footprint:
@@ -44,14 +45,16 @@ def footprint(daemon: Daemon) -> Footprint:
         processes=tuple(sorted(_comm(pid) for pid in family)),
         mounts=_mounts(daemon, family),
         map_entries=sum(_map_entries(pid) for pid in family if pid == (daemon.process and daemon.process.pid)),
-        fds=tuple(sorted((_comm(pid), len(_names(Path(f"/proc/{pid}/fd")))) for pid in family)),
-        files=sum(1 for top in (Path("/run") / daemon.instance, daemon.state_dir) for path in top.rglob("*")
-                  if not path.name.endswith(("-wal", "-shm"))),
+        fds=tuple((pid, _comm(pid), len(_names(Path(f"/proc/{pid}/fd")))) for pid in family),
+        files=tuple(sorted(
+            str(path) for top in (Path("/run") / daemon.instance, daemon.state_dir) for path in top.rglob("*")
+            if not path.name.endswith(("-wal", "-shm"))  # SQLite's own, which come and go
+        )),
     )  # fmt: skip
 
 
 def settled(daemon: Daemon, wanted: Footprint | None = None, timeout_s: float = 15.0) -> Footprint:
-    """Return the footprint once it equals `wanted`, or (without one) has not changed for a second.
+    """Return the footprint once it differs from `wanted` in nothing, or (without one) has not changed for a second.
 
     After the timeout the last one is returned: the caller's assertion then shows the difference.
     """
@@ -61,15 +64,24 @@ def settled(daemon: Daemon, wanted: Footprint | None = None, timeout_s: float = 
         now = footprint(daemon)
         if now != last:
             last, since = now, time.monotonic()
-        if (wanted is not None and now == wanted) or (wanted is None and time.monotonic() - since > 1):
+        if (wanted is not None and not difference(wanted, now)) or (wanted is None and time.monotonic() - since > 1):
             break
     return last
 
 
-def difference(before: Footprint, after: Footprint) -> dict[str, tuple[object, object]]:
-    """Return what changed, by name."""
-    old, new = asdict(before), asdict(after)
-    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+def difference(before: Footprint, after: Footprint) -> dict[str, str]:
+    """Return what changed, by name; of lists only what one has and the other has not."""
+    # Only processes that lived through it can have leaked an fd; the waiting children of the pool are others by now.
+    lived = {pid for pid, *_ in before.fds} & {pid for pid, *_ in after.fds}
+    old, new = (asdict(one) | {"fds": tuple(fact for fact in one.fds if fact[0] in lived)} for one in (before, after))
+    changes = {}
+    for name in old:
+        if old[name] != new[name]:
+            changes[name] = f"{old[name]} -> {new[name]}"
+            if isinstance(old[name], tuple):
+                was, now = Counter(old[name]), Counter(new[name])
+                changes[name] = f"only before: {dict(was - now)}, only after: {dict(now - was)}"
+    return changes
 
 
 def _names(folder: Path) -> list[str]:
