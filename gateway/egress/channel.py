@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import Final, cast
 
-HIGH_WATER: Final = 256 * 1024
+HIGH_WATER: Final = 128 * 1024
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from clrk.core.errors import ProtocolError
 
-MAX_HELLO_SIZE: Final = 64 * 1024  # with post-quantum key shares real ones stay below 4 KiB
+MAX_HELLO_SIZE: Final = 16 * 1024  # with post-quantum key shares real ones stay below 4 KiB
 _HANDSHAKE: Final = 22
 _CLIENT_HELLO: Final = 1
 _SERVER_NAME: Final = 0

@@ -16,6 +16,7 @@ from clrk.core.errors import ProtocolError
 
 MAX_HEAD_SIZE: Final = 64 * 1024
 MAX_HEADERS: Final = 256
+MAX_TRAILERS_SIZE: Final = 8 * 1024
 MAX_CHUNK_LINE: Final = 1024
 
 Headers = tuple[tuple[str, str], ...]
@@ -284,7 +285,7 @@ class ChunkedBody(Body):
             return at + 2
         end = data.find(b"\r\n\r\n", at)
         if end < 0:
-            if len(data) - at > MAX_HEAD_SIZE:
+            if len(data) - at > MAX_TRAILERS_SIZE:
                 raise ProtocolError("head_too_large", "trailers are too large")
             return -1
         raw = data[at : end + 2]

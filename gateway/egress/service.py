@@ -17,8 +17,9 @@ from clrk.gateway.egress.addresses import AddressGuard
 from clrk.gateway.egress.flows import FlowMap, FlowSource
 from clrk.gateway.egress.origin import Exit, Recognise
 from clrk.gateway.egress.record import EgressSpans
+from clrk.gateway.egress.resolve import Resolver, system_resolver
 from clrk.gateway.egress.tls import upstream_context
-from clrk.gateway.egress.upstream import Resolver, Upstream, is_local_address, system_resolver
+from clrk.gateway.egress.upstream import Upstream, is_local_address
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.recognise import recognise

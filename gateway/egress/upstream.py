@@ -9,7 +9,6 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
@@ -20,14 +19,13 @@ from clrk.core.errors import ClrkError
 from clrk.core.wire import IPAddress
 from clrk.gateway.egress.addresses import AddressGuard
 from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.resolve import LimitedResolver, Resolver
 from clrk.gateway.policy import EgressPolicy
 
 CONNECT_TIMEOUT_S: Final = 10.0
 HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # RFC 8305, section 5
 POOL_IDLE_S: Final = 30.0
 POOL_SIZE: Final = 32  # idle connections of one run
-
-Resolver = Callable[[str, int], Awaitable[list[IPAddress]]]
 
 # X509_V_ERR_*: openssl/x509_vfy.h
 _TLS_ERRORS: Final = {
@@ -89,13 +87,6 @@ def is_local_address(address: IPAddress) -> bool:
     return True
 
 
-async def system_resolver(name: str, port: int) -> list[IPAddress]:
-    """Resolve with the host's resolver, in a thread. Raises: socket.gaierror."""
-    found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    unique: dict[IPAddress, None] = {ip_address(str(entry[4][0]).partition("%")[0]): None for entry in found}
-    return list(unique)
-
-
 def error_type_of(exc: BaseException) -> str:
     """Return the error.type of a failed connection or exchange."""
     match exc:
@@ -103,7 +94,7 @@ def error_type_of(exc: BaseException) -> str:
             return _TLS_ERRORS.get(exc.verify_code, "tls_certificate_invalid")
         case ssl.SSLError():
             return "tls_handshake"
-        case socket.gaierror():
+        case socket.gaierror() | UnicodeError():  # what can not be written as a DNS name
             return "dns"
         case ConnectionRefusedError():
             return "connection_refused"
@@ -126,7 +117,7 @@ class Upstream:
         self._policy = policy
         self._guard = guard
         self._context = context
-        self._resolver = resolver
+        self._resolver = LimitedResolver(resolver)
         self._idle: dict[Target, list[Channel]] = {}
         self._idle_count = 0
         self._closed = False
@@ -164,7 +155,7 @@ class Upstream:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 addresses = await self._addresses(target)
                 return await self._connect(target, addresses)
-        except (OSError, ssl.SSLError, ssl.CertificateError) as exc:
+        except (OSError, UnicodeError) as exc:
             kind = error_type_of(exc)
             raise DialFailedError(kind, f"connect to {target.label}: {kind}: {exc}") from exc
 
