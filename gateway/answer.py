@@ -186,6 +186,8 @@ def _start_problem(refused: StartRefused) -> Problem:
 def _failure(outcome: Outcome) -> Problem:
     if outcome.phase is Phase.TIMEOUT:
         return Problem(504, outcome.message)
+    if not outcome.has_run:
+        return Problem(502, f"the sandbox did not start: {outcome.message}")
     return Problem(500, outcome.message, _exit_code(outcome))
 
 

@@ -151,6 +151,8 @@ class Invocation:
                 self._start.set_result((message, fds))
             case StartFailed() if not self._start.done():
                 self._start.set_exception(StartRefused(message.reason, message.message))
+            case StartFailed() if not self._exit.done():  # it had a sandbox, but not a process
+                self._exit.set_exception(StartRefused(message.reason, message.message))
             case Spawned():
                 run_spans.record_spawn(self._telemetry, self.identity, message, warm=self._warm)
             case Exited() if not self._exit.done():
@@ -330,7 +332,7 @@ class Invocation:
             self.started.exception()  # marks it as seen: the caller may have gone
         rejected = refused.reason in (StartFailure.POOL_EXHAUSTED, StartFailure.DRAINING)
         phase = Phase.CANCELLED if self._cancelled else Phase.REJECTED if rejected else Phase.FAILED
-        self._finish(Outcome(phase, message=refused.message))
+        self._finish(Outcome(phase, message=refused.message, has_run=False))
 
     def _finish(self, outcome: Outcome, exited: Exited | None = None) -> None:
         if self.outcome.done():

@@ -22,11 +22,12 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a run. exit_code is None when there was no process, message is for people."""
+    """The end of a run. exit_code is None when none is known, message is for people."""
 
     phase: Phase
     exit_code: int | None = None
     message: str = ""
+    has_run: bool = True  # False: the agent's first instruction was never executed
 
     @property
     def succeeded(self) -> bool:

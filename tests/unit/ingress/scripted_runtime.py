@@ -74,6 +74,7 @@ AGENTS = [
     agent("broken", "true"),
     agent("gone", "true"),
     agent("unstarted", "true"),
+    agent("unspawned", "true"),
     agent("post", f"{CURL} -d '{{}}' {JSON} -H 'X-Clrk-Status: 201' $URL/v1/response", mode="Metadata"),
     agent("postlate", f"{CURL} -d early $URL/v1/response; read -r < \"$GATE\"; echo late; exit 5", mode="Metadata"),
     agent("postnone", "true", mode="Metadata"),
@@ -261,6 +262,11 @@ class ScriptedRuntime:
             Started(invocation_id, "0badcafe", "clrk-0badcafe", 1, 1, b"4", b"6", True, start_ns, time.time_ns()),
             [*(sock.detach() for sock in listeners), stdin_w, stdout_r, stderr_r],
         )
+        if message.agent.name == "unspawned":
+            for fd in (stdin_r, stdout_w, stderr_w):
+                os.close(fd)
+            self.send(StartFailed(invocation_id, StartFailure.SANDBOX_FAILED, "scripted"))
+            return
         spawn_ns = time.time_ns()
         popen = subprocess.Popen(
             declared.spec.template.spec.command,

@@ -205,7 +205,8 @@ async def test_a_refused_body_gives_the_slot_back(gateway):
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "retry"), [("poolless", 503, "1"), ("broken", 502, None), ("gone", 404, None)]
+    ("name", "status", "retry"),
+    [("poolless", 503, "1"), ("broken", 502, None), ("unspawned", 502, None), ("gone", 404, None)],
 )
 async def test_runs_that_do_not_start(gateway, name, status, retry):
     got, headers, body = await gateway.call(f"/agents/{name}")
