@@ -20,7 +20,8 @@ LOCK_NAME: Final = "runtime.lock"
 class InstanceLock:
     """Held while this process is the instance's runtime; the kernel lets go of it with the process."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, layout: HostLayout, fd: int) -> None:
+        self._layout = layout
         self._fd = fd
 
     @classmethod
@@ -30,27 +31,48 @@ class InstanceLock:
         Raises: HostError when another runtime has it, naming its pid.
         """
         path = layout.run_dir / LOCK_NAME
-        try:
-            layout.run_dir.mkdir(mode=0o755, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as exc:
-            raise HostError(f"make {path}: {exc.strerror}") from exc
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(fd)
-            raise HostError(
-                f"a runtime of instance {layout.instance!r} is running already (pid {holder}); stop it, or start "
-                "another one beside it with --instance NAME"
-            ) from exc
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
-        return cls(fd)
+        while True:
+            try:
+                layout.run_dir.mkdir(mode=0o755, exist_ok=True)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except FileNotFoundError:  # the last holder removed the folder between the two
+                continue
+            except OSError as exc:
+                raise HostError(f"make {path}: {exc.strerror}") from exc
+            _lock(fd, layout)
+            if _is_still(path, fd):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
+                return cls(layout, fd)
+            os.close(fd)  # the last holder removed it while we waited for nobody: lock the file that is there now
 
     def release(self) -> None:
-        """Let go. The file stays: removing it would let two holders lock two files of one name."""
+        """Remove the file and, if nothing else is in it, the run folder; then let go."""
+        try:
+            (self._layout.run_dir / LOCK_NAME).unlink()
+            self._layout.run_dir.rmdir()
+        except OSError as exc:
+            _LOG.warning("run folder %s stays: %s", self._layout.run_dir, exc.strerror)
         os.close(self._fd)
+
+
+def _lock(fd: int, layout: HostLayout) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(fd)
+        raise HostError(
+            f"a runtime of instance {layout.instance!r} is running already (pid {holder}); stop it, or start "
+            "another one beside it with --instance NAME"
+        ) from exc
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def remove_leftovers(layout: HostLayout, cgroups: Cgroups) -> None:

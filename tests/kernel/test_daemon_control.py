@@ -101,8 +101,6 @@ class Host:
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     lock = InstanceLock.take(LAYOUT)
     with contextlib.ExitStack() as undo:
-        undo.callback(LAYOUT.run_dir.rmdir)
-        undo.callback((LAYOUT.run_dir / "runtime.lock").unlink)
         undo.callback(lock.release)
         spawner = Spawner.start()
         undo.callback(spawner.close)

@@ -1,0 +1,199 @@
+"""The daemon as an operator meets it: one per instance, reloads, stops, restarts its gateway, shows it little."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import yaml
+from stack import BIN, Daemon, agent
+
+from clrk.core.layout import HostLayout
+
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
+
+INSTANCE = f"life{os.getpid() % 100_000}"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Daemon]:
+    documents = [agent("hello", ["/bin/echo", "hello"]), agent("sleepy", ["/bin/sleep", "3600"])]
+    running = Daemon(tmp_path, INSTANCE, documents)
+    running.start()
+    yield running
+    if running.process is not None and running.process.poll() is None:
+        assert running.stop() == 0, running.log()
+    assert left_on_host() == []
+
+
+def left_on_host() -> list[str]:
+    """Names of this instance on the host."""
+    layout = HostLayout(INSTANCE)
+    found = [name for name in os.listdir("/run/netns") if name.startswith(layout.netns_prefix)]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{INSTANCE}")]
+    return found + ([str(layout.run_dir)] if layout.run_dir.exists() else [])
+
+
+async def until(caller: aiohttp.ClientSession, url: str, wanted: Callable[[int], bool]) -> None:
+    async with asyncio.timeout(15):
+        while True:
+            try:
+                async with caller.get(url) as answer:
+                    if wanted(answer.status):
+                        return
+            except aiohttp.ClientError:
+                pass  # the gateway that had this connection is gone
+            await asyncio.sleep(0.02)
+
+
+async def wait_for_log(daemon: Daemon, text: str) -> None:
+    async with asyncio.timeout(15):
+        while text not in daemon.log():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_second_runtime_of_the_same_instance_is_refused(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    command = [BIN / "clrk-runtime", "serve", "--instance", INSTANCE, "-c", own.config]
+    second = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=30)
+    assert own.process is not None
+    assert second.returncode == 1
+    assert f"a runtime of instance '{INSTANCE}' is running already (pid {own.process.pid})" in second.stderr
+    async with caller.get(f"{own.url}/agents/hello") as answer:  # and the first is unharmed
+        assert await answer.text() == "hello\n"
+
+
+async def test_an_address_in_use_is_named(own: Daemon, tmp_path: Path) -> None:
+    command = [BIN / "clrk-runtime", "serve", "--instance", f"{INSTANCE}b", "-c", own.config]
+    second = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=30)
+    assert second.returncode == 1
+    assert f"listen on 127.0.0.1:{own.ingress_port} (spec.ingress.listen): Address already in use" in second.stderr
+    assert not Path(f"/run/{INSTANCE}b").exists()
+    assert list(Path("/sys/fs/cgroup").glob(f"*/{INSTANCE}b")) == []
+
+
+async def test_reload_takes_a_new_agent(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    with own.config.open("a") as config:
+        config.write("---\n" + yaml.safe_dump(agent("added", ["/bin/echo", "added"])))
+    assert own.process is not None
+    own.process.send_signal(signal.SIGHUP)
+    await until(caller, f"{own.url}/agents/added", lambda status: status == 200)
+
+
+async def test_an_invalid_reload_changes_nothing(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    own.config.write_text(yaml.safe_dump(agent("hello", ["/bin/echo", "changed"], timeot="3s")))
+    assert own.process is not None
+    own.process.send_signal(signal.SIGHUP)
+    await wait_for_log(own, "nothing was changed")
+    assert 'TaskAgent/hello: spec.timeot: unknown field; did you mean "timeout"?' in own.log()
+    async with caller.get(f"{own.url}/agents/hello") as answer:
+        assert await answer.text() == "hello\n"
+
+
+async def test_a_reload_does_not_touch_running_invocations(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    url = f"{own.url}/agents/sleepy"
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(caller.get(url))
+        await until_asleep(own)
+        own.config.write_text(yaml.safe_dump(agent("added", ["/bin/echo", "added"])))
+        assert own.process is not None
+        own.process.send_signal(signal.SIGHUP)
+        await until(caller, f"{own.url}/agents/added", lambda status: status == 200)
+        async with caller.get(url) as answer:
+            assert answer.status == 404
+        assert not running.done()
+        assert pgrep(own, "/bin/sleep")
+        running.cancel()
+
+
+async def until_asleep(daemon: Daemon) -> None:
+    async with asyncio.timeout(15):
+        while not (await asyncio.to_thread(pgrep, daemon, "/bin/sleep")):
+            await asyncio.sleep(0.02)
+
+
+def pgrep(daemon: Daemon, program: str) -> bool:
+    """Say whether an agent of this daemon runs program."""
+    for procs in Path("/sys/fs/cgroup").glob(f"*/{daemon.instance}/*/cgroup.procs"):
+        for pid in procs.read_text().split():
+            try:
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(program.encode()):
+                    return True
+            except OSError:
+                continue
+    return False
+
+
+async def test_a_second_sigterm_does_not_wait_for_invocations(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    async def call() -> object:
+        try:
+            async with caller.get(f"{own.url}/agents/sleepy") as answer:
+                return answer.status
+        except aiohttp.ClientError as error:
+            return error
+
+    running = asyncio.create_task(call())
+    await until_asleep(own)
+    assert own.process is not None
+    own.process.send_signal(signal.SIGTERM)
+    await wait_for_log(own, "draining")
+    assert own.process.poll() is None  # it waits for the invocation
+    began_s = time.monotonic()
+    own.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(own.process.wait, 20) == 0
+    assert time.monotonic() - began_s < 10
+    assert await running != 200
+
+
+async def test_a_gateway_that_dies_is_back_within_a_second_or_so(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    """Also three times in a row; callers meanwhile wait in the backlog of the runtime's listener."""
+    for _ in range(3):
+        os.kill(gateway_pid(own), signal.SIGKILL)
+        async with caller.get(f"{own.url}/agents/hello", timeout=aiohttp.ClientTimeout(20)) as answer:
+            assert (answer.status, await answer.text()) == (200, "hello\n")
+
+
+def gateway_pid(daemon: Daemon) -> int:
+    """The unprivileged process below the daemon."""
+    uid = 2_000_000
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                command = Path(f"/proc/{name}/cmdline").read_bytes()
+                if os.stat(f"/proc/{name}").st_uid in (uid, 0) and str(daemon.state_dir).encode() in command:
+                    if b"clrk.gateway.main" in command and not command.startswith(b"/usr/bin/bwrap"):
+                        return int(name)
+            except OSError:
+                continue
+    raise AssertionError("no gateway")
+
+
+async def test_the_gateway_sees_little_of_the_host(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    root = f"/proc/{gateway_pid(own)}/root"
+    assert set(os.listdir(f"{root}/etc")) & {"shadow", "sudoers", "clrk", "ssh", "machine-id"} == set()
+    for hidden in ("/home", "/var/log", "/run/netns", str(own.state_dir / "ca"), str(own.config), "/sys/fs"):
+        assert not os.path.lexists(root + hidden), hidden
+    assert os.listdir(f"{root}{own.state_dir}") == ["gateway"]
+    processes = [name for name in os.listdir(f"{root}/proc") if name.isdigit()]
+    assert len(processes) <= 3  # its own pid namespace
+
+
+async def test_who_may_use_the_admin_socket(own: Daemon) -> None:
+    status = HostLayout(INSTANCE).admin_socket.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o660
+    assert status.st_uid == 0
+
+
+async def test_the_ca_key_is_nowhere_but_in_its_file(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    key = (own.state_dir / "ca" / "ca.key").read_text().splitlines()[1].encode()
+    for folder in (own.state_dir / "gateway", HostLayout(INSTANCE).run_dir):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                assert key not in path.read_bytes(), path
