@@ -8,7 +8,7 @@ from clrk.core.errors import ProtocolError
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.http1 import Body, Request, request_body
 from clrk.gateway.egress.origin import Exit, Origin
-from clrk.gateway.egress.record import Call
+from clrk.gateway.egress.record import Call, request_attributes
 from clrk.gateway.egress.refusal import RefusedError, status_of
 from clrk.gateway.egress.upstream import Target
 from clrk.gateway.interpret import Interpreter, RequestHead
@@ -30,7 +30,7 @@ class Admitted:
 
 
 def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitted:
-    """Judge one request. Side effects: sets the span's parent. Raises: RefusedError."""
+    """Judge one request. Side effects: sets the span's parent and HTTP attributes. Raises: RefusedError."""
     destination = origin.destination
     verified = origin.name or str(destination.address)
     try:
@@ -41,6 +41,7 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     except ProtocolError as exc:
         raise RefusedError(status_of(exc.code), f"bad_request_{exc.code}", str(exc)) from exc
     head = RequestHead(request.method, origin.scheme, verified, destination.port, path, query, request.headers)
+    call.attributes.update(request_attributes(head))  # refused or not, the span says what was asked for
     _check_names(origin, name, port)
     _check_policy(way_out, origin, head)
     upgrade = forward.wants_websocket(request)

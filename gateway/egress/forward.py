@@ -65,15 +65,19 @@ def check_connection(head: Head) -> frozenset[str]:
 
 
 def request_headers(
-    request: Request, *, host: str, context: TraceContext, upgrade: bool, length: int | None
+    request: Request, *, host: str, context: TraceContext, upgrade: bool, length: int | None, plain: bool
 ) -> list[tuple[str, str]]:
     """Return the headers to send upstream.
 
     Shape: host fills in for a missing Host header. length replaces Content-Length when the body was rewritten.
+        plain asks for an answer without content coding (RFC 9110, section 12.5.3), whatever the agent accepts.
     """
     dropped = _HOP_BY_HOP | check_connection(request) | {"expect"}
     kept: list[tuple[str, str]] = []
     ours = {"traceparent": context.traceparent, "tracestate": context.tracestate}
+    if plain:
+        ours["accept-encoding"] = "identity"
+        dropped |= {"accept-encoding"}
     for name, value in request.headers:
         lower = name.lower()
         if lower in ours:

@@ -116,8 +116,8 @@ class EgressSpans:
         error: str | None = None,
         message: str = "",
     ) -> None:
-        """One exchange that went upstream; status is None when no response came."""
-        found = request_attributes(head)
+        """One exchange that went upstream; status is None when no response came. call has request_attributes."""
+        found: dict[str, AttributeValue] = {}
         if status is not None:
             found[attr.HTTP_RESPONSE_STATUS_CODE] = status
         if facts is not None:
@@ -126,7 +126,7 @@ class EgressSpans:
             message = message or facts.status_message
         if error is None and status is not None and status >= 400:
             error = str(status)
-        name = facts.name if facts is not None else http_span_name(head)
+        name = (facts.name if facts is not None else "") or http_span_name(head)
         self._record(call, name, found, error, message)
 
     def tcp(self, call: Call, error: str | None = None, message: str = "") -> None:

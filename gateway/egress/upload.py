@@ -68,7 +68,12 @@ class Upload:
         """Send the head and what is there of the body, in one write. Bounded, so it needs no backpressure."""
         head, request = self._admitted.head, self._admitted.request
         headers = forward.request_headers(
-            request, host=head.host, context=self._admitted.context, upgrade=self._admitted.upgrade, length=self._length
+            request,
+            host=head.host,
+            context=self._admitted.context,
+            upgrade=self._admitted.upgrade,
+            length=self._length,
+            plain=self.rewritten,
         )
         mark = "?" if "?" in request.target else ""
         line = f"{request.method} {head.path}{mark}{head.query} HTTP/1.1"
