@@ -34,8 +34,18 @@ _SHM: Final = "/dev/shm"  # noqa: S108
 _VAR_TMP: Final = "/var/tmp"  # noqa: S108
 _DEFAULT_ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin", "HOME": _TMP}
 
-# The loader and the C library obey these before the drop, as root: they are set after it, by env.
-_LOADER_PREFIXES: Final = ("LD_", "GLIBC_", "MALLOC_", "GCONV_", "NLSPATH", "LOCPATH", "LANG", "LC_", "TZDIR")
+# The loader and the C library obey these before the drop, as root: they are set after it, by env, on a command line
+# that every user of the host can read. Hence names and not prefixes where users have names of their own:
+# LANGSMITH_API_KEY, LD_SDK_KEY. Sources: ld.so(8), glibc's elf/dl-support.c, gettext(3).
+_LOADER_NAMES: Final = frozenset(
+    {"LANG", "LANGUAGE", "NLSPATH", "LOCPATH", "TZDIR", "GCONV_PATH", "GETCONF_DIR"}
+    | {f"LD_{name}" for name in (
+        "ASSUME_KERNEL", "AUDIT", "BIND_NOT", "BIND_NOW", "DEBUG", "DEBUG_OUTPUT", "DYNAMIC_WEAK", "HWCAP_MASK",
+        "LIBRARY_PATH", "ORIGIN_PATH", "POINTER_GUARD", "PREFER_MAP_32BIT_EXEC", "PRELOAD", "PROFILE",
+        "PROFILE_OUTPUT", "SHOW_AUXV", "TRACE_LOADED_OBJECTS", "TRACE_PRELINKING", "USE_LOAD_BIAS", "VERBOSE", "WARN",
+    )}
+)  # fmt: skip
+_LOADER_PREFIXES: Final = ("GLIBC_", "MALLOC_", "LC_")
 _BUILT_IN_LOCALES: Final = ("C", "POSIX", "C.UTF-8")  # nothing is loaded for these; the usual value of LANG
 
 # Made anew in every sandbox, or kernel interfaces. /sys stays out but for the CPU topology.
@@ -90,7 +100,7 @@ def plan_run(template: TemplateSpec, view: HostView, *, uid: int, memory: int, e
 
 
 def _is_for_loader(name: str, value: str) -> bool:
-    return name.startswith(_LOADER_PREFIXES) and value not in _BUILT_IN_LOCALES
+    return (name in _LOADER_NAMES or name.startswith(_LOADER_PREFIXES)) and value not in _BUILT_IN_LOCALES
 
 
 def _namespace_options() -> list[str]:

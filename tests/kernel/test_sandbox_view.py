@@ -320,7 +320,9 @@ async def test_secrets_are_not_on_any_command_line(host: Host) -> None:
     try:
         stdin, stdout, stderr = sandbox.open_stdio()
         agent = task_agent("/bin/sh", "-c", "echo $TOKEN; read line")
-        spawned = await sandbox.spawn(agent=agent, environment={"TOKEN": "hunter2"})
+        # The last two only look like variables of the loader and the C library.
+        secrets = dict.fromkeys(("TOKEN", "LANGSMITH_API_KEY", "LD_SDK_KEY"), "hunter2")
+        spawned = await sandbox.spawn(agent=agent, environment=secrets)
         assert await asyncio.to_thread(wait_readable, stdout) == b"hunter2\n"
         family = subprocess.run(["ps", "-ww", "-eo", "args="], capture_output=True, text=True, check=True).stdout
         assert f"--reuid {sandbox.uid}" in family
