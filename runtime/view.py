@@ -107,7 +107,7 @@ class HostView:
             if (known := self._etc.get(rootfs)) is None:
                 target = self.directory / f"etc-{len(self._etc)}"
                 try:
-                    _write_etc(Path(rootfs) / "etc", target, self.ca_cert_pem)
+                    _write_etc(Path(rootfs), target, self.ca_cert_pem)
                 except OSError as exc:
                     raise HostError(f"copy {rootfs}/etc for sandboxes: {exc}") from exc
                 known = self._etc[rootfs] = target
@@ -123,9 +123,11 @@ def ca_environment() -> dict[str, str]:
     return dict.fromkeys(CA_VARIABLES, CA_BUNDLE)
 
 
-def _write_etc(source: Path, target: Path, ca_cert_pem: str) -> None:
+def _write_etc(rootfs: Path, target: Path, ca_cert_pem: str) -> None:
+    """Copy the rootfs's /etc. What is in an image may be somebody else's: its links are not followed to host files."""
+    source = rootfs / "etc"
     target.mkdir(mode=0o755)
-    if source.is_dir():
+    if _is_inside(source, rootfs) and source.is_dir():
         _copy_readable(source, target, _ABSENT)
     _replace(target / "resolv.conf", f"nameserver {RESOLVER}\noptions timeout:2 attempts:2 ndots:1\n")
     _replace(target / "hosts", f"127.0.0.1 localhost\n127.0.1.1 {HOSTNAME}\n::1 localhost ip6-localhost ip6-loopback\n")
@@ -136,7 +138,7 @@ def _write_etc(source: Path, target: Path, ca_cert_pem: str) -> None:
     # Mount points of each sandbox's own files.
     _replace(target / "passwd", "")
     _replace(target / "group", "")
-    bundle = _system_roots(source) + "\n" + ca_cert_pem
+    bundle = _system_roots(rootfs) + "\n" + ca_cert_pem
     for path in _BUNDLE_PATHS:
         _replace(target / path, bundle)
     _add_to_hashed_folder(target / "ssl/certs", ca_cert_pem)
@@ -161,29 +163,38 @@ def _copy_readable(source: Path, target: Path, absent: frozenset[str]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file of the copy in place of whatever is there; a link on the way must not lead outside."""
-    for parent in reversed(path.parents):
-        if parent.is_symlink():
-            return  # a distribution that links its bundle folders: the link's target is another of the usual paths
+    if _is_behind_link(path):
+        return  # a distribution that links its bundle folders: the link's target is another of the usual paths
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.write_text(text)
     path.chmod(0o644)
 
 
-def _system_roots(etc: Path) -> str:
-    """Return the PEM bundle of this /etc, else of the host; empty where neither has one."""
-    for base in (etc, Path("/etc")):
+def _is_behind_link(path: Path) -> bool:
+    return any(parent.is_symlink() for parent in path.parents)
+
+
+def _system_roots(rootfs: Path) -> str:
+    """Return the PEM bundle of this rootfs, else of the host; empty where neither has one."""
+    for base in (rootfs, Path("/")):
         for name in _BUNDLE_PATHS:
-            if (base / name).is_file():
-                return (base / name).read_text(errors="replace")
+            path = base / "etc" / name
+            if path.is_file() and _is_inside(path, base):
+                return path.read_text(errors="replace")
     return ""
+
+
+def _is_inside(path: Path, rootfs: Path) -> bool:
+    """Whether a path still lies in the rootfs after its links: an absolute one leads to the host's own file."""
+    return path.resolve().is_relative_to(rootfs.resolve())
 
 
 def _add_to_hashed_folder(folder: Path, ca_cert_pem: str) -> None:
     """Add the CA where OpenSSL looks up by subject hash; programs that ignore the variables and the bundle use it."""
     _replace(folder / "clrk-ca.pem", ca_cert_pem)
     openssl = shutil.which("openssl")
-    if openssl is None:
+    if openssl is None or _is_behind_link(folder / "any"):
         return
     argv = [openssl, "x509", "-noout", "-subject_hash"]
     done = subprocess.run(argv, input=ca_cert_pem, capture_output=True, text=True, check=False, timeout=10)

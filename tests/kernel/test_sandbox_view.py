@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -274,6 +275,43 @@ async def test_another_rootfs(host: Host, tmp_path: Path) -> None:
     assert "/private" not in ran.out
     assert "No such file" in ran.err
     assert "CapEff:\t0000000000000000" in ran.out
+
+
+@pytest.fixture(params=["bundle", "certs", "etc"])
+def linked_image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An image in whose /etc something is a link to a host path that the sandbox must not see."""
+    tmp_path.chmod(0o755)
+    private, image = tmp_path / "private", tmp_path / "image"
+    private.mkdir(mode=0o700)
+    (private / "ca-certificates.crt").write_text("from the host\n")
+    for source in ("/bin/sh", "/bin/cat", "/lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/libc.so.6"):
+        (image / source[1:]).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-L", source, image / source[1:]], check=True)
+    certs = image / "etc/ssl/certs"
+    certs.mkdir(parents=True)
+    link, target = {
+        "bundle": (certs / "ca-certificates.crt", private / "ca-certificates.crt"),
+        "certs": (certs, private),
+        "etc": (image / "etc", tmp_path / "private-etc"),
+    }[request.param]
+    (tmp_path / "private-etc/ssl").mkdir(parents=True)
+    (tmp_path / "private-etc/ssl/certs").symlink_to(private)
+    (tmp_path / "private-etc/ca-certificates.crt").write_text("from the host\n")
+    (tmp_path / "private-etc").chmod(0o755)
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.symlink_to(target)
+    return image
+
+
+async def test_an_image_can_not_show_host_files_by_links(host: Host, linked_image: Path) -> None:
+    private = linked_image.parent / "private"
+    script = f"cat {CA_BUNDLE} /etc/ca-certificates.crt /etc/ssl/cert.pem; cat /etc/resolv.conf"
+    ran = await host.sh(script, rootfs=str(linked_image))
+    assert "from the host" not in ran.out
+    assert ran.out.endswith("nameserver 169.254.0.1\noptions timeout:2 attempts:2 ndots:1\n")
+    assert os.listdir(private) == ["ca-certificates.crt"]  # nothing was added on the host either
+    assert (private / "ca-certificates.crt").read_text() == "from the host\n"
 
 
 async def test_workdir_and_an_unknown_command(host: Host) -> None:
