@@ -225,7 +225,7 @@ class _Parts:
             run_task=self.ingress.handle_run_task,
             recall=self.invocations.record,
         )
-        health = build_health_app(lambda: True)
+        health = build_health_app(lambda: not self.invocations.draining)
         # A caller that goes away must cancel its handler: that is how its run is stopped.
         handle = self.ingress.handle
         ingress = web.Server(handle, handler_cancellation=True, access_log=None, keepalive_timeout=_KEEPALIVE_S)

@@ -157,6 +157,11 @@ class Invocations:
 
     # --- draining ---------------------------------------------------------------------------------------------------
 
+    @property
+    def draining(self) -> bool:
+        """Say whether new invocations are refused."""
+        return self._draining
+
     def drain(self) -> None:
         """Refuse new invocations from now on."""
         self._draining = True
