@@ -146,8 +146,7 @@ def alternate(
             first = ours()
             second = reference()
         pairs.append((first, second))
-        print(f"\r{name}: round {number} of {rounds}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    print(f"{name}: {rounds} rounds", file=sys.stderr, flush=True)
     kept = pairs[1:]
     ratios = sorted(first / second for first, second in kept)
     low, middle, high = statistics.quantiles(ratios, n=4)
