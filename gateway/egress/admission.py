@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from clrk.core.errors import ProtocolError
 from clrk.gateway.egress import forward
+from clrk.gateway.egress.guarded import recognise_guarded
 from clrk.gateway.egress.http1 import Body, Request, request_body
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, request_attributes
@@ -51,7 +52,7 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
         head=head,
         target=Target(destination.name, destination.address, destination.port, server_name),
         body=body,
-        interpreter=None if upgrade else way_out.recognise(head),
+        interpreter=None if upgrade else recognise_guarded(way_out.recognise, head),
         context=_continue_trace(way_out, request, call),
         upgrade=upgrade,
     )

@@ -8,6 +8,7 @@ import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
 from clrk.gateway.egress import upload
+from clrk.gateway.egress.guarded import recognise_guarded
 from clrk.gateway.interpret import Facts, RequestHead, ResponseHead
 
 NAME = "api.example.com"
@@ -166,3 +167,46 @@ async def test_the_real_recogniser_understands_a_real_provider_name():
     assert span.name == "chat claude-sonnet-4-5"
     assert span.attributes["gen_ai.usage.input_tokens"] == 7
     assert span.attributes["gen_ai.usage.output_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "wants_whole_request",
+        "rewrite_request",
+        "request_data",
+        "request_end",
+        "response_head",
+        "response_data",
+        "response_end",
+        "facts",
+    ],
+)
+async def test_an_interpreter_that_raises_breaks_nothing(broken: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The agent gets the upstream's bytes, and the span is there."""
+
+    class Broken(Scribe):
+        def __getattribute__(self, name: str):
+            if name == broken:
+                if name == "wants_whole_request":
+                    raise ZeroDivisionError(name)
+                return self._fail
+            return super().__getattribute__(name)
+
+        def _fail(self, *_args: object, **_kwargs: object) -> object:
+            raise ZeroDivisionError(broken)
+
+    scribe = Broken(rewrite=b"{}" if broken == "rewrite_request" else None)
+    _, raw, span = await exchange(scribe, post(b"question"), answer(b"fine"))
+    assert raw.endswith(b"fine")
+    assert span.attributes["http.response.status_code"] == 200
+    assert "goes on uninterpreted" in caplog.text
+
+
+async def test_recognition_that_raises_breaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def recognise(head: RequestHead) -> None:
+        raise ZeroDivisionError(head.method)
+
+    head = RequestHead("GET", "https", NAME, 443, "/", "", ())
+    assert recognise_guarded(recognise, head) is None
+    assert "goes on uninterpreted" in caplog.text
