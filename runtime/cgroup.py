@@ -93,6 +93,7 @@ class Cgroup:
         if "memory" in self._v1_dirs:
             _write(self._v1_dirs["memory"] / "memory.limit_in_bytes", memory)
             _write_if_there(self._v1_dirs["memory"] / "memory.memsw.limit_in_bytes", memory)
+            _write_if_there(self._v1_dirs["memory"] / "memory.swappiness", 0)  # where swap is not accounted
         else:
             _write(self._v2_dir / "memory.max", memory)
             _write_if_there(self._v2_dir / "memory.swap.max", 0)

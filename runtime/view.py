@@ -129,19 +129,19 @@ def _write_etc(rootfs: Path, target: Path, ca_cert_pem: str) -> None:
     target.mkdir(mode=0o755)
     if _is_inside(source, rootfs) and source.is_dir():
         _copy_readable(source, target, _ABSENT)
-    _replace(target / "resolv.conf", f"nameserver {RESOLVER}\noptions timeout:2 attempts:2 ndots:1\n")
-    _replace(target / "hosts", f"127.0.0.1 localhost\n127.0.1.1 {HOSTNAME}\n::1 localhost ip6-localhost ip6-loopback\n")
-    _replace(target / "hostname", f"{HOSTNAME}\n")
+    _replace(target, "resolv.conf", f"nameserver {RESOLVER}\noptions timeout:2 attempts:2 ndots:1\n")
+    _replace(target, "hosts", f"127.0.0.1 localhost\n127.0.1.1 {HOSTNAME}\n::1 localhost ip6-localhost ip6-loopback\n")
+    _replace(target, "hostname", f"{HOSTNAME}\n")
     _replace(
-        target / "nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\nservices: files\nprotocols: files\n"
+        target, "nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\nservices: files\nprotocols: files\n"
     )
     # Mount points of each sandbox's own files.
-    _replace(target / "passwd", "")
-    _replace(target / "group", "")
+    _replace(target, "passwd", "")
+    _replace(target, "group", "")
     bundle = _system_roots(rootfs) + "\n" + ca_cert_pem
     for path in _BUNDLE_PATHS:
-        _replace(target / path, bundle)
-    _add_to_hashed_folder(target / "ssl/certs", ca_cert_pem)
+        _replace(target, path, bundle)
+    _add_to_hashed_folder(target, "ssl/certs", ca_cert_pem)
 
 
 def _copy_readable(source: Path, target: Path, absent: frozenset[str]) -> None:
@@ -161,18 +161,20 @@ def _copy_readable(source: Path, target: Path, absent: frozenset[str]) -> None:
             _copy_readable(Path(entry.path), copy, frozenset())
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file of the copy in place of whatever is there; a link on the way must not lead outside."""
-    if _is_behind_link(path):
-        return  # a distribution that links its bundle folders: the link's target is another of the usual paths
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+def _replace(root: Path, name: str, text: str) -> None:
+    """Write a file of the copy in place of whatever is there.
+
+    A link on the way becomes a folder: Fedora links /etc/ssl/certs, and an image's link may lead anywhere.
+    """
+    path = root / name
+    for parent in reversed(PurePosixPath(name).parents[:-1]):
+        folder = root / parent
+        if folder.is_symlink():
+            folder.unlink()
+        folder.mkdir(mode=0o755, exist_ok=True)
     path.unlink(missing_ok=True)
     path.write_text(text)
     path.chmod(0o644)
-
-
-def _is_behind_link(path: Path) -> bool:
-    return any(parent.is_symlink() for parent in path.parents)
 
 
 def _system_roots(rootfs: Path) -> str:
@@ -190,16 +192,16 @@ def _is_inside(path: Path, rootfs: Path) -> bool:
     return path.resolve().is_relative_to(rootfs.resolve())
 
 
-def _add_to_hashed_folder(folder: Path, ca_cert_pem: str) -> None:
+def _add_to_hashed_folder(root: Path, folder: str, ca_cert_pem: str) -> None:
     """Add the CA where OpenSSL looks up by subject hash; programs that ignore the variables and the bundle use it."""
-    _replace(folder / "clrk-ca.pem", ca_cert_pem)
+    _replace(root, f"{folder}/clrk-ca.pem", ca_cert_pem)
     openssl = shutil.which("openssl")
-    if openssl is None or _is_behind_link(folder / "any"):
+    if openssl is None:
         return
     argv = [openssl, "x509", "-noout", "-subject_hash"]
     done = subprocess.run(argv, input=ca_cert_pem, capture_output=True, text=True, check=False, timeout=10)
     if done.returncode == 0:
-        link = folder / f"{done.stdout.strip()}.0"
+        link = root / folder / f"{done.stdout.strip()}.0"
         link.unlink(missing_ok=True)
         link.symlink_to("clrk-ca.pem")
 
