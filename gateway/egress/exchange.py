@@ -36,6 +36,7 @@ from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, error
 from clrk.gateway.interpret import ResponseHead
 
 _REPEATABLE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
+MAX_INTERIM: Final = 64  # responses before the final one: an endless row of them would be no answer, at full speed
 
 
 class _DeadPooledError(Exception):
@@ -126,7 +127,7 @@ class Exchange:
 
     async def _response_head(self, admitted: Admitted, upstream: Channel) -> Response:
         """Return the final response head; what comes before it (RFC 9110, section 15.2) is passed on."""
-        reader = HeadReader()
+        reader, interim = HeadReader(), 0
         while True:
             data = await upstream.read()
             if not data:
@@ -139,6 +140,9 @@ class Exchange:
                     return response
                 if response.status == 101:
                     raise ProtocolError("upgrade", "the upstream switched protocols unasked")
+                interim += 1
+                if interim > MAX_INTERIM:
+                    raise ProtocolError("interim", f"over {MAX_INTERIM} responses before the final one")
                 if response.status != 100 and self._request.minor == 1:
                     await self._agent.write(head + b"\r\n")
                 if not data:

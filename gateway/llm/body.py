@@ -10,6 +10,7 @@ from clrk.gateway.llm.decompress import Decoder, Identity, decoder
 from clrk.gateway.llm.sse import SseEvent, SseSplitter
 
 MAX_DOCUMENT_BYTES: Final = 16 << 20
+MAX_BURST_BYTES: Final = 1 << 20  # of events out of one compressed chunk: a bomb would hold the event loop for a minute
 
 
 def media_type(content_type: str | None) -> str:
@@ -59,11 +60,12 @@ class ResponseBody:
         self._decoder: Decoder | None = decoder(head.header("content-encoding"))
         self._splitter = SseSplitter()
         self._document = BoundedBody()
+        self._burst = False
 
     @property
     def given_up(self) -> bool:
         """True when the body can not be understood any more."""
-        return self._decoder is None or self._decoder.failed or self._document.overflowed
+        return self._decoder is None or self._decoder.failed or self._document.overflowed or self._burst
 
     @property
     def is_plain(self) -> bool:
@@ -77,13 +79,18 @@ class ResponseBody:
 
     def feed(self, chunk: bytes) -> Iterator[SseEvent]:
         """Take bytes; yield the events of a stream."""
-        if self._decoder is None:
+        if self._decoder is None or self._burst:
             return
+        size = 0
         for piece in self._decoder.feed(chunk):
-            if self.is_stream:
+            size += len(piece)
+            if not self.is_stream:
+                self._document.add(piece)
+            elif size <= MAX_BURST_BYTES or self.is_plain:
                 yield from self._splitter.feed(piece)
             else:
-                self._document.add(piece)
+                self._burst = True
+                return
 
     def finish(self) -> SseEvent | bytes | None:
         """Return a stream's last, unterminated event, or the whole document; None when there is nothing to read."""

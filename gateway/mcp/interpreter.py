@@ -28,6 +28,7 @@ class McpInterpreter:
         self._readable = head.header("content-encoding") is None
         self._request = BoundedBody()
         self._calls: tuple[Request, ...] = ()
+        self._asked: frozenset[str] = frozenset()
         self._status = 0
         self._body: ResponseBody | None = None
         self._answers: dict[str, Response] = {}
@@ -52,6 +53,7 @@ class McpInterpreter:
         calls = (requests(body) or ()) if self._readable else ()
         if calls and (self._sure or calls[0].method in METHODS):
             self._calls = calls
+            self._asked = frozenset(call.id for call in calls if call.id is not None)
 
     def response_head(self, head: ResponseHead, elapsed_s: float) -> None:
         """Take the session that an initialize was given, and choose how to read the body."""
@@ -110,9 +112,8 @@ class McpInterpreter:
 
     def _take(self, raw: bytes) -> None:
         """Keep the answers to what was asked; servers may send their own requests and notifications in between."""
-        asked = {call.id for call in self._calls if call.id is not None}
-        for answer in responses(raw) or ():
+        for answer in (responses(raw) or ()) if raw else ():
             if answer.id is None and answer.error_code is not None:
                 self._refusal = answer  # an error about a message whose id could not be read (JSON-RPC 2.0, section 5)
-            elif answer.id in asked:
+            elif answer.id is not None and answer.id in self._asked:
                 self._answers.setdefault(answer.id, answer)

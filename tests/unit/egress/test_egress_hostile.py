@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
@@ -108,3 +110,26 @@ async def test_a_request_that_gets_no_answer_says_what_it_asked_for():
     assert raw.startswith(b"HTTP/1.1 502 ")
     assert span.name == "egress.dial.failed"
     assert (span.attributes["http.request.method"], span.attributes["url.full"]) == ("PUT", "http://tools.internal/x")
+
+
+async def test_an_endless_row_of_interim_answers_is_no_answer():
+    """The stream never falls silent, so no idle timeout would end it."""
+    ended = asyncio.Event()
+
+    async def handle(reader, writer):
+        try:
+            await read_request(reader)
+            while True:
+                writer.write(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)
+                await writer.drain()
+        finally:
+            ended.set()
+
+    async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
+        wire = await lab.dial(NAME, 80)
+        raw = await wire.ask(b"GET / HTTP/1.1\r\nHost: tools.internal\r\n\r\n")
+        span = (await lab.recorder.wait())[0]
+        async with asyncio.timeout(5):
+            await ended.wait()
+    assert b"HTTP/1.1 502 Bad Gateway\r\n" in raw
+    assert (span.name, span.attributes["error.type"]) == ("egress.dial.failed", "bad_response_interim")
