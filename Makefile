@@ -10,7 +10,8 @@ OUT := .output
 CACHE := $(shell mkdir -p $(OUT)/cache-$$(id -un) 2>/dev/null && echo $(OUT)/cache-$$(id -un) || echo $$HOME/.cache/clrk)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -P -m pytest -o cache_dir=$(CACHE)/pytest
-PY_PATHS := src runtime ebpf gateway netns tests examples setup.py
+# Through src/, where a relative import has its true name: at the top level ruff would take `runtime` for the package.
+PY_PATHS := src $(foreach part,runtime ebpf gateway netns,src/clrk/$(part)/) tests examples setup.py
 C_FILES := $(shell find ebpf src/clrk/core examples tests -name '*.[ch]' ! -name '_stamp.c' 2>/dev/null)
 C_WARNINGS := -Wall -Wextra -Werror -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wundef \
 	-Wpointer-arith -Wwrite-strings -Wformat=2 -Wvla
