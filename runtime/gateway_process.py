@@ -76,6 +76,7 @@ class GatewayProcess:
                         stdout=2,
                         env=_environment(state_dir, environ),
                         pass_fds=(theirs.fileno(), options.fileno()),
+                        process_group=0,  # Ctrl-C is for the runtime, which drains first
                     )
             except OSError as exc:
                 ours.close()

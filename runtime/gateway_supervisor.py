@@ -67,7 +67,7 @@ class GatewaySupervisor:
         self._draining = False
 
     async def run(self) -> None:
-        """Supervise until cancelled; the gateway is stopped then.
+        """Supervise until cancelled, when the gateway is stopped, or until it dies while draining.
 
         Raises: HostError when it can not be started at all the first time.
         """
@@ -81,6 +81,8 @@ class GatewaySupervisor:
             except asyncio.CancelledError:
                 await process.stop(_STOP_GRACE_S)
                 raise
+            if self._draining:
+                return
             if not self.ready.is_set():
                 raise HostError(f"the gateway did not become ready: {why}; its own messages are above")
             wait_s = delay.after(time.monotonic() - started_s)

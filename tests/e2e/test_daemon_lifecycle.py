@@ -26,6 +26,7 @@ INSTANCE = f"life{os.getpid() % 100_000}"
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Daemon]:
     documents = [agent("hello", ["/bin/echo", "hello"]), agent("sleepy", ["/bin/sleep", "3600"])]
+    documents += [agent("napping", ["/bin/bash", "-c", "/bin/sleep 2; echo rested"])]
     running = Daemon(tmp_path, INSTANCE, documents)
     running.start()
     yield running
@@ -150,6 +151,18 @@ async def test_a_second_sigterm_does_not_wait_for_invocations(own: Daemon, calle
     assert await asyncio.to_thread(own.process.wait, 20) == 0
     assert time.monotonic() - began_s < 10
     assert await running != 200
+
+
+async def test_ctrl_c_drains_as_well(own: Daemon, caller: aiohttp.ClientSession) -> None:
+    """A terminal signals the whole foreground group: runtime, spawner, and what they started there."""
+    running = asyncio.create_task(caller.get(f"{own.url}/agents/napping"))
+    await until_asleep(own)
+    assert own.process is not None
+    os.killpg(own.process.pid, signal.SIGINT)
+    answer = await running
+    assert (answer.status, await answer.text()) == (200, "rested\n")
+    assert await asyncio.to_thread(own.process.wait, 20) == 0
+    assert "is gone" not in own.log()
 
 
 async def test_a_gateway_that_dies_is_back_within_a_second_or_so(own: Daemon, caller: aiohttp.ClientSession) -> None:
