@@ -79,7 +79,7 @@ class NamespaceMaker:
         Raises: (through the future) HostError; nothing of the namespace is left then.
         Privileges: CAP_SYS_ADMIN.
         """
-        return self._executor.submit(_create, name)
+        return self._executor.submit(_create_or_explain, name)
 
     def close(self) -> None:
         """End the thread after what it is doing."""
@@ -117,6 +117,13 @@ def remove(name: NetnsName) -> None:
         path.unlink(missing_ok=True)
     except OSError as exc:
         raise HostError(f"unlink {path}: {exc.strerror}") from exc
+
+
+def _create_or_explain(name: NetnsName) -> Namespace:
+    try:
+        return _create(name)
+    except OSError as exc:  # no fd or memory left: what is opened on the way has no message of its own
+        raise HostError(f"make network namespace {name}: {exc.strerror}") from exc
 
 
 def _create(name: NetnsName) -> Namespace:

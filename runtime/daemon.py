@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -45,6 +46,7 @@ def serve(layout: HostLayout, paths: Sequence[Path]) -> int:
     Privileges: root.
     """
     resources = load(paths)
+    _raise_open_files()
     lock = InstanceLock.take(layout)
     try:
         spawner = Spawner.start()  # before any thread, event loop or BPF fd exists: it forks
@@ -174,6 +176,12 @@ class _Daemon:
             self._resources = loaded.with_runtime(self._resources.runtime)
             await supervisor.reload(self._resources)
             _LOG.info("reloaded: %d agents", len(self._resources.agents))
+
+
+def _raise_open_files() -> None:
+    """Take all the fds that the host grants: each sandbox costs eight of them, and shells grant 1024 at first."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _make_state_dir(path: str) -> Path:

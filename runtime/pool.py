@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from collections import deque
 from collections.abc import Awaitable
-from contextlib import suppress
 from typing import Final
 
 from clrk.core.errors import ClrkError
@@ -24,6 +24,8 @@ from .view import HostView
 
 _MAX_OPEN_FILES: Final = 4096
 _OOM_SCORE_ADJ: Final = 500  # when the whole host is short of memory, agents go before daemons
+_FDS_OF_A_SANDBOX: Final = 20  # 8 held by the runtime, 12 more while it starts or ends; the gateway has 10
+_OWN_FDS: Final = 128
 _REFILL_DELAY_S: Final = 0.05  # with enough left, the run that starts now has the processors first
 _MAX_BACKOFF_S: Final = 30.0
 _LOG: Final = logging.getLogger(__name__)
@@ -48,7 +50,12 @@ class SandboxPool:
         self._wanted = ready
         first = spec.uid_range.start + 1  # the range's first uid is the gateway's
         self._free_uids = deque(range(first, spec.uid_range.start + spec.uid_range.count))
-        self._limit = min(spec.limits.max_sandboxes, len(self._free_uids))
+        self._limit = min(spec.limits.max_sandboxes, len(self._free_uids), _sandboxes_by_fds())
+        if self._limit < spec.limits.max_sandboxes:
+            _LOG.warning(
+                "at most %d sandboxes, not limits.maxSandboxes %d: uidRange is for %d, RLIMIT_NOFILE for %d",
+                self._limit, spec.limits.max_sandboxes, len(self._free_uids), _sandboxes_by_fds(),
+            )  # fmt: skip
         self._maker = NamespaceMaker()
         self._ready: deque[Sandbox] = deque()
         self._live: dict[SandboxId, Sandbox] = {}  # ready ones included
@@ -94,8 +101,7 @@ class SandboxPool:
         self._closed = True
         if self._refill is not None:
             self._refill.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._refill
+            await asyncio.gather(self._refill, return_exceptions=True)
         await asyncio.gather(*self._making, return_exceptions=True)
         self._ready.clear()
         results = await asyncio.gather(*(box.remove() for box in tuple(self._live.values())), return_exceptions=True)
@@ -125,12 +131,14 @@ class SandboxPool:
                 await self._changed.wait()
             if len(self._ready) * 2 > self._wanted:
                 await asyncio.sleep(_REFILL_DELAY_S)
+                if not self._wants_more():  # the last one may have gone to a run meanwhile
+                    continue
             try:
                 self._ready.append(await asyncio.shield(self._begin_making()))
                 backoff_s = 1.0
                 self._wake()
-            except ClrkError as exc:
-                _LOG.error("sandbox not made ahead", extra={"error": str(exc), "retry_s": backoff_s})
+            except (ClrkError, OSError) as exc:
+                _LOG.error("sandbox not made ahead: %s; next try in %.0f s", exc, backoff_s)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, _MAX_BACKOFF_S)
 
@@ -155,8 +163,7 @@ class SandboxPool:
             undo.push("namespace", lambda: namespace.remove(name))
             pid, space = await _both(self._reserve(cgroup), making)
         except BaseException:
-            await asyncio.to_thread(undo.run)
-            self._free_uids.append(uid)
+            await self._take_back(undo, uid)
             raise
         undo.push("namespace fds", space.close)
         sandbox = Sandbox(
@@ -165,6 +172,15 @@ class SandboxPool:
         )  # fmt: skip
         self._live[sandbox_id] = sandbox
         return sandbox
+
+    async def _take_back(self, undo: Undo, uid: int) -> None:
+        """Undo a sandbox that was not made; the caller's exception is the one to report."""
+        try:
+            await asyncio.to_thread(undo.run)
+        except ExceptionGroup as exc:  # each part is logged; the next start removes what stayed
+            _LOG.error("%s: its uid is not used again", exc.message)
+        else:
+            self._free_uids.append(uid)
 
     async def _reserve(self, cgroup: Cgroup) -> int:
         files = list(cgroup.procs_files)
@@ -186,6 +202,12 @@ class SandboxPool:
         """Have everyone who waits for a change look again: those waiting now run, later ones wait anew."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _sandboxes_by_fds() -> int:
+    """Say for how many there are fds. It must not come to none: not even cgroup.kill could be written then."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (soft - _OWN_FDS) // _FDS_OF_A_SANDBOX)
 
 
 async def _both(reserving: Awaitable[int], making: Awaitable[Namespace]) -> tuple[int, Namespace]:

@@ -8,6 +8,7 @@ their callers' connections died with it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import time
@@ -28,6 +29,7 @@ from clrk.runtime.pool import PoolExhaustedError, SandboxPool
 from clrk.runtime.sandbox import Sandbox, SandboxExit
 
 _LOG: Final = logging.getLogger(__name__)
+_HOST_IS_FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN})
 _MAX_MESSAGE_CHARS: Final = 1000  # of StartFailed.message
 
 
@@ -111,6 +113,10 @@ class Runs:
     async def _live(self, run: _Run) -> None:
         try:
             await self._live_admitted(run)
+        except Exception:
+            # The gateway waits for an end of this run, and with it the caller.
+            await self._fail(run, StartFailure.SANDBOX_FAILED, "an error in the runtime; its log has more")
+            raise
         finally:
             del self._runs[run.request.invocation_id]
 
@@ -121,21 +127,21 @@ class Runs:
         except PoolExhaustedError as exc:
             await self._fail(run, StartFailure.POOL_EXHAUSTED, str(exc))
             return
-        except ClrkError as exc:
-            await self._fail(run, StartFailure.SANDBOX_FAILED, str(exc))
+        except (ClrkError, OSError) as exc:
+            await self._fail(run, start_failure(exc), str(exc))
             return
-        failure: str | None = None
+        failure: Exception | None = None
         teardown_start_ns = 0
         try:
             ended = await self._live_in_sandbox(run, sandbox, acquire_start_ns)
             teardown_start_ns = time.time_ns()
             await self._tell(run, ended)
         except (ClrkError, OSError, ValueError) as exc:
-            failure = str(exc)
+            failure = exc
         finally:
             await self._remove(run, sandbox)
         if failure is not None:
-            await self._fail(run, StartFailure.SANDBOX_FAILED, failure)
+            await self._fail(run, start_failure(failure), str(failure))
         else:
             await self._tell(run, Removed(run.request.invocation_id, teardown_start_ns, time.time_ns()))
 
@@ -207,6 +213,15 @@ class Runs:
             await run.channel.send(message)
         except ChannelClosedError:
             run.stop.set()
+
+
+def start_failure(exc: BaseException | None) -> StartFailure:
+    """Tell a host that is full, which passes (503), from a sandbox that can not be (502)."""
+    while exc is not None:
+        if isinstance(exc, OSError) and exc.errno in _HOST_IS_FULL:
+            return StartFailure.POOL_EXHAUSTED
+        exc = exc.__cause__
+    return StartFailure.SANDBOX_FAILED
 
 
 async def _await_end(run: _Run, sandbox: Sandbox, timeout_s: float) -> Exited:

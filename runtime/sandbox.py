@@ -193,7 +193,10 @@ class Sandbox:
     async def _remove(self) -> None:
         clean = False
         try:
-            self.kill()
+            try:
+                self.kill()
+            except HostError as exc:  # no fd left: the steps below free some and kill again
+                _LOG.error("sandbox %s: %s", self.sandbox_id, exc)
             await self._reap()
             await asyncio.to_thread(self._undo.run)
             clean = True
@@ -206,7 +209,7 @@ class Sandbox:
                 async with asyncio.timeout(_DEATH_TIMEOUT_S):
                     await self._spawner.wait(self._pid)
         except TimeoutError:
-            _LOG.error("sandbox does not die", extra={"sandbox_id": self.sandbox_id, "pid": self._pid})
+            _LOG.error("sandbox %s: its process %d does not die", self.sandbox_id, self._pid)
         finally:
             self._spawner.forget(self._pid)
 

@@ -30,7 +30,7 @@ class Undo:
             try:
                 step()
             except Exception as exc:  # whatever it is, the other steps must run; it is raised below
-                _LOG.error("undo step failed", extra={"of": self._what, "step": name, "error": str(exc)})
+                _LOG.error("undo %s: %s: %s", self._what, name, exc)
                 failures.append(exc)
         if failures:
             raise ExceptionGroup(f"undo {self._what}", failures)

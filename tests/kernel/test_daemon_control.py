@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest_asyncio
 
 from clrk.core import control
 from clrk.core.control import RUNTIME_MESSAGES
+from clrk.core.errors import HostError
 from clrk.core.ids import new_invocation_id
 from clrk.core.layout import HostLayout
 from clrk.core.messages import (
@@ -52,7 +54,7 @@ from clrk.runtime.gateway_supervisor import GatewaySupervisor
 from clrk.runtime.listeners import HostListeners
 from clrk.runtime.pool import SandboxPool
 from clrk.runtime.reconcile import InstanceLock, remove_leftovers
-from clrk.runtime.runs import Runs
+from clrk.runtime.runs import Runs, start_failure
 from clrk.runtime.spawner import Spawner
 from clrk.runtime.view import HostView
 
@@ -312,6 +314,37 @@ async def test_an_unknown_agent(desk: Desk) -> None:
     desk.start(ask("nobody"))
     (failed,) = await desk.peer.hear_all(StartFailed)
     assert (failed.reason, failed.message) == (StartFailure.UNKNOWN_AGENT, "no TaskAgent default/nobody")
+
+
+async def test_an_error_of_the_runtime_is_told_too(desk: Desk, host: Host) -> None:
+    """A Secret that is gone (loading refuses that) stands for any bug: the caller must not wait for ever."""
+    env = [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "gone", "key": "k"}}}]
+    broken = TaskAgent.model_validate(
+        {
+            "kind": "TaskAgent", "metadata": {"name": "broken"},
+            "spec": {"template": {"spec": {"command": ["/bin/true"], "env": env}}},
+        }
+    )  # fmt: skip
+    desk.runs.resources = make_resources(broken)
+    desk.start(ask("broken"))
+    started, failed = await desk.peer.hear_all(Started, StartFailed)
+    assert failed.reason is StartFailure.SANDBOX_FAILED
+    assert not any(started.sandbox_id in name for name in left_on_host(host))
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (OSError(errno.EMFILE, ""), StartFailure.POOL_EXHAUSTED),
+        (OSError(errno.ENOSPC, ""), StartFailure.POOL_EXHAUSTED),
+        (OSError(errno.ENOENT, ""), StartFailure.SANDBOX_FAILED),
+        (None, StartFailure.SANDBOX_FAILED),
+    ],
+)
+async def test_a_full_host_is_not_a_broken_sandbox(cause: OSError | None, reason: StartFailure) -> None:
+    outer = HostError("make x")
+    outer.__cause__ = cause
+    assert start_failure(outer) is reason
 
 
 async def test_an_id_that_is_running_changes_nothing_of_the_first(desk: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from clrk.netns.sockets import read_cookie
 
 pytestmark = pytest.mark.kernel
 
-NAME = NetnsName("clrkn-0000000a")
+PREFIX = f"clrkn{os.getpid()}-"
+NAME = NetnsName(f"{PREFIX}0000000a")
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def maker() -> Iterator[NamespaceMaker]:
     maker = NamespaceMaker()
     yield maker
     maker.close()
-    reconcile.remove_leftovers("clrkn-")
+    reconcile.remove_leftovers(PREFIX)
 
 
 @pytest.fixture
@@ -41,6 +43,21 @@ def space(maker: NamespaceMaker) -> Iterator[Namespace]:
 
 def run_inside(*command: str) -> str:
     return subprocess.run(["ip", "netns", "exec", NAME, *command], capture_output=True, text=True, check=True).stdout
+
+
+def test_without_a_free_fd_the_reason_is_named(maker: NamespaceMaker) -> None:
+    """Any other exception than a HostError would end the pool's refill, and leave callers without an answer."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    maker.submit(NAME).result().close()  # the thread runs
+    namespace.remove(NAME)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        failed = maker.submit(NAME).exception(10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert isinstance(failed, HostError)
+    assert str(failed) == f"make network namespace {NAME}: Too many open files"
+    maker.submit(NAME).result().close()
 
 
 def test_only_lo_is_there(space: Namespace) -> None:
@@ -131,11 +148,11 @@ def test_remove_is_idempotent(space: Namespace) -> None:
 
 
 def test_reconcile_removes_by_owned_prefix_only(space: Namespace) -> None:
-    others = [NETNS_DIR / name for name in ("clrkn-0000000a2", "clrkn-xyz", "clrknn-0000000a", "clrkn-0000000A")]
+    others = [NETNS_DIR / name for name in (f"{NAME}2", f"{PREFIX}xyz", f"x{NAME}", f"{PREFIX}0000000A")]
     for path in others:
         path.touch(exist_ok=False)
     try:
-        assert reconcile.remove_leftovers("clrkn-") == (NAME,)
+        assert reconcile.remove_leftovers(PREFIX) == (NAME,)
         assert all(path.exists() for path in others)
         assert not (NETNS_DIR / NAME).exists()
     finally:
@@ -145,4 +162,4 @@ def test_reconcile_removes_by_owned_prefix_only(space: Namespace) -> None:
 
 def test_reconcile_survives_a_file_that_was_never_mounted(maker: NamespaceMaker) -> None:
     (NETNS_DIR / NAME).touch()
-    assert reconcile.remove_leftovers("clrkn-") == (NAME,)
+    assert reconcile.remove_leftovers(PREFIX) == (NAME,)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,37 @@ async def test_warm_cold_and_exhausted() -> None:
         await first.remove()
         third = await host.pool.acquire()
         assert third.sandbox_id not in (first.sandbox_id, second.sandbox_id)
+
+
+@pytest.fixture
+def open_files() -> Iterator[Callable[[int], None]]:
+    """Set the soft limit of this process; taken back at the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda files: resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_there_are_no_more_sandboxes_than_the_runtime_has_fds_for(open_files: Callable[[int], None]) -> None:
+    open_files(170)  # of which 128 are for the runtime itself, and 20 for each sandbox
+    async with running_host(ready=1) as host:
+        taken = [await host.pool.acquire() for _ in range(2)]
+        with pytest.raises(PoolExhaustedError, match="the limit is 2"):
+            await host.pool.acquire()
+        assert len({sandbox.uid for sandbox in taken}) == 2
+
+
+async def test_the_delayed_refill_looks_at_the_limit_again() -> None:
+    async with running_host(ready=2, max_sandboxes=3) as host:
+        first = await host.pool.acquire()  # now the refill waits for _REFILL_DELAY_S
+        for _ in range(2):
+            await host.pool.acquire()
+        with pytest.raises(PoolExhaustedError):
+            await host.pool.acquire()
+        await asyncio.sleep(0.3)  # the delay is what this is about
+        with pytest.raises(PoolExhaustedError, match="3 sandboxes are in use; the limit is 3"):
+            await host.pool.acquire()
+        await first.remove()
+        await host.pool.acquire()
 
 
 async def test_no_ready_sandboxes_means_cold_ones() -> None:
