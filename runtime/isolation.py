@@ -114,7 +114,7 @@ def _namespace_options() -> list[str]:
 def _file_options(template: TemplateSpec, view: HostView, memory: int) -> list[str]:
     half = str(max(1 << 20, memory // 2))
     return [
-        *_rootfs_options(template.rootfs, view),
+        *_rootfs_options(template, view),
         "--ro-bind", str(view.etc_for(template.rootfs)), "/etc",
         "--perms", "0644", "--ro-bind-data", str(PASSWD_FD), "/etc/passwd",
         "--perms", "0644", "--ro-bind-data", str(GROUP_FD), "/etc/group",
@@ -129,20 +129,18 @@ def _file_options(template: TemplateSpec, view: HostView, memory: int) -> list[s
     ]  # fmt: skip
 
 
-def _rootfs_options(rootfs: str, view: HostView) -> Iterator[str]:
+def _rootfs_options(template: TemplateSpec, view: HostView) -> Iterator[str]:
     """Bind each top-level folder that others may enter; folders that only root can read are absent, not just closed."""
+    rootfs = template.rootfs
     left_out = _OWN_IN_SANDBOX | _HOST_ONLY if rootfs == "/" else _OWN_IN_SANDBOX
-    try:
-        entries = sorted(os.scandir(rootfs), key=lambda entry: entry.name)
-    except OSError as exc:
-        raise HostError(f"rootfs {rootfs}: {exc.strerror}") from exc
-    for entry in entries:
+    points = tuple(os.path.normpath(mount.path) for mount in template.mounts)
+    for entry in _list_folder(rootfs, f"rootfs {rootfs}"):
         if entry.name in left_out or entry.path in map(str, view.hidden):
             continue
         if entry.is_symlink():
             yield from ("--symlink", os.readlink(entry.path), f"/{entry.name}")
         elif entry.is_dir() and entry.stat().st_mode & _OTHERS_ENTER == _OTHERS_ENTER:
-            yield from ("--ro-bind", entry.path, f"/{entry.name}")
+            yield from _folder_options(entry.path, f"/{entry.name}", points)
     if "var" in left_out:
         # Programs expect these two; both lead to what the sandbox has of its own.
         yield from (
@@ -157,6 +155,33 @@ def _rootfs_options(rootfs: str, view: HostView) -> Iterator[str]:
             "../run",
             "/var/run",
         )
+
+
+def _folder_options(source: str, target: str, points: tuple[str, ...]) -> Iterator[str]:
+    """Bind a folder read-only; one that lacks a mount point is made anew, with what is in it bound piece by piece.
+
+    Nothing can be created in a read-only bind, so that `path: /opt/agent` would need an /opt/agent on the host.
+    """
+    inside = tuple(point for point in points if point.startswith(f"{target}/"))
+    if all(os.path.lexists(source + point.removeprefix(target)) for point in inside):
+        yield from ("--ro-bind", source, target)
+        return
+    yield from ("--perms", "0755", "--dir", target)
+    for entry in _list_folder(source, source):
+        place = f"{target}/{entry.name}"
+        if entry.is_symlink():
+            yield from ("--symlink", os.readlink(entry.path), place)
+        elif entry.is_dir():
+            yield from _folder_options(entry.path, place, inside)
+        elif entry.is_file():
+            yield from ("--ro-bind", entry.path, place)
+
+
+def _list_folder(path: str, what: str) -> list[os.DirEntry[str]]:
+    try:
+        return sorted(os.scandir(path), key=lambda entry: entry.name)
+    except OSError as exc:
+        raise HostError(f"{what}: {exc.strerror}") from exc
 
 
 def _mount_options(mount: Mount) -> Iterator[str]:

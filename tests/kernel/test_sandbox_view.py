@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import Host, read_all, run_in, running_host, task_agent
+from host_harness import LAYOUT, Host, read_all, run_in, running_host, task_agent
 
 from clrk.core.errors import HostError
 from clrk.runtime.view import CA_BUNDLE, CA_VARIABLES
@@ -173,7 +173,8 @@ async def test_a_32_bit_call_is_fatal(host: Host) -> None:
     [
         "/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/sudoers", "/etc/ssh", "/etc/clrk", "/etc/machine-id",
         "/root", "/home", "/var/lib", "/var/log", "/boot", "/srv", "/mnt", "/media",
-        "/run/clrkh", "/run/netns", "/run/systemd", "/run/dbus", "/sys/fs", "/sys/kernel", "/dev/kmsg", "/dev/mem",
+        str(LAYOUT.run_dir), "/run/netns", "/run/systemd", "/run/dbus",
+        "/sys/fs", "/sys/kernel", "/dev/kmsg", "/dev/mem",
         "/dev/vda", "/dev/kvm",
     ],
 )  # fmt: skip
@@ -213,13 +214,13 @@ async def test_the_ca_bundle_is_the_systems_and_ours(host: Host) -> None:
 
 
 async def test_tmp_is_private_and_empty(host: Host) -> None:
-    with open("/tmp/clrkh-host-file", "w") as stream:
+    with open("/tmp/clrk-host-tests-file", "w") as stream:
         stream.write("host")
     try:
         first = await host.sh("ls -A /tmp /dev/shm /run; touch /tmp/mine /dev/shm/mine && ls /tmp")
         second = await host.sh("ls -A /tmp /dev/shm; ls -A /var/tmp/")
     finally:
-        os.unlink("/tmp/clrkh-host-file")
+        os.unlink("/tmp/clrk-host-tests-file")
     assert first.out.split() == ["/dev/shm:", "/run:", "clrk", "/tmp:", "mine"]
     assert second.out.split() == ["/dev/shm:", "/tmp:"]
 
@@ -507,3 +508,14 @@ async def test_reading_a_pipe_to_its_end(host: Host) -> None:
         assert out == err == "0123456789abcdef" * 65_536
     finally:
         await sandbox.remove()
+
+
+@pytest.mark.parametrize("path", ["/opt/agent", "/opt/a/b/c", "/usr/local/lib/agent-x", "/usr/share/agent-x"])
+async def test_a_mount_may_lie_where_the_host_has_nothing(host: Host, secret_tree: Path, path: str) -> None:
+    """What else is in the folders above is there as before, and still read-only."""
+    beside = sorted(os.listdir(Path("/", *Path(path).parts[1:2])))
+    script = f"cat {path}/public; ls {Path(*Path(path).parts[:2])}; touch /usr/x {path}/x {Path(path).parent}/x; true"
+    ran = await host.sh(script, mounts=[{"hostPath": str(secret_tree), "path": path}])
+    first, *listed = ran.out.split()
+    assert (first, ran.err.count("Read-only file system")) == ("public", 3), ran
+    assert sorted({*listed, *beside}) == sorted(listed)
