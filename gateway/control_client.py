@@ -119,7 +119,7 @@ class ControlClient:
 
     def _gone(self, reason: str) -> None:
         if not self._closed:
-            _LOG.warning("control connection over: %s", reason)
+            _LOG.info("control connection over: %s", reason)  # the handler says whether that is bad
             self.close()
             self._handler.on_gone(reason)
 
