@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 from ipaddress import ip_address
 from pathlib import Path
@@ -41,7 +42,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Any:
         agent("victim", [*python, RUN_SHELL]),
         agent("python", [*python, RUN_PYTHON], mounts={"/agent/attack": tools}),
     ]
-    running = Daemon(tmp_path_factory.mktemp("attacked"), "e2eattack", documents)
+    running = Daemon(tmp_path_factory.mktemp("attacked"), f"e2eatk{os.getpid() % 100_000}", documents)
     running.start()
     yield running
     assert running.stop() == 0, running.log()
