@@ -74,13 +74,7 @@ class GatewaySupervisor:
         delay = RestartDelay()
         while True:
             started_s = time.monotonic()
-            process = self._start_process()
-            try:
-                why = await self._serve_one(process)
-                await self._bury(process, why)
-            except asyncio.CancelledError:
-                await process.stop(_STOP_GRACE_S)
-                raise
+            why = await self._live_once()
             if self._draining:
                 return
             if not self.ready.is_set():
@@ -90,11 +84,29 @@ class GatewaySupervisor:
                 _LOG.warning("next gateway start in %.1f s", wait_s)
                 await asyncio.sleep(wait_s)
 
+    async def _live_once(self) -> str:
+        """Start a gateway and serve it until it is gone; return why it is."""
+        try:
+            process = self._start_process()
+        except HostError as exc:  # out of processes or memory for now
+            _LOG.error("gateway not started: %s", exc)
+            return str(exc)
+        try:
+            why = await self._serve_one(process)
+            await self._bury(process, why)
+        except asyncio.CancelledError:
+            await process.stop(_STOP_GRACE_S)
+            raise
+        return why
+
     async def reload(self, resources: Resources) -> None:
         """Announce other resources; runs use them from the gateway's Ready on."""
         self.resources = resources  # should this gateway die before it is ready, the next begins with these
         if self._live is not None:
-            await self._configure(self._live, first=False)
+            try:
+                await self._configure(self._live, first=False)
+            except ChannelClosedError as exc:  # run() buries it
+                _LOG.warning("reload: for the next gateway: %s", exc)
 
     async def drain(self) -> None:
         """Ask the gateway to refuse new invocations; `drained` is set when none is left, or there is no gateway."""
@@ -126,13 +138,20 @@ class GatewaySupervisor:
             try:
                 while (message := await channel.receive()) is not None:
                     self._on_message(message, channel)
+                    await self._take_breath()
             finally:
                 counters.cancel()
         except TimeoutError:
             return f"not ready within {_READY_DEADLINE_S:.0f} s"
-        except (ProtocolError, ChannelClosedError) as exc:
+        except ClrkError as exc:
             return str(exc)
         return "it closed the control socket"
+
+    async def _take_breath(self) -> None:
+        """A gateway that never stops talking, or asks and does not read the answers, holds up nobody but itself."""
+        await asyncio.sleep(0)  # receive() does not wait while there is a packet
+        if self.runs is not None:
+            await self.runs.catch_up()
 
     def _on_message(self, message: GatewayMessage, channel: ControlChannel) -> None:
         runs = self.runs

@@ -30,6 +30,7 @@ from clrk.runtime.sandbox import Sandbox, SandboxExit
 
 _LOG: Final = logging.getLogger(__name__)
 _HOST_IS_FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN})
+_MAX_REFUSALS: Final = 256  # at one time; each is a task until the gateway has read it
 _MAX_MESSAGE_CHARS: Final = 1000  # of StartFailed.message
 
 
@@ -80,6 +81,11 @@ class Runs:
         run = self._runs.get(invocation_id)
         if run is not None and run.channel is channel:
             run.stop.set()
+
+    async def catch_up(self) -> None:
+        """Return when few refusals are on their way: they are no runs, so max_runs does not bound them."""
+        while len(self._tasks) > self._max_runs + _MAX_REFUSALS:
+            await asyncio.wait(list(self._tasks), return_when=asyncio.FIRST_COMPLETED)
 
     async def stop_all(self, channel: ControlChannel | None = None) -> None:
         """Kill every run, or every run of one life of the gateway, and wait until all of them are removed."""

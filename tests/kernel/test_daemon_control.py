@@ -516,6 +516,54 @@ async def test_a_message_that_can_not_be_ends_the_gateway(lives: Lives, message:
     await lives.next_ready()
 
 
+async def test_a_gateway_that_floods_does_not_hold_up_the_runtime(lives: Lives) -> None:
+    """Else it could keep the runtime from seeing SIGTERM, deadlines and exits."""
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())
+    for _ in range(100):
+        peer.say(StopRun(new_invocation_id()))
+    peer.say(ask("nobody"))
+    await peer.hear_all(StartFailed)
+    counting.cancel()
+    assert turns >= 100
+
+
+async def test_a_gateway_that_asks_and_does_not_read_costs_little(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    blocked = 0
+    for _ in range(5000):
+        try:
+            peer.say(ask("nobody"))
+        except BlockingIOError:
+            blocked += 1
+            await asyncio.sleep(0)
+    runs = lives.supervisor.runs
+    assert runs is not None
+    assert blocked > 0  # the runtime no longer reads
+    assert len(runs._tasks) <= 300
+
+
+async def test_a_reload_while_the_gateway_dies_is_for_the_next_one(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    peer.close()
+    await lives.supervisor.reload(make_resources(make_agent("other", "exit 3")))
+    _, peer, _ = await lives.next_ready()
+    peer.say(ask("other"))
+    *_, exited, _ = await peer.hear_all(Started, Spawned, Exited, Removed)
+    assert exited.exit_code == 3
+
+
 async def test_fds_from_the_gateway_end_it(lives: Lives) -> None:
     _, peer, _ = await lives.next_ready()
     before = len(os.listdir("/proc/self/fd"))
