@@ -7,9 +7,35 @@ HTTP call. An interpreter never does I/O, never delays a byte, and gives up (usa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from clrk.gateway.telemetry.spans import AttributeValue
+
+MAX_KEPT_BYTES: Final = 64 << 20  # of one run: a few of the largest bodies, thousands of the usual ones
+
+
+class Allowance:
+    """How many bytes of bodies the gateway may keep in order to understand or rewrite the exchanges of one run.
+
+    Without it, one agent with many large requests under way takes the memory that all sandboxes share. Where it is
+    used up, an exchange passes without being understood.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self, limit: int = MAX_KEPT_BYTES) -> None:
+        self.left = limit
+
+    def take(self, size: int) -> bool:
+        """Ask for more; False when there is not so much left."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Return what was taken."""
+        self.left += size
 
 
 @dataclass(frozen=True, slots=True)

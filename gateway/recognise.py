@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
 from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.body import is_json, media_type
 from clrk.gateway.llm.completion import Provider
@@ -69,8 +69,10 @@ APIS: Final = (
 )
 
 
-def recognise(head: RequestHead) -> Interpreter | None:
+def recognise(head: RequestHead, allowance: Allowance | None = None) -> Interpreter | None:
     """Return the interpreter of an exchange, None when it is a plain HTTP call.
+
+    Shape: allowance is the run's, shared by its exchanges.
 
     An MCP interpreter is a suspicion until the body has shown `"jsonrpc"`; without it its Facts have no name and no
     attributes, and the call stays plain HTTP. GET streams and DELETE of an MCP session are plain HTTP: they carry no
@@ -78,15 +80,16 @@ def recognise(head: RequestHead) -> Interpreter | None:
     """
     if head.method != "POST":
         return None
+    allowance = allowance or Allowance()
     json_body = is_json(head.header("content-type"))
     for api in APIS:
         if not api.fits_path(head.path):
             continue
         provider = api.provider(head.host)
         if provider is not None or json_body:
-            return LlmInterpreter(head, provider or api.elsewhere, api.dialect())
+            return LlmInterpreter(head, provider or api.elsewhere, api.dialect(), allowance)
     if json_body and _may_be_mcp(head):
-        return McpInterpreter(head)
+        return McpInterpreter(head, allowance)
     return None
 
 

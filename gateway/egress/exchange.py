@@ -64,7 +64,7 @@ class Exchange:
             spans.denied(call, exc.reason, str(exc), exc.rule)
             self._answer(exc.status, exc.reason, str(exc), exc.hint)
             return False
-        upload = Upload(admitted, self._agent, call)
+        upload = Upload(admitted, self._agent, call, self._exit.allowance)
         try:
             await upload.prepare(self._exit.request_timeout_s)
             await self._carry(admitted, upload)
@@ -82,6 +82,8 @@ class Exchange:
         else:
             self._record(admitted, None, "", complete=True)
             return self._continues and upload.done
+        finally:
+            upload.close()
         return False
 
     async def _carry(self, admitted: Admitted, upload: Upload) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.egress.record import Call, Destination, EgressSpans
 from clrk.gateway.egress.upstream import Upstream
-from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
 from clrk.gateway.policy import EgressPolicy
 
 _MAX_OPEN: Final = 1024
@@ -26,6 +26,7 @@ class Exit:
     spans: EgressSpans
     recognise: Recognise
     request_timeout_s: float
+    allowance: Allowance
     _open: dict[tuple[str | None, IPAddress | None, int], bool] = field(default_factory=dict)
 
     def is_open(self, name: str | None, address: IPAddress | None, port: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from functools import partial
 from typing import Final
 
 from clrk.core import wire
@@ -20,6 +21,7 @@ from clrk.gateway.egress.record import EgressSpans
 from clrk.gateway.egress.resolve import Resolver, system_resolver
 from clrk.gateway.egress.tls import upstream_context
 from clrk.gateway.egress.upstream import Upstream, is_local_address
+from clrk.gateway.interpret import Allowance
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.recognise import recognise
@@ -44,7 +46,7 @@ class EgressService:
         recorder: Recorder,
         flows: FlowSource | None = None,
         resolver: Resolver = system_resolver,
-        recognise: Recognise = recognise,
+        recognise: Recognise | None = None,
     ) -> None:
         self._flows = flows or FlowMap(flows_fd)
         self._recorder = recorder
@@ -74,12 +76,20 @@ class EgressService:
         timeout_s = run.gateway.spec.request_timeout if run.gateway is not None else _NO_GATEWAY_TIMEOUT_S
         spans = EgressSpans(run.identity, self._recorder)
         names = NameTable()
+        allowance = Allowance()
         acceptor = Acceptor(
             run=run,
             flows=self._flows,
             names=names,
             issuer=self._issuer,
-            way_out=Exit(policy, upstream, spans, self._recognise, timeout_s),
+            way_out=Exit(
+                policy,
+                upstream,
+                spans,
+                self._recognise or partial(recognise, allowance=allowance),
+                timeout_s,
+                allowance,
+            ),
             counters=self.counters,
         )
         resolver = SandboxResolver(identity=run.identity, policy=lambda: policy, names=names, recorder=self._recorder)

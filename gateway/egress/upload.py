@@ -10,6 +10,7 @@ from clrk.gateway.egress.admission import Admitted
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.http1 import render_chunk, render_head, render_last_chunk
 from clrk.gateway.egress.record import Call
+from clrk.gateway.interpret import Allowance
 
 MAX_REWRITE_SIZE: Final = 8 * 1024 * 1024
 
@@ -21,9 +22,11 @@ class AgentGoneError(ConnectionError):
 class Upload:
     """Reads the body from the agent and writes the request to the upstream."""
 
-    def __init__(self, admitted: Admitted, agent: Channel, call: Call) -> None:
+    def __init__(self, admitted: Admitted, agent: Channel, call: Call, allowance: Allowance) -> None:
         self._admitted, self._agent, self._call = admitted, agent, call
         self._body = admitted.body
+        self._allowance = allowance
+        self._kept = 0  # bytes of the allowance
         self._first = b""
         self._length: int | None = None  # of a rewritten body
         self._collecting = False  # the interpreter gets the bytes only after it was asked to rewrite them
@@ -54,7 +57,10 @@ class Upload:
         collected, self._collecting = bytearray(), True
         self._agent.set_idle_timeout(timeout_s)
         while not self._body.done and len(collected) <= MAX_REWRITE_SIZE:
-            collected += await self._read()
+            collected += (piece := await self._read())
+            if not self._allowance.take(len(piece)):
+                break
+            self._kept += len(piece)
         self._agent.set_idle_timeout(0)
         self._collecting = False
         self._first = whole = bytes(collected)
@@ -63,6 +69,11 @@ class Upload:
             self.rewritten = self._first is not whole
             self._length = len(self._first) if self.rewritten and not self._body.chunked else None
         interpreter.request_data(whole)
+
+    def close(self) -> None:
+        """Let go of what was kept; the exchange is over. Idempotent."""
+        self._allowance.give_back(self._kept)
+        self._kept, self._first = 0, b""
 
     def send_head(self, upstream: Channel) -> None:
         """Send the head and what is there of the body, in one write. Bounded, so it needs no backpressure."""

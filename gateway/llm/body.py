@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from clrk.gateway.interpret import ResponseHead
+from clrk.gateway.interpret import Allowance, ResponseHead
 from clrk.gateway.llm.decompress import Decoder, Identity, decoder
 from clrk.gateway.llm.sse import SseEvent, SseSplitter
 
@@ -25,27 +25,36 @@ def is_json(content_type: str | None) -> bool:
 
 
 class BoundedBody:
-    """Collects up to a bound; beyond it everything is let go and overflowed stays set."""
+    """Collects up to a bound and within the run's allowance; beyond, all is let go and overflowed stays set."""
 
-    def __init__(self, limit: int = MAX_DOCUMENT_BYTES) -> None:
+    def __init__(self, allowance: Allowance, limit: int = MAX_DOCUMENT_BYTES) -> None:
+        self._allowance = allowance
         self._limit = limit
         self._chunks: list[bytes] = []
         self._size = 0
         self.overflowed = False
 
+    def __del__(self) -> None:
+        """Give back what an exchange that ended early had kept."""
+        self._allowance.give_back(self._size)
+
     def add(self, chunk: bytes) -> None:
         """Keep a chunk."""
-        self._size += len(chunk)
-        if self._size > self._limit:
-            self.overflowed = True
-            self._chunks.clear()
-        else:
+        if self.overflowed:
+            return
+        if self._size + len(chunk) <= self._limit and self._allowance.take(len(chunk)):
+            self._size += len(chunk)
             self._chunks.append(chunk)
+        else:
+            self.overflowed = True
+            self.take()
 
     def take(self) -> bytes:
         """Return what was collected and let it go."""
         body = b"".join(self._chunks)
         self._chunks.clear()
+        self._allowance.give_back(self._size)
+        self._size = 0
         return body
 
 
@@ -55,11 +64,11 @@ class ResponseBody:
     is_stream says which. given_up: what came could not be followed to its end (encoding, size, corruption).
     """
 
-    def __init__(self, head: ResponseHead) -> None:
+    def __init__(self, head: ResponseHead, allowance: Allowance) -> None:
         self.is_stream = media_type(head.header("content-type")) == "text/event-stream"
         self._decoder: Decoder | None = decoder(head.header("content-encoding"))
         self._splitter = SseSplitter()
-        self._document = BoundedBody()
+        self._document = BoundedBody(allowance)
         self._burst = False
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clrk.gateway.interpret import Facts, RequestHead, ResponseHead
+from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 from clrk.gateway.llm.body import BoundedBody, ResponseBody
 from clrk.gateway.llm.completion import Provider
 from clrk.gateway.llm.cost import cost_usd
@@ -15,11 +15,12 @@ from clrk.gateway.telemetry.spans import AttributeValue
 class LlmInterpreter:
     """One call of one provider, in one dialect."""
 
-    def __init__(self, head: RequestHead, provider: Provider, dialect: Dialect) -> None:
+    def __init__(self, head: RequestHead, provider: Provider, dialect: Dialect, allowance: Allowance) -> None:
+        self._allowance = allowance
         self._provider = provider
         self._dialect = dialect
         self._plain_request = head.header("content-encoding") is None
-        self._request = BoundedBody()
+        self._request = BoundedBody(allowance)
         self._request_attributes: dict[str, AttributeValue] = {}
         self._asked_usage = False
         self._status = 0
@@ -52,7 +53,7 @@ class LlmInterpreter:
     def response_head(self, head: ResponseHead, elapsed_s: float) -> None:
         """Choose how to read the response; elapsed_s is not needed, the first chunk has its own."""
         self._status = head.status
-        self._body = ResponseBody(head)
+        self._body = ResponseBody(head, self._allowance)
         # A body with a length can not become shorter, and an encoded one can not be cut at its events.
         can_filter = self._body.is_stream and self._body.is_plain and head.header("content-length") is None
         if self._asked_usage and can_filter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from clrk.gateway.interpret import Facts, RequestHead, ResponseHead
+from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.body import BoundedBody, ResponseBody
 from clrk.gateway.mcp.messages import METHODS, Request, Response, requests, responses
@@ -21,12 +21,13 @@ _PLAIN_HTTP: Final = Facts("")
 class McpInterpreter:
     """One exchange that looks like MCP by its headers; its body decides."""
 
-    def __init__(self, head: RequestHead) -> None:
+    def __init__(self, head: RequestHead, allowance: Allowance) -> None:
+        self._allowance = allowance
         self._sure = any(name.lower().startswith("mcp-") for name, _ in head.headers)
         self._session = values.text(head.header("mcp-session-id"))
         self._version = values.text(head.header("mcp-protocol-version"), 32)
         self._readable = head.header("content-encoding") is None
-        self._request = BoundedBody()
+        self._request = BoundedBody(allowance)
         self._calls: tuple[Request, ...] = ()
         self._asked: frozenset[str] = frozenset()
         self._status = 0
@@ -59,7 +60,7 @@ class McpInterpreter:
         """Take the session that an initialize was given, and choose how to read the body."""
         self._status = head.status
         self._session = values.text(head.header("mcp-session-id")) or self._session
-        self._body = ResponseBody(head)
+        self._body = ResponseBody(head, self._allowance)
 
     def response_data(self, chunk: bytes, elapsed_s: float) -> bytes:
         """Take response bytes; the agent gets the same."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llm_exchange import cuts
 
-from clrk.gateway.interpret import ResponseHead
+from clrk.gateway.interpret import Allowance, ResponseHead
 from clrk.gateway.llm.body import BoundedBody, ResponseBody, is_json
 from clrk.gateway.llm.decompress import Inflate, decoder
 
@@ -47,7 +47,7 @@ def test_encodings_however_cut(encoding: str | None, raw: bytes) -> None:
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, br", "gzip, gzip", "compress", "\x00"])
 def test_encodings_that_are_given_up(encoding: str) -> None:
     assert decoder(encoding) is None
-    body = ResponseBody(ResponseHead(200, (("Content-Encoding", encoding),)))
+    body = ResponseBody(ResponseHead(200, (("Content-Encoding", encoding),)), Allowance())
     assert list(body.feed(b"anything")) == []
     assert body.given_up
     assert body.finish() is None
@@ -81,11 +81,11 @@ def test_a_bomb_comes_in_bounded_pieces_and_is_given_up(raw: bytes) -> None:
 
 
 def test_a_document_up_to_its_bound() -> None:
-    body = BoundedBody(limit=10)
+    body = BoundedBody(Allowance(), limit=10)
     body.add(b"12345")
     body.add(b"67890")
     assert (body.take(), body.overflowed) == (b"1234567890", False)
-    over = BoundedBody(limit=10)
+    over = BoundedBody(Allowance(), limit=10)
     over.add(b"12345")
     over.add(b"678901")
     over.add(b"2")

@@ -275,7 +275,7 @@ class Lab:
             header_template(wire.FAMILY_V6), self.sockets,
         )  # fmt: skip
         options = {"resolver": resolver} if resolver else {}
-        options |= {"recognise": recognise or _nothing}
+        options |= {} if recognise == "real" else {"recognise": recognise or _nothing}
         self.service = EgressService(
             config=self.config, flows_fd=-1, recorder=self.recorder, flows=self.flows, **options
         )

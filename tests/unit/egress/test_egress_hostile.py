@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
-from clrk.gateway.interpret import Facts, RequestHead, ResponseHead
+from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 
 NAME = "tools.internal"
 ALLOW = [{"hostnames": [NAME]}]
@@ -133,3 +134,34 @@ async def test_an_endless_row_of_interim_answers_is_no_answer():
             await ended.wait()
     assert b"HTTP/1.1 502 Bad Gateway\r\n" in raw
     assert (span.name, span.attributes["error.type"]) == ("egress.dial.failed", "bad_response_interim")
+
+
+@pytest.mark.parametrize("name", ["api.openai.com", NAME])
+async def test_one_run_keeps_no_more_than_its_allowance(name, monkeypatch):
+    """Requests that never end, from many connections at once: collected for rewriting, or suspected to be MCP."""
+    kept: list[Allowance] = []
+    monkeypatch.setattr("clrk.gateway.egress.service.Allowance", lambda: kept.append(Allowance(600_000)) or kept[0])
+    arrived = asyncio.Queue()
+
+    async def swallow(reader, writer):
+        while data := await reader.read(65_536):
+            arrived.put_nowait(len(data))
+
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {name}\r\nContent-Type: application/json\r\n"
+    head += "Mcp-Session-Id: 1\r\nContent-Length: 1000000\r\n\r\n"
+    async with upstream(swallow) as port, laboratory(
+        gateway=aliased(port, name), rules=[{"hostnames": [name]}], recognise="real"
+    ) as lab:  # fmt: skip
+        wires = [await lab.dial(name, 80) for _ in range(3)]
+        for wire in wires:
+            wire.writer.write(head.encode() + b"a" * 400_000)
+        total = 0
+        async with asyncio.timeout(10):
+            while total < 800_000:  # two do not fit any more: they pass without being kept
+                total += await arrived.get()
+        assert 0 <= kept[0].left < 600_000
+        for wire in wires:
+            wire.close()
+        await lab.recorder.wait(3)
+    gc.collect()
+    assert kept[0].left == 600_000
