@@ -47,8 +47,9 @@ def footprint(daemon: Daemon) -> Footprint:
         map_entries=sum(_map_entries(pid) for pid in family if pid == (daemon.process and daemon.process.pid)),
         fds=tuple((pid, _comm(pid), len(_names(Path(f"/proc/{pid}/fd")))) for pid in family),
         files=tuple(sorted(
-            str(path) for top in (Path("/run") / daemon.instance, daemon.state_dir) for path in top.rglob("*")
-            if not path.name.endswith(("-wal", "-shm"))  # SQLite's own, which come and go
+            os.path.join(folder, name)
+            for top in (Path("/run") / daemon.instance, daemon.state_dir) for folder, folders, names in os.walk(top)
+            for name in folders + names if not name.endswith(("-wal", "-shm"))  # SQLite's own, which come and go
         )),
     )  # fmt: skip
 
@@ -97,8 +98,8 @@ def _cgroups(instance: str) -> Iterator[Path]:
     for tree in [root, *(path for path in root.iterdir() if path.is_dir())]:
         parent = tree / instance
         if parent.is_dir():
-            yield parent
-            yield from (path for path in parent.rglob("*") if path.is_dir())
+            # os.walk, not rglob: a sandbox's group may vanish while we look
+            yield from (Path(folder) for folder, _, _ in os.walk(parent))
 
 
 def _family(daemon: Daemon) -> list[int]:
