@@ -44,9 +44,11 @@ _BUNDLE_PATHS: Final = (
     "ssl/ca-bundle.pem",
 )
 
-# Not for agents although the world may read it: the operator's configuration, names of host users, the host's identity.
+# Not for agents although the world may read it: the operator's configuration, names of host users, the host's identity;
+# and a library, of an image for one, that the dynamic loader would load into the drop while that is root.
 _ABSENT: Final = frozenset(
     {"clrk", "passwd", "passwd-", "group", "group-", "machine-id", "hostname", "fstab", "ssh", "subuid", "subgid"}
+    | {"ld.so.preload"}
 )
 
 _DROP_TOOLS: Final = ("setpriv", "env")

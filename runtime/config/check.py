@@ -22,6 +22,7 @@ from clrk.core.resources import (
 )
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import nearest
+from clrk.runtime.config.mounts import find_bad_mounts
 from clrk.runtime.config.nodes import Path
 
 MAX_READ_BYTES: Final = 1024 * 1024  # of a secret or a CA bundle
@@ -41,6 +42,8 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
             upstream_ca_pem["/".join(one.key)] = pem
     for one, agent in _pairs(unique, TaskAgent):
         _check_agent(one, agent, gateways, secrets, problems)
+        for where, text in find_bad_mounts(agent, _of_kind(unique, TaskAgent).values()):
+            problems.add_at(one, where, text)
     for one, route in _pairs(unique, EgressL4Route):
         path = ("spec", "gatewayRef", "name")
         _check_gateway(one, path, route.spec.gateway_ref.name, gateways, problems)

@@ -354,6 +354,24 @@ async def test_loader_variables_reach_the_agent_but_not_the_drop(host: Host, tmp
     assert ran.err.splitlines() == [f"loaded as {sandbox.uid}"]
 
 
+async def test_an_images_preload_file_is_not_for_the_drop(host: Host, tmp_path: Path) -> None:
+    """The loader of setpriv would load what /etc/ld.so.preload names, as root and with CAP_SETUID."""
+    tmp_path.chmod(0o755)
+    for source in ("/bin/sh", "/lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/libc.so.6"):
+        (tmp_path / source[1:]).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-L", source, tmp_path / source[1:]], check=True)
+    program = (
+        "#include <stdio.h>\n#include <unistd.h>\n"
+        '__attribute__((constructor)) static void f(void) { dprintf(2, "loaded as %d\\n", getuid()); }\n'
+    )
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-o", tmp_path / "lib/early.so", "-"]
+    subprocess.run(command, input=program, text=True, check=True)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/ld.so.preload").write_text("/lib/early.so\n")
+    ran = await host.sh("true", rootfs=str(tmp_path))
+    assert (ran.err, ran.exit.exit_code) == ("", 0)
+
+
 async def test_secrets_are_not_on_any_command_line(host: Host) -> None:
     sandbox = await host.pool.acquire()
     try:

@@ -238,6 +238,7 @@ def test_api_version(tmp_path, written, problem):
         ("maxConcurrent: many", "spec.maxConcurrent: not a whole number"),
         ("maxConcurrent: -1", "spec.maxConcurrent: must be greater than or equal to 0"),
         ("resources: {memory: lots}", "spec.resources.memory: 'lots' is not a quantity; write for example 512Mi, 1Gi, 500m or 2"),
+        (f"resources: {{memory: '{'9' * 400}'}}", f"spec.resources.memory: '{'9' * 400}' is not a quantity; write for example 512Mi, 1Gi, 500m or 2"),
         ("resources: {memroy: 1Gi}", 'spec.resources.memroy: unknown field; did you mean "memory"?'),
         ("resources: 3", "spec.resources: not a mapping of fields"),
         ("delivery: {mode: stdin}", "spec.delivery.mode: 'stdin' is not allowed; did you mean \"Stdin\"?"),
@@ -268,6 +269,11 @@ def test_field_of_an_agent(tmp_path, line, problem):
         ("{command: [x], mounts: [{hostPath: /etc, path: /}]}", "spec.template.spec.mounts[0].path: '/' can not be a mount point; name a folder below /"),
         ("{command: [x], mounts: [{hostPath: /etc, path: /a/../b}]}", "spec.template.spec.mounts[0].path: '/a/../b' can not be a mount point; name a folder below /"),
         ("{command: [x], mounts: [{hostPath: /etc, path: /a}, {hostPath: /usr, path: /a}]}", "spec.template.spec.mounts[1].path: /a is already taken by mounts[0]"),
+        ("{command: [x], mounts: [{hostPath: /usr, path: /run/clrk/x}]}", "spec.template.spec.mounts[0].path: /run/clrk/x is clrk's own in every sandbox; choose another"),
+        ("{command: [x], mounts: [{hostPath: /usr, path: //etc/}]}", "spec.template.spec.mounts[0].path: //etc/ is clrk's own in every sandbox; choose another"),
+        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /etc, path: /w/./x}]}", "spec.template.spec.mounts[1].path: inside /w, which the agent may write: a link there would move this mount"),
+        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /usr/lib, path: /x}]}", "spec.template.spec.mounts[1].hostPath: inside /usr, which TaskAgent default/a may write: a link there would show any host path"),
+        ("{command: [x], rootfs: /usr, mounts: [{hostPath: /usr, path: /w, readOnly: false}]}", "spec.template.spec.rootfs: inside /usr, which TaskAgent default/a may write"),
         ("{command: [x], mounts: [{hostpath: /etc, path: /a}]}", 'spec.template.spec.mounts[0].hostpath: unknown field; did you mean "hostPath"?'),
     ],
 )  # fmt: skip
@@ -386,6 +392,30 @@ def test_missing_host_path(tmp_path):
     assert problems_of(tmp_path, AGENT.replace("{command: [/bin/true]}", mount)) == [
         f"5: TaskAgent/a: spec.template.spec.mounts[0].hostPath: no such file or folder: {tmp_path}/nope"
     ]
+
+
+def test_a_mount_below_what_another_agent_may_write(tmp_path):
+    """Also when that agent has put a link there already, or the mount's source is written by way of a link."""
+    (tmp_path / "work/real").mkdir(parents=True)
+    (tmp_path / "work/moved").symlink_to("/etc")
+    (tmp_path / "alias").symlink_to(tmp_path / "work")
+    mounts = ", ".join(f"{{hostPath: {name}, path: /{index}}}" for index, name in enumerate(
+        ("work/real", "work/moved", "alias/real", "work", "alias")
+    ))  # fmt: skip
+    reader = AGENT.replace("{command: [/bin/true]}", f"{{command: [x], mounts: [{mounts}]}}")
+    writer = AGENT.replace("name: a", "name: w").replace(
+        "{command: [/bin/true]}", "{command: [x], mounts: [{hostPath: work, path: /w, readOnly: false}]}"
+    )
+    found = problems_of(tmp_path, documents(reader, writer))
+    assert [problem.partition(": inside ")[0] for problem in found] == [
+        f"5: TaskAgent/a: spec.template.spec.mounts[{index}].hostPath" for index in range(3)
+    ]
+
+
+def test_siblings_of_a_writable_mount_are_fine(tmp_path):
+    mounts = "[{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /etc, path: /w2}, {hostPath: /usr, path: /v}]"
+    (tmp_path / "a.yaml").write_text(AGENT.replace("{command: [/bin/true]}", f"{{command: [x], mounts: {mounts}}}"))
+    assert len(load([tmp_path / "a.yaml"]).agents["default", "a"].spec.template.spec.mounts) == 3
 
 
 # --- CA file, OTLP --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 _LABEL: Final = re.compile(r"[a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9_])?")
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|m)?")
+_MAX_QUANTITY_CHARS: Final = 32  # far from where a float becomes infinite
 _SCALE: Final = {
     "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
     "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
@@ -46,7 +47,7 @@ def parse_quantity(value: object) -> float:
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, str) and (found := _QUANTITY.fullmatch(value)):
+    if isinstance(value, str) and len(value) <= _MAX_QUANTITY_CHARS and (found := _QUANTITY.fullmatch(value)):
         return float(found[1]) * _SCALE[found[2] or ""]
     raise ValueError(f"{value!r} is not a quantity; write for example 512Mi, 1Gi, 500m or 2")
 

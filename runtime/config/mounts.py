@@ -1,0 +1,65 @@
+"""Mounts that an agent could turn against the host, or against its own drop of privileges.
+
+bwrap makes mounts as root and follows links, on the host's side and in the view. Whatever lies below a folder that an
+agent may write can become a link by the agent's next run, so nothing is mounted from there or to there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import Final
+
+from clrk.core.resources import TaskAgent
+from clrk.runtime.config.nodes import Path
+
+# The drop runs as root from /run/clrk, and the dynamic loader obeys files in /etc.
+_OURS: Final = tuple(map(PurePosixPath, ("/etc", "/run", "/proc", "/dev", "/run/clrk", "/etc/ld.so.preload")))
+_DROP_DIR: Final = PurePosixPath("/run/clrk")
+_TEMPLATE: Final[Path] = ("spec", "template", "spec")
+
+
+def find_bad_mounts(agent: TaskAgent, agents: Iterable[TaskAgent]) -> Iterator[tuple[Path, str]]:
+    """Yield the path of each field that must not be, and why. agents are all that are declared, this one too."""
+    template = agent.spec.template.spec
+    writable = list(_writable_on_host(agents))
+    for index, mount in enumerate(template.mounts):
+        target = _clean(mount.path)
+        if target in _OURS or target.is_relative_to(_DROP_DIR):
+            yield (*_TEMPLATE, "mounts", index, "path"), f"{mount.path} is clrk's own in every sandbox; choose another"
+        for other in template.mounts:
+            if not other.read_only and _is_below(target, _clean(other.path)):
+                text = f"inside {other.path}, which the agent may write: a link there would move this mount"
+                yield (*_TEMPLATE, "mounts", index, "path"), text
+        for owner, folder in writable:
+            if _host_is_below(mount.host_path, folder):
+                text = f"inside {folder}, which TaskAgent {owner} may write: a link there would show any host path"
+                yield (*_TEMPLATE, "mounts", index, "hostPath"), text
+    for owner, folder in writable:
+        if _host_is_below(template.rootfs, folder) or _clean(template.rootfs) == _clean(folder):
+            yield (*_TEMPLATE, "rootfs"), f"inside {folder}, which TaskAgent {owner} may write"
+
+
+def _writable_on_host(agents: Iterable[TaskAgent]) -> Iterator[tuple[str, str]]:
+    for agent in agents:
+        for mount in agent.spec.template.spec.mounts:
+            if not mount.read_only:
+                yield f"{agent.metadata.namespace}/{agent.metadata.name}", mount.host_path
+
+
+def _host_is_below(path: str, folder: str) -> bool:
+    """As written, and as links lead now: an agent may have replaced one of them already."""
+    return any(
+        _is_below(_clean(inner), _clean(outer))
+        for inner in (path, os.path.realpath(path))
+        for outer in (folder, os.path.realpath(folder))
+    )
+
+
+def _is_below(path: PurePosixPath, folder: PurePosixPath) -> bool:
+    return path != folder and path.is_relative_to(folder)
+
+
+def _clean(path: str) -> PurePosixPath:
+    return PurePosixPath("/" + os.path.normpath(path).lstrip("/"))
