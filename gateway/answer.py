@@ -25,6 +25,7 @@ from clrk.gateway.outcome import Outcome, Phase
 from clrk.gateway.problem import SERVER, Problem
 
 _SLOW_CALLER_S: Final = 60.0  # beyond the agent's timeout, for a caller that reads slowly
+_PIECE_SIZE: Final = 65_536  # of a whole answer: what is not yet sent stays here once, not in each connection's buffer
 _ABORT_AFTER_S: Final = 30.0  # for what is still in the send buffer of a connection that ends badly
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
 
@@ -51,9 +52,9 @@ class Answer:
             self._dispatch.outcome = await self._invocation.outcome
             raise _start_problem(refused) from refused
         if self._invocation.order.metadata_mode:
-            response: web.StreamResponse = await self._posted()
+            response = await self._paced(await self._posted())
         elif self._wraps(self._content_type) or self._request.method == "HEAD":
-            response = await self._collected()
+            response = await self._paced(await self._collected())
         else:
             response = await self._streamed()
         self._told = True
@@ -149,6 +150,30 @@ class Answer:
             content_type, body = STRUCTURED_EVENT, to_structured(event)
         self._dispatch.response_bytes = 0 if self._request.method == "HEAD" else len(body)
         return web.Response(status=status, body=body, headers=self._headers(content_type))
+
+    async def _paced(self, whole: web.Response) -> web.StreamResponse:
+        """Send a large answer piece by piece, within a deadline: a caller may never read it."""
+        body = whole.body
+        if not isinstance(body, bytes) or len(body) <= _PIECE_SIZE or self._has_no_body(whole.status):
+            return whole
+        response = web.StreamResponse(status=whole.status, headers=whole.headers)
+        response.content_length = len(body)
+        self._dispatch.status, self._dispatch.response_bytes = whole.status, 0
+        try:
+            async with asyncio.timeout(self._deadline_s()):
+                await response.prepare(self._request)
+                for start in range(0, len(body), _PIECE_SIZE):
+                    piece = body[start : start + _PIECE_SIZE]
+                    await response.write(piece)
+                    self._dispatch.response_bytes += len(piece)
+                await response.write_eof()
+        except TimeoutError:
+            self._dispatch.outcome = Outcome(Phase.FAILED, message="the caller did not read the answer")
+            self._cut_off()
+        return response
+
+    def _has_no_body(self, status: int) -> bool:
+        return self._request.method == "HEAD" or status in (204, 304)
 
     def _deadline_s(self) -> float:
         order = self._invocation.order

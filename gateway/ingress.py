@@ -126,6 +126,7 @@ class Ingress:
             invocation = invocations.start(order, slot)
         except BaseException as exc:
             slot.release()
+            slot.answered()
             phase = Phase.REJECTED if isinstance(exc, Problem) else Phase.CANCELLED
             dispatch.outcome = Outcome(phase, message=exc.detail if isinstance(exc, Problem) else "")
             invocations.finish(dispatch.invocation_id, dispatch.outcome)
@@ -136,6 +137,7 @@ class Ingress:
         finally:
             dispatch.identity = invocation.identity  # by now it names the sandbox
             answer.close()  # after a complete answer, or a failure that was told, this changes nothing
+            slot.answered()
 
     async def _read_event(self, request: web.BaseRequest, dispatch: Dispatch, slot: Slot) -> Event:
         target, metadata = dispatch.target, dispatch.target.agent.metadata

@@ -102,15 +102,17 @@ class Invocations:
             raise refusal
         self._running[key] += 1
         self._idle.clear()
-        return Slot(self._hold, lambda held: self._release(key, held))
+        return Slot(self._hold, self._give_back, lambda: self._release(key))
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > _MAX_HELD_BYTES:
             raise Problem(503, "this host is short of memory", {**_RETRY_AFTER, "Connection": "close"})
         self._held_bytes += size
 
-    def _release(self, key: tuple[str, str], held_bytes: int) -> None:
-        self._held_bytes -= held_bytes
+    def _give_back(self, size: int) -> None:
+        self._held_bytes -= size
+
+    def _release(self, key: tuple[str, str]) -> None:
         self._running[key] -= 1
         if not self._running[key]:
             del self._running[key]
@@ -215,25 +217,44 @@ class Invocations:
 
 
 class Slot:
-    """The right to run one invocation and to hold its bytes, counted against maxConcurrent and the host's limits."""
+    """The right to run one invocation and to hold its bytes, counted against maxConcurrent and the host's limits.
 
-    def __init__(self, hold: Callable[[int], None], on_release: Callable[[int], None]) -> None:
+    The run ends with `release`; its bytes are held until the answer's end (`answered`) as well, whichever is later.
+    """
+
+    def __init__(
+        self, hold: Callable[[int], None], give_back: Callable[[int], None], on_release: Callable[[], None]
+    ) -> None:
         self._hold = hold
+        self._give_back = give_back
         self._on_release = on_release
         self._held_bytes = 0
         self._released = False
+        self._answered = False
 
     def charge(self, size: int) -> None:
-        """Hold size bytes more, until the release.
+        """Hold size bytes more.
 
         Raises: Problem 503 when the host is short of memory.
         """
-        if not self._released:
+        if not (self._released and self._answered):
             self._hold(size)
             self._held_bytes += size
 
     def release(self) -> None:
-        """Give everything back; a second time does nothing."""
+        """The run is over; a second time does nothing."""
         if not self._released:
             self._released = True
-            self._on_release(self._held_bytes)
+            self._on_release()
+            self._settle()
+
+    def answered(self) -> None:
+        """The caller has its answer, or will never have it; a second time does nothing."""
+        if not self._answered:
+            self._answered = True
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._released and self._answered:
+            self._give_back(self._held_bytes)
+            self._held_bytes = 0

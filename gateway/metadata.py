@@ -26,6 +26,7 @@ HOSTS: Final = frozenset({"169.254.169.254", "169.254.169.254:80", "[fd00:ec2::2
 _MAX_CONNECTIONS: Final = 64  # per sandbox: an agent must not use up the gateway's file descriptors
 _BODY_TIMEOUT_S: Final = 3600.0  # the agent's own timeout ends it sooner
 _BACKLOG: Final = 64
+_PIECE_SIZE: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class MetadataService:
         self._charge = charge
         self._metadata_mode = metadata_mode
         self._on_answer = on_answer
+        self._structured: bytes | None = None
         self._answered = False  # an answer is posted, or being read
         self._http = web.Server(self._handle, access_log=None, handler_cancellation=True, keepalive_timeout=60)
         self._servers: list[asyncio.Server] = []
@@ -86,7 +88,7 @@ class MetadataService:
             raise Problem(403, "use CLRK_METADATA_URL as it is: the Host header names another service")
         match request.raw_path.partition("?")[0], request.method:
             case "/v1/event", "GET":
-                return self._get_event(request)
+                return await self._get_event(request)
             case "/v1/response", "POST":
                 return await self._post_response(request)
             case "/v1/event", _:
@@ -96,11 +98,19 @@ class MetadataService:
             case _:
                 raise Problem(404, "there are GET /v1/event and POST /v1/response")
 
-    def _get_event(self, request: web.BaseRequest) -> web.Response:
+    async def _get_event(self, request: web.BaseRequest) -> web.StreamResponse:
         accept = ",".join(request.headers.getall("Accept", []))
         if prefers_structured(accept, self._event.content_type):
-            return web.Response(body=to_structured(self._event), headers={"Content-Type": STRUCTURED_EVENT, **SERVER})
-        return web.Response(body=self._event.body, headers=[*to_binary_headers(self._event), *SERVER.items()])
+            return await _send(request, self._structured_event(), [("Content-Type", STRUCTURED_EVENT)])
+        return await _send(request, self._event.body, to_binary_headers(self._event))
+
+    def _structured_event(self) -> bytes:
+        """Return the event's JSON: made once, since an agent may ask on many connections and read none of them."""
+        if self._structured is None:
+            made = to_structured(self._event)
+            self._charge(len(made))
+            self._structured = made
+        return self._structured
 
     async def _post_response(self, request: web.BaseRequest) -> web.Response:
         if not self._metadata_mode:
@@ -118,6 +128,17 @@ class MetadataService:
             raise
         self._on_answer(PostedAnswer(status, content_type, body))
         return web.Response(status=204, headers=SERVER)
+
+
+async def _send(request: web.BaseRequest, body: bytes, headers: list[tuple[str, str]]) -> web.StreamResponse:
+    """Send a body piece by piece, as the agent reads it: no connection ever holds a copy of its own."""
+    response = web.StreamResponse(headers=[*headers, *SERVER.items()])
+    response.content_length = len(body)
+    await response.prepare(request)
+    for start in range(0, len(body), _PIECE_SIZE):
+        await response.write(body[start : start + _PIECE_SIZE])
+    await response.write_eof()
+    return response
 
 
 def _posted_head(request: web.BaseRequest) -> tuple[int, str | None]:
