@@ -93,6 +93,8 @@ class Cgroup:
         if "memory" in self._v1_dirs:
             _write(self._v1_dirs["memory"] / "memory.limit_in_bytes", memory)
             _write_if_there(self._v1_dirs["memory"] / "memory.memsw.limit_in_bytes", memory)
+            # v1 counts socket buffers only where they have a limit; else one agent uses up the tcp_mem of the host.
+            _write_if_there(self._v1_dirs["memory"] / "memory.kmem.tcp.limit_in_bytes", memory)
             _write_if_there(self._v1_dirs["memory"] / "memory.swappiness", 0)  # where swap is not accounted
         else:
             _write(self._v2_dir / "memory.max", memory)
@@ -273,7 +275,7 @@ def _write(path: Path, value: int | str) -> None:
 
 
 def _write_if_there(path: Path, value: int) -> None:
-    """For swap limits: the files exist only where the kernel accounts swap."""
+    """For limits that not every kernel has: swap is not always accounted, and TCP is part of memory in v2."""
     if path.exists():
         _write(path, value)
 
