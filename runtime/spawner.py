@@ -7,14 +7,15 @@ it is done ahead of demand. SpawnRequest, with fds, has it enter the network nam
 closes on exec tells the spawner that the exec happened, or which step failed with which errno. Ended comes for every
 reserved process, whether it execed or not.
 
-Death. The spawner gets SIGKILL when the runtime dies, each child when the spawner dies (and bwrap keeps that for the
-processes in the sandbox); the end of the socket makes the spawner exit as well.
+Death. The end of the socket tells the spawner that the runtime is gone, however it ended: it kills the cgroups of all
+its children, and exits. Each child gets SIGKILL when the spawner dies, and bwrap keeps that for the processes in the
+sandbox; but for the few milliseconds in which bwrap sets up, only the cgroup kill is certain. When the spawner alone is
+killed, the runtime learns it by `wait_died`, and kills the cgroups.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -48,7 +49,6 @@ T = TypeVar("T")
 
 _REPLIES: Final = msgspec.msgpack.Decoder(SpawnReply)
 _SOCKET_BUFFER_BYTES: Final = 1 << 20
-_PR_SET_PDEATHSIG: Final = 1  # include/uapi/linux/prctl.h
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -90,13 +90,12 @@ class Spawner:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-        parent = os.getpid()
         try:
             pid = os.fork()
         except OSError as exc:
             raise HostError(f"fork the spawner: {exc.strerror}") from exc
         if pid == 0:
-            _become_spawner(ours, theirs, parent)
+            _become_spawner(ours, theirs)
         theirs.close()
         ours.setblocking(False)
         return cls(ours, pid)
@@ -251,14 +250,12 @@ def _exit_status(reply: Ended) -> ExitStatus:
     )
 
 
-def _become_spawner(ours: socket.socket, theirs: socket.socket, parent: int) -> None:
-    """Never returns: this is the forked child."""
+def _become_spawner(ours: socket.socket, theirs: socket.socket) -> None:
+    """Never returns: this is the forked child. No parent-death signal: it must live to kill the runs."""
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == parent:  # else it died before prctl
-            ours.close()
-            serve(theirs)
-            status = 0
+        ours.close()
+        serve(theirs)
+        status = 0
     finally:
         os._exit(status)  # without the atexit handlers and buffers of the runtime

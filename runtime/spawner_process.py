@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -117,12 +118,19 @@ _READY: Final = b"\1"
 
 
 def serve(sock: socket.socket) -> None:
-    """Serve until the runtime closes its end. Single-threaded; never logs (the log's lock may be held by the fork)."""
+    """Serve until the runtime closes its end, by dying too; then kill every run.
+
+    Single-threaded. Never logs: the fork may have copied a held lock.
+    """
     os.setsid()  # a ^C at the runtime's terminal is for the runtime: it drains, the runs go on meanwhile
     for signum in _PASSIVE_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     _hide_namespace_mounts()
-    _Loop(sock).run()
+    loop = _Loop(sock)
+    try:
+        loop.run()
+    finally:
+        loop.kill_all()
 
 
 def _hide_namespace_mounts() -> None:
@@ -139,12 +147,13 @@ def _hide_namespace_mounts() -> None:
 class _Child:
     """A forked process. link carries the order to exec one way, and how the steps went the other; exec closes it.
 
-    Shape: request_id is of the request that is not answered yet, 0 when there is none.
+    Shape: request_id is of the request that is not answered yet, 0 when there is none. groups are its cgroups.
     """
 
     pid: int
     pidfd: int
     link: socket.socket
+    groups: list[str]
     request_id: int
     is_reserved: bool = False
 
@@ -167,6 +176,16 @@ class _Loop:
                     self._on_exit(self._pidfds[fd])
                 elif fd == self._sock.fileno() and not self._on_request():
                     return
+
+    def kill_all(self) -> None:
+        """Kill everything in the cgroups of the children: the runtime is gone.
+
+        That they get SIGKILL when this process ends is not enough: bwrap's pid 1 asks for the same late, and one whose
+        monitor dies before that would live on with its agent.
+        """
+        for group in {group for child in self._children.values() for group in child.groups}:
+            with suppress(OSError):  # v1 has no such file, and a group may be gone
+                _write(f"{group}/cgroup.kill", b"1")
 
     def _on_request(self) -> bool:
         """Returns: False at the end of the socket."""
@@ -201,7 +220,8 @@ class _Loop:
             _run_child(request, theirs)
         theirs.close()
         ours.setblocking(False)
-        child = _Child(pid, os.pidfd_open(pid), ours, request.request_id)
+        groups = [os.path.dirname(path) for path in request.cgroup_procs]
+        child = _Child(pid, os.pidfd_open(pid), ours, groups, request.request_id)
         self._children[pid] = self._links[ours.fileno()] = self._pidfds[child.pidfd] = child
         self._poll.register(ours, select.EPOLLIN)
         self._poll.register(child.pidfd, select.EPOLLIN)

@@ -14,14 +14,17 @@ from typing import Any
 
 from clrk.core.layout import HostLayout
 from clrk.core.resources import HostLimits, RuntimeSpec, TaskAgent, UidRange
-from clrk.runtime.cgroup import Cgroups
+from clrk.runtime.cgroup import Cgroups, find_hierarchy
 from clrk.runtime.pool import SandboxPool
 from clrk.runtime.sandbox import Sandbox, SandboxExit
 from clrk.runtime.spawner import Spawner
 from clrk.runtime.view import HostView
 
-LAYOUT = HostLayout("clrkh")
-FIRST_UID = 2_100_000
+# One instance and one range of uids for each test process: several may run on a host at once. A runtime that a test
+# starts has those of the test.
+_OWNER = int(os.environ.setdefault("CLRK_HOST_TESTS_OWNER", str(os.getpid())))
+LAYOUT = HostLayout(f"clrkh{_OWNER}")
+FIRST_UID = 3_000_000 + _OWNER % 10_000 * 1000
 
 
 class RecordingRegistry:
@@ -122,13 +125,15 @@ async def running_host(*, ready: int = 1, max_sandboxes: int = 64, layout: HostL
 
 def count_leftovers(prefix: str = LAYOUT.netns_prefix) -> dict[str, int]:
     """Everything of the host that a sandbox could leave behind, counted."""
-    groups = [path for path in Path("/sys/fs/cgroup").rglob(f"{prefix[:-1]}/*") if path.is_dir()]
+    hierarchy = find_hierarchy(Path("/proc/self/mounts").read_text())
+    parents = [root / prefix[:-1] for root in (hierarchy.v2, *hierarchy.v1.values())]
+    groups = [path for parent in parents if parent.is_dir() for path in parent.iterdir() if path.is_dir()]
     owned = re.compile(re.escape(prefix) + "[0-9a-f]{8}")
     uids = subprocess.run(["ps", "-eo", "uid="], capture_output=True, text=True, check=True).stdout.split()
     return {
         "namespaces": sum(owned.fullmatch(name) is not None for name in os.listdir("/run/netns")),
         "cgroups": len(groups),
-        "mounts": len(Path("/proc/self/mounts").read_text().splitlines()),
+        "mounts": sum(f"/{prefix}" in line for line in Path("/proc/self/mounts").read_text().splitlines()),
         "processes": sum(FIRST_UID <= int(uid) < FIRST_UID + 1000 for uid in uids),
         "fds": len(os.listdir("/proc/self/fd")),
     }

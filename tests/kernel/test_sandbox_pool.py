@@ -9,34 +9,40 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from host_harness import FIRST_UID, LAYOUT, count_leftovers, running_host, task_agent
+from host_harness import LAYOUT, count_leftovers, running_host, task_agent
 
 from clrk.core.errors import HostError
 from clrk.core.ids import SandboxId
 from clrk.netns.namespace import NETNS_DIR
 from clrk.netns.reconcile import remove_leftovers
-from clrk.runtime.cgroup import Cgroups
+from clrk.runtime.cgroup import Cgroups, find_hierarchy
 from clrk.runtime.pool import PoolExhaustedError
 from clrk.runtime.spawner import ReserveRequest, Spawner, SpawnRequest
 
 pytestmark = pytest.mark.kernel
 
-# A runtime that starts one sleeping sandbox, says its first pid, and waits to be killed.
+# A runtime that starts sleeping sandboxes, says the spawner's pid, and waits to be killed.
 RUNTIME = f"""
-import asyncio, sys
+import asyncio, os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from host_harness import running_host, task_agent
 async def main():
     async with running_host() as host:
-        sandbox = await host.pool.acquire()
-        sandbox.open_stdio()
-        spawned = await sandbox.spawn(agent=task_agent("/bin/sleep", "600"), environment={{}})
-        print(host.spawner.pid, spawned.pid, flush=True)
-        await asyncio.sleep(600)
+        script = "import os, time; os.write(1, b'up'); time.sleep(600)"
+        for number in range(int(sys.argv[1])):
+            sandbox = await host.pool.acquire()
+            _, stdout, _ = sandbox.open_stdio()
+            os.set_blocking(stdout, True)
+            await sandbox.spawn(agent=task_agent("/usr/bin/python3", "-I", "-c", script), environment={{}})
+            if sys.argv[2] == "wait":
+                await asyncio.to_thread(os.read, stdout, 2)
+        print(host.spawner.pid, flush=True)
+        await host.spawner.wait_died()
 asyncio.run(main())
 """
 
@@ -145,30 +151,31 @@ async def test_a_namespace_that_can_not_be_made_leaves_no_process_and_no_cgroup(
         assert count_leftovers() == before
 
 
-@pytest.mark.parametrize("victim", ["runtime", "spawner"])
-async def test_kill_9_ends_the_sandbox_and_the_next_start_is_clean(victim: str) -> None:
+@asynccontextmanager
+async def other_runtime(moment: str) -> AsyncIterator[tuple[subprocess.Popen[str], int]]:
+    """A runtime with three sandboxes, in a process of its own. Yields it and its spawner's pid."""
+    argv = [sys.executable, "-c", RUNTIME, "3", moment]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as runtime:
+        try:
+            assert runtime.stdout is not None
+            yield runtime, int(await asyncio.to_thread(runtime.stdout.readline))
+        finally:
+            runtime.kill()
+
+
+@pytest.mark.parametrize("moment", ["wait", "at once"])  # at once: bwrap still sets up; its pid 1 outlives its monitor
+async def test_kill_9_of_the_runtime_ends_the_sandboxes_and_the_next_start_is_clean(moment: str) -> None:
     before = count_leftovers()
-    runtime = subprocess.Popen([sys.executable, "-c", RUNTIME], stdout=subprocess.PIPE, text=True)
-    try:
-        assert runtime.stdout is not None
-        spawner_pid, sandbox_pid = map(int, runtime.stdout.readline().split())
-        watched = os.pidfd_open(sandbox_pid)
-        os.kill(runtime.pid if victim == "runtime" else spawner_pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
-            await readable(watched)
-        os.close(watched)
-        await asyncio.to_thread(wait_no_process)
-    finally:
+    async with other_runtime(moment) as (runtime, _):
         runtime.kill()
-        runtime.wait()
-        assert runtime.stdout is not None
-        runtime.stdout.close()
-    left = count_leftovers()
-    assert left["namespaces"] > 0
-    assert left["cgroups"] > 0
+        await asyncio.to_thread(wait_empty, LAYOUT.cgroup_name)
+        left = count_leftovers()
+    assert left["processes"] == 0
+    assert left["namespaces"] >= 3
+    assert left["cgroups"] >= 3
     cgroups = Cgroups.open(LAYOUT)
-    assert cgroups.remove_leftovers()
-    assert remove_leftovers(LAYOUT.netns_prefix)
+    assert len(cgroups.remove_leftovers()) >= 3
+    assert len(remove_leftovers(LAYOUT.netns_prefix)) >= 3
     assert cgroups.remove_leftovers() == ()
     cgroups.close()
     assert count_leftovers() == before
@@ -176,26 +183,22 @@ async def test_kill_9_ends_the_sandbox_and_the_next_start_is_clean(victim: str) 
         assert (await host.sh("echo again")).out == "again\n"
 
 
-async def readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    event = asyncio.Event()
-    loop.add_reader(fd, event.set)
-    try:
-        await event.wait()
-    finally:
-        loop.remove_reader(fd)
+async def test_kill_9_of_the_spawner_lets_the_runtime_remove_everything() -> None:
+    before = count_leftovers()
+    async with other_runtime("at once") as (runtime, spawner_pid):
+        os.kill(spawner_pid, signal.SIGKILL)
+        assert await asyncio.to_thread(runtime.wait, 20) == 0
+    assert count_leftovers() == before
 
 
-def wait_no_process() -> None:
-    """The agent dies with its pid namespace, a moment after bwrap's monitor: wait for each that is still there."""
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if FIRST_UID <= os.stat(f"/proc/{name}").st_uid < FIRST_UID + 1000:
-                pidfd = os.pidfd_open(int(name))
-                assert select.select([pidfd], [], [], 10)[0]
-                os.close(pidfd)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+def wait_empty(name: str) -> None:
+    """Wait, 10 s at most, until no process is left below a cgroup: the kernel notifies pollers of cgroup.events."""
+    root = find_hierarchy(Path("/proc/self/mounts").read_text()).v2
+    with open(root / name / "cgroup.events", "rb", buffering=0) as events:
+        poller = select.poll()
+        poller.register(events, select.POLLPRI)
+        while b"populated 1" in os.pread(events.fileno(), 256, 0):
+            assert poller.poll(10_000), "processes live on"
 
 
 async def test_reconcile_kills_what_still_runs_and_leaves_others_alone() -> None:
