@@ -12,6 +12,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import dns.message
+import dns.query
+import dns.rdtypes.IN.A  # dnspython loads it when it meets one, but the agent's uid may not enter a private checkout
 import pytest
 from harness import AGENT_UID, EGRESS_V4, FAR_V4, Sandbox, dial
 
@@ -85,9 +88,6 @@ async def serving(sandbox: Sandbox, stamp: Stamp, port: int, ca: str | None = No
 
 def ask(address: str, port: int, ca: str | None = None) -> Any:
     """An agent: resolve, connect, ask."""
-    import dns.message
-    import dns.query
-
     resolved = dns.query.udp(dns.message.make_query(NAME, "A"), EGRESS_V4, timeout=5).answer[0][0].address
     sock = dial(address, port)
     peer = sock.getpeername()[0]
