@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from clrk.core.messages import StartedFd
+from clrk.core.wire import PORT_DNS, PORT_EGRESS, PORT_METADATA, PORT_OTLP
 
 EGRESS_V4: Final = "169.254.0.1"
 EGRESS_V6: Final = "fd00:c1::1"
 METADATA_V4: Final = "169.254.169.254"
 METADATA_V6: Final = "fd00:ec2::254"
-EGRESS_PORT: Final = 15001
-METADATA_PORT: Final = 80
-DNS_PORT: Final = 53
-OTLP_PORT: Final = 4318
 
 # Non-loopback, non-link-local address of each family: what AI_ADDRCONFIG looks for, and what source selection picks.
 SOURCE_V4: Final = "100.64.0.1"
@@ -56,13 +53,13 @@ class ListenerPlan:
 
 
 LISTENERS: Final[dict[StartedFd, ListenerPlan]] = {
-    StartedFd.EGRESS_V4: ListenerPlan(Transport.TCP, EGRESS_V4, EGRESS_PORT),
-    StartedFd.EGRESS_V6: ListenerPlan(Transport.TCP, EGRESS_V6, EGRESS_PORT),
-    StartedFd.METADATA_V4: ListenerPlan(Transport.TCP, METADATA_V4, METADATA_PORT),
-    StartedFd.METADATA_V6: ListenerPlan(Transport.TCP, METADATA_V6, METADATA_PORT),
-    StartedFd.DNS_UDP: ListenerPlan(Transport.UDP, EGRESS_V4, DNS_PORT),
-    StartedFd.DNS_TCP: ListenerPlan(Transport.TCP, EGRESS_V4, DNS_PORT),
-    StartedFd.OTLP: ListenerPlan(Transport.TCP, EGRESS_V4, OTLP_PORT),
+    StartedFd.EGRESS_V4: ListenerPlan(Transport.TCP, EGRESS_V4, PORT_EGRESS),
+    StartedFd.EGRESS_V6: ListenerPlan(Transport.TCP, EGRESS_V6, PORT_EGRESS),
+    StartedFd.METADATA_V4: ListenerPlan(Transport.TCP, METADATA_V4, PORT_METADATA),
+    StartedFd.METADATA_V6: ListenerPlan(Transport.TCP, METADATA_V6, PORT_METADATA),
+    StartedFd.DNS_UDP: ListenerPlan(Transport.UDP, EGRESS_V4, PORT_DNS),
+    StartedFd.DNS_TCP: ListenerPlan(Transport.TCP, EGRESS_V4, PORT_DNS),
+    StartedFd.OTLP: ListenerPlan(Transport.TCP, EGRESS_V4, PORT_OTLP),
 }
 """In the order in which they are opened and passed on: the order of StartedFd."""
 

@@ -102,7 +102,7 @@ def bench_connect(binary: Path) -> dict[str, object]:
         return alternate(
             "connect + first byte, stamped ÷ plain", "µs",
             lambda: dial(stamped, "203.0.113.1", 80, group),
-            lambda: dial(plain, plan.EGRESS_V4, plan.EGRESS_PORT, None),
+            lambda: dial(plain, plan.EGRESS_V4, wire.PORT_EGRESS, None),
             CONNECT_ROUNDS,
         )  # fmt: skip
 
