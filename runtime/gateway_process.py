@@ -10,7 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -63,7 +64,8 @@ class GatewayProcess:
         _make_state_dir(state_dir, uid)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-P", "-m", _MODULE, "--uid", str(uid), "--gid", str(uid)]
+            # -s: HOME is the gateway's to write, and Python would load modules from there while it is still root.
+            command = [sys.executable, "-P", "-s", "-m", _MODULE, "--uid", str(uid), "--gid", str(uid)]
             command += ["--control-fd", str(theirs.fileno()), "--state-dir", str(state_dir)]
             try:
                 # In a memfd: forty mounts in `ps` and the journal would hide what runs.
@@ -88,6 +90,23 @@ class GatewayProcess:
     def pid(self) -> int:
         """Process id in the initial pid namespace."""
         return self._process.pid
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Close the channel when the process is gone: somebody else may hold the far end, whom it passed that to."""
+        loop = asyncio.get_running_loop()
+        pidfd = os.pidfd_open(self._process.pid)
+
+        def on_exit() -> None:
+            loop.remove_reader(pidfd)
+            self.channel.close()
+
+        loop.add_reader(pidfd, on_exit)
+        try:
+            yield
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
 
     async def stop(self, grace_s: float) -> str:
         """Close its channel, which makes it end; after grace_s by SIGKILL. Reaps it.

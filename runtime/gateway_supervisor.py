@@ -87,12 +87,14 @@ class GatewaySupervisor:
     async def _live_once(self) -> str:
         """Start a gateway and serve it until it is gone; return why it is."""
         try:
+            self._listeners.restore()
             process = self._start_process()
         except HostError as exc:  # out of processes or memory for now
             _LOG.error("gateway not started: %s", exc)
             return str(exc)
         try:
-            why = await self._serve_one(process)
+            with process.watched():
+                why = await self._serve_one(process)
             await self._bury(process, why)
         except asyncio.CancelledError:
             await process.stop(_STOP_GRACE_S)

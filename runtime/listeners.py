@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import os
+import select
 import socket
 import stat
 from contextlib import ExitStack
@@ -19,14 +20,19 @@ _BACKLOG: Final = 1024
 _ADMIN_GROUP: Final = "clrk"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HostListeners:
     """Non-blocking listening sockets. Close them with `close`, which removes the admin socket's file too."""
 
     ingress: socket.socket
     admin_tcp: socket.socket
     admin_unix: socket.socket
+    _layout: HostLayout
     _undo: ExitStack
+    _addresses: tuple[str, str] = ("", "")
+
+    def __post_init__(self) -> None:
+        self._addresses = (format_address(self.ingress), format_address(self.admin_tcp))
 
     @classmethod
     def open(cls, layout: HostLayout, spec: RuntimeSpec) -> HostListeners:
@@ -39,7 +45,22 @@ class HostListeners:
             admin_tcp = undo.enter_context(_listen_tcp(spec.admin.listen, "spec.admin.listen"))
             admin_unix = undo.enter_context(_listen_unix(layout))
             undo.callback(layout.admin_socket.unlink, missing_ok=True)
-            return cls(ingress, admin_tcp, admin_unix, undo.pop_all())
+            return cls(ingress, admin_tcp, admin_unix, layout, undo.pop_all())
+
+    def restore(self) -> None:
+        """Open anew what no longer listens: a gateway shares the sockets and can shut them down for its successors.
+
+        Raises: HostError naming the address.
+        """
+        if not _is_listening(self.ingress):
+            self.ingress.close()
+            self.ingress = self._undo.enter_context(_listen_tcp(self._addresses[0], "spec.ingress.listen"))
+        if not _is_listening(self.admin_tcp):
+            self.admin_tcp.close()
+            self.admin_tcp = self._undo.enter_context(_listen_tcp(self._addresses[1], "spec.admin.listen"))
+        if not _is_listening(self.admin_unix):
+            self.admin_unix.close()
+            self.admin_unix = self._undo.enter_context(_listen_unix(self._layout))
 
     def tcp(self) -> tuple[socket.socket, socket.socket]:
         """Return ingress and admin."""
@@ -48,6 +69,15 @@ class HostListeners:
     def close(self) -> None:
         """Stop listening. Idempotent."""
         self._undo.close()
+
+
+def _is_listening(sock: socket.socket) -> bool:
+    """Try as a caller does: a unix socket that was shut down still calls itself listening."""
+    if sock.fileno() < 0 or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return False
+    with select.epoll() as poll:
+        poll.register(sock, select.EPOLLRDHUP)
+        return not poll.poll(0)
 
 
 def format_address(sock: socket.socket) -> str:

@@ -564,6 +564,34 @@ async def test_a_reload_while_the_gateway_dies_is_for_the_next_one(lives: Lives)
     assert exited.exit_code == 3
 
 
+async def test_listeners_that_a_gateway_shut_down_are_opened_anew(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    shared = (ConfigureFd.INGRESS, ConfigureFd.ADMIN_TCP, ConfigureFd.ADMIN_UNIX)
+    names = []
+    for index in shared:
+        with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
+            names.append((sock.family, sock.getsockname()))
+            sock.shutdown(socket.SHUT_RDWR)
+    peer.close()
+    _, peer, _ = await lives.next_ready()
+    for family, name in names:
+        with socket.socket(family) as caller:
+            caller.connect(name)
+    for index in shared:
+        with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
+            sock.accept()[0].close()
+
+
+async def test_a_gateway_is_gone_with_its_process_whoever_holds_its_socket(lives: Lives) -> None:
+    """It may have passed the socket to an accomplice outside of its pid namespace."""
+    first, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    os.kill(first.pid, 9)
+    assert await peer.hear() is None
+    second, _, _ = await lives.next_ready()
+    assert second.pid != first.pid
+
+
 async def test_fds_from_the_gateway_end_it(lives: Lives) -> None:
     _, peer, _ = await lives.next_ready()
     before = len(os.listdir("/proc/self/fd"))
