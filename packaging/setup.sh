@@ -160,6 +160,13 @@ pip_run() {
 	fi
 }
 
+# The gateway and the agents have uids of their own and read the product through bind mounts: a checkout that was made
+# under a tight umask must let them. The folders above it do not matter.
+make_readable() {
+	chmod -R go+rX "$ROOT"/{src,runtime,ebpf,netns,gateway,examples} 2>>"$LOGS/chmod.log" ||
+		fail "some files of $ROOT can not be made readable (see $LOGS/chmod.log); the gateway would not start"
+}
+
 # Under sudo the checkout is still its owner's: what we made in it is handed over, so that `make check` needs no root.
 hand_over() {
 	local made=("$VENV" "$ROOT/.output")
@@ -172,6 +179,7 @@ hand_over() {
 
 install_packages
 install_venv
+make_readable
 hand_over
 
 if [ ${#failures[@]} -gt 0 ]; then
