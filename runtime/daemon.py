@@ -32,6 +32,7 @@ from clrk.runtime.pool import SandboxPool
 from clrk.runtime.reconcile import InstanceLock, remove_leftovers
 from clrk.runtime.runs import Runs
 from clrk.runtime.spawner import Spawner
+from clrk.runtime.state_dir import StateDir
 from clrk.runtime.view import HostView
 
 _LOG: Final = logging.getLogger(__name__)
@@ -93,7 +94,9 @@ class _Daemon:
     async def _start(self, stack: AsyncExitStack) -> GatewaySupervisor:
         """Take the host's parts; each pushes its undo on the stack."""
         layout, spec = self._layout, self._resources.runtime
-        state_dir = _make_state_dir(spec.state_dir)
+        state = StateDir.take(Path(spec.state_dir))
+        stack.callback(state.release)
+        state_dir = state.path
         cgroups = Cgroups.open(layout)
         stack.callback(_logged(cgroups.close))
         remove_leftovers(layout, cgroups)
@@ -188,15 +191,6 @@ def _raise_open_files() -> None:
     """Take all the fds that the host grants: each sandbox costs eight of them, and shells grant 1024 at first."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _make_state_dir(path: str) -> Path:
-    state_dir = Path(path)
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise HostError(f"make spec.stateDir {state_dir}: {exc.strerror}") from exc
-    return state_dir
 
 
 def _logged(undo: Callable[[], None]) -> Callable[[], None]:
