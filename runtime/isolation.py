@@ -50,8 +50,11 @@ _BUILT_IN_LOCALES: Final = ("C", "POSIX", "C.UTF-8")  # nothing is loaded for th
 
 # Made anew in every sandbox, or kernel interfaces. /sys stays out but for the CPU topology.
 _OWN_IN_SANDBOX: Final = frozenset({"proc", "sys", "dev", "run", "tmp", "etc"})
-# Homes, other people's data and the host's state: a sandbox gets them by `mounts` only.
-_HOST_ONLY: Final = frozenset({"root", "home", "var", "boot", "srv", "mnt", "media", "lost+found"})
+# What is shown of a host that is its own rootfs: programs. Everything else, whatever a host calls it, may hold data or
+# the sockets of services, which a read-only mount does not close; a sandbox gets it by `mounts` only.
+_PROGRAMS: Final = frozenset(
+    {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "libexec", "opt", "nix", "gnu", "snap"}
+)
 
 _OTHERS_ENTER: Final = stat.S_IROTH | stat.S_IXOTH
 
@@ -132,16 +135,20 @@ def _file_options(template: TemplateSpec, view: HostView, memory: int) -> list[s
 def _rootfs_options(template: TemplateSpec, view: HostView) -> Iterator[str]:
     """Bind each top-level folder that others may enter; folders that only root can read are absent, not just closed."""
     rootfs = template.rootfs
-    left_out = _OWN_IN_SANDBOX | _HOST_ONLY if rootfs == "/" else _OWN_IN_SANDBOX
+    is_host = os.path.realpath(rootfs) == "/"
     points = tuple(os.path.normpath(mount.path) for mount in template.mounts)
     for entry in _list_folder(rootfs, f"rootfs {rootfs}"):
-        if entry.name in left_out or entry.path in map(str, view.hidden):
+        if (
+            entry.name in _OWN_IN_SANDBOX
+            or (is_host and entry.name not in _PROGRAMS)
+            or entry.path in map(str, view.hidden)
+        ):
             continue
         if entry.is_symlink():
             yield from ("--symlink", os.readlink(entry.path), f"/{entry.name}")
         elif entry.is_dir() and entry.stat().st_mode & _OTHERS_ENTER == _OTHERS_ENTER:
             yield from _folder_options(entry.path, f"/{entry.name}", points)
-    if "var" in left_out:
+    if is_host:
         # Programs expect these two; both lead to what the sandbox has of its own.
         yield from (
             "--perms",
@@ -200,7 +207,7 @@ def _parent_options(path: str) -> Iterator[str]:
 def _hide_options(path: str, template: TemplateSpec) -> Iterator[str]:
     """Cover a hidden folder wherever a bind shows it."""
     shown = []
-    if template.rootfs == "/" and path.split("/")[1] not in _OWN_IN_SANDBOX | _HOST_ONLY:
+    if template.rootfs == "/" and path.split("/")[1] in _PROGRAMS:
         shown.append(path)
     for mount in template.mounts:
         source = os.path.realpath(mount.host_path)

@@ -183,6 +183,22 @@ async def test_absent(host: Host, path: str) -> None:
     assert ran.out.strip() == "False"
 
 
+async def test_folders_of_this_host_alone_are_absent_and_so_are_their_sockets(host: Host) -> None:
+    """A read-only mount does not keep an agent from connecting to a service's socket in it: nothing would be traced."""
+    folder = Path(f"/clrkh-data-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    try:
+        with socket.socket(socket.AF_UNIX) as service:
+            service.bind(str(folder / "service.sock"))
+            service.listen()
+            (folder / "service.sock").chmod(0o666)
+            script = f"import socket; print(socket.socket(socket.AF_UNIX).connect_ex('{folder}/service.sock'))"
+            ran = await host.python(script)
+    finally:
+        shutil.rmtree(folder)
+    assert ran.out.strip() == str(errno.ENOENT)
+
+
 async def test_etc_holds_nothing_that_the_world_may_not_read(host: Host) -> None:
     hidden = [
         os.path.join(folder, name)
