@@ -71,8 +71,17 @@ async def test_a_second_runtime_of_the_same_instance_is_refused(own: Daemon, cal
         assert await answer.text() == "hello\n"
 
 
-async def test_an_address_in_use_is_named(own: Daemon, tmp_path: Path) -> None:
+async def test_a_state_folder_in_use_is_named(own: Daemon) -> None:
     command = [BIN / "clrk-runtime", "serve", "--instance", f"{INSTANCE}b", "-c", own.config]
+    second = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=30)
+    assert second.returncode == 1
+    assert f"spec.stateDir {own.state_dir} is in use by another runtime" in second.stderr
+
+
+async def test_an_address_in_use_is_named(own: Daemon, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(own.config.read_text().replace(str(own.state_dir), str(tmp_path / "other-state")))
+    command = [BIN / "clrk-runtime", "serve", "--instance", f"{INSTANCE}b", "-c", other]
     second = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=30)
     assert second.returncode == 1
     assert f"listen on 127.0.0.1:{own.ingress_port} (spec.ingress.listen): Address already in use" in second.stderr
