@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
-from clrk.core.resources import TaskAgent
+from clrk.core.resources import TaskAgent, TemplateSpec
 from clrk.runtime.config.nodes import Path
 
 # The drop runs as root from /run/clrk, and the dynamic loader obeys files in /etc.
@@ -28,10 +28,9 @@ def find_bad_mounts(agent: TaskAgent, agents: Iterable[TaskAgent]) -> Iterator[t
         target = _clean(mount.path)
         if target in _OURS or target.is_relative_to(_DROP_DIR):
             yield (*_TEMPLATE, "mounts", index, "path"), f"{mount.path} is clrk's own in every sandbox; choose another"
-        for other in template.mounts:
-            if not other.read_only and _is_below(target, _clean(other.path)):
-                text = f"inside {other.path}, which the agent may write: a link there would move this mount"
-                yield (*_TEMPLATE, "mounts", index, "path"), text
+        for owner, folder in _behind(target, template, writable):
+            text = f"leads through {folder}, which TaskAgent {owner} may write: a link there would move this mount"
+            yield (*_TEMPLATE, "mounts", index, "path"), text
         for owner, folder in writable:
             if _host_is_below(mount.host_path, folder):
                 text = f"inside {folder}, which TaskAgent {owner} may write: a link there would show any host path"
@@ -39,6 +38,17 @@ def find_bad_mounts(agent: TaskAgent, agents: Iterable[TaskAgent]) -> Iterator[t
     for owner, folder in writable:
         if _host_is_below(template.rootfs, folder) or _clean(template.rootfs) == _clean(folder):
             yield (*_TEMPLATE, "rootfs"), f"inside {folder}, which TaskAgent {owner} may write"
+
+
+def _behind(
+    target: PurePosixPath, template: TemplateSpec, writable: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """Yield the writable folders in which a mount point lies on the host, by way of the rootfs or another mount."""
+    for path, source in (("/", template.rootfs), *((mount.path, mount.host_path) for mount in template.mounts)):
+        shown = _clean(path)
+        if _is_below(target, shown):
+            place = os.path.join(source, target.relative_to(shown))
+            yield from ((owner, folder) for owner, folder in writable if _host_is_below(place, folder))
 
 
 def _writable_on_host(agents: Iterable[TaskAgent]) -> Iterator[tuple[str, str]]:

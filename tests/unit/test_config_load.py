@@ -190,9 +190,9 @@ def test_key_that_is_not_text(tmp_path):
         ),
         (
             "kind: Zebra",
-            "2: Zebra/a: kind: unknown kind 'Zebra'; valid: AIProviderRoute, CredentialInjectionPolicy, DaemonAgent, "
-            "EgressGateway, EgressL4Route, MCPRoute, Runtime, Secret, TaskAgent",
+            "2: Zebra/a: kind: unknown kind 'Zebra'; valid: EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent",
         ),
+        ("kind: DaemonAgnt", "2: DaemonAgnt/a: kind: unknown kind 'DaemonAgnt'; did you mean \"DaemonAgent\"?"),
         ("kynd: TaskAgent", "1: a: kind: is missing; valid: EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent"),
     ],
 )
@@ -256,22 +256,22 @@ def test_field_of_an_agent(tmp_path, line, problem):
     [
         ("{comand: [x]}", 'spec.template.spec.comand: unknown field; did you mean "command"?'),
         ("{comand: [x]}", "spec.template.spec.command: is missing"),
-        ("{command: []}", "spec.template.spec.command: List should have at least 1 item after validation, not 0"),
+        ("{command: []}", "spec.template.spec.command: is empty"),
         ("{command: [x], env: [{name: A, value: 8080}]}", "spec.template.spec.env[0].value: not text; numbers and yes/no need quotes"),
         ("{command: [x], env: [{name: A, value: yes}]}", "spec.template.spec.env[0].value: not text; numbers and yes/no need quotes"),
         ("{command: [x], env: [{name: A}]}", "spec.template.spec.env[0]: give either value or valueFrom"),
-        ("{command: [x], env: [{name: A=B, value: x}]}", "spec.template.spec.env[0].name: must match ^[A-Za-z_][A-Za-z0-9_]*$"),
+        ("{command: [x], env: [{name: A=B, value: x}]}", "spec.template.spec.env[0].name: not a variable name: letters, digits and _, no digit first"),
         ("{command: [x], env: [{name: A, value: b}, {name: A, value: c}]}", "spec.template.spec.env[1].name: A is already set by env[0]"),
         ("{command: [x], env: [{name: CLRK_INVOCATION_ID, value: b}]}", "spec.template.spec.env[0].name: names that begin with CLRK_ are set by the runtime"),
         ('{command: [x], env: [{name: A, value: "a\\0b"}]}', "spec.template.spec.env[0].value: holds a NUL character"),
-        ("{command: [x], workdir: here}", "spec.template.spec.workdir: must match ^/"),
+        ("{command: [x], workdir: here}", "spec.template.spec.workdir: not an absolute path; it begins with /"),
         ("{command: [x], rootfs: /nonexistent}", "spec.template.spec.rootfs: no such folder: /nonexistent"),
         ("{command: [x], mounts: [{hostPath: /etc, path: /}]}", "spec.template.spec.mounts[0].path: '/' can not be a mount point; name a folder below /"),
         ("{command: [x], mounts: [{hostPath: /etc, path: /a/../b}]}", "spec.template.spec.mounts[0].path: '/a/../b' can not be a mount point; name a folder below /"),
         ("{command: [x], mounts: [{hostPath: /etc, path: /a}, {hostPath: /usr, path: /a}]}", "spec.template.spec.mounts[1].path: /a is already taken by mounts[0]"),
         ("{command: [x], mounts: [{hostPath: /usr, path: /run/clrk/x}]}", "spec.template.spec.mounts[0].path: /run/clrk/x is clrk's own in every sandbox; choose another"),
         ("{command: [x], mounts: [{hostPath: /usr, path: //etc/}]}", "spec.template.spec.mounts[0].path: //etc/ is clrk's own in every sandbox; choose another"),
-        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /etc, path: /w/./x}]}", "spec.template.spec.mounts[1].path: inside /w, which the agent may write: a link there would move this mount"),
+        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /etc, path: /w/./x}]}", "spec.template.spec.mounts[1].path: leads through /usr, which TaskAgent default/a may write: a link there would move this mount"),
         ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /usr/lib, path: /x}]}", "spec.template.spec.mounts[1].hostPath: inside /usr, which TaskAgent default/a may write: a link there would show any host path"),
         ("{command: [x], rootfs: /usr, mounts: [{hostPath: /usr, path: /w, readOnly: false}]}", "spec.template.spec.rootfs: inside /usr, which TaskAgent default/a may write"),
         ("{command: [x], mounts: [{hostpath: /etc, path: /a}]}", 'spec.template.spec.mounts[0].hostpath: unknown field; did you mean "hostPath"?'),
@@ -409,6 +409,27 @@ def test_a_mount_below_what_another_agent_may_write(tmp_path):
     found = problems_of(tmp_path, documents(reader, writer))
     assert [problem.partition(": inside ")[0] for problem in found] == [
         f"5: TaskAgent/a: spec.template.spec.mounts[{index}].hostPath" for index in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "index"),
+    [
+        ("mounts: [{hostPath: work, path: /d}, {hostPath: /usr, path: /d/x}]", 1),
+        ("mounts: [{hostPath: /usr, path: /d/work/x}, {hostPath: ., path: /d}]", 0),
+        ("rootfs: ROOT, mounts: [{hostPath: /usr, path: /work/x}]", 0),
+    ],
+)
+def test_a_mount_point_in_what_another_agent_may_write(tmp_path, template, index):
+    """For this agent the folder is read-only; the link that moves its mount is made by the other one."""
+    (tmp_path / "work").mkdir()
+    reader = AGENT.replace("{command: [/bin/true]}", f"{{command: [x], {template.replace('ROOT', str(tmp_path))}}}")
+    writer = AGENT.replace("name: a", "name: w").replace(
+        "{command: [/bin/true]}", "{command: [x], mounts: [{hostPath: work, path: /w, readOnly: false}]}"
+    )
+    assert problems_of(tmp_path, documents(reader, writer)) == [
+        f"5: TaskAgent/a: spec.template.spec.mounts[{index}].path: leads through {tmp_path}/work, which TaskAgent "
+        "default/w may write: a link there would move this mount"
     ]
 
 
