@@ -23,7 +23,7 @@ from clrk.core.resources import (
 from clrk.runtime.config.check import resolve
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import describe_errors, describe_kind, nearest
-from clrk.runtime.config.nodes import Document, Finding, parse
+from clrk.runtime.config.nodes import MAX_FILE_BYTES, Document, Finding, parse
 
 DEFAULT_PATH: Final = FilePath("/etc/clrk")
 
@@ -66,7 +66,8 @@ def _list_files(paths: Sequence[FilePath], problems: Problems) -> Iterable[FileP
 
 def _read_file(file: FilePath, problems: Problems) -> list[Declared]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with file.open("rb") as stream:  # a bounded read: it may be a device, or a pipe
+            text = stream.read(4 * MAX_FILE_BYTES + 4).decode("utf-8-sig")
     except OSError as exc:
         problems.add_file(file, f"{exc.strerror}")
         return []

@@ -433,6 +433,11 @@ def test_a_mount_point_in_what_another_agent_may_write(tmp_path, template, index
     ]
 
 
+def test_a_file_without_an_end_is_refused():
+    with pytest.raises(ConfigError, match="/dev/zero:1: the file is over 4 MiB"):
+        load([Path("/dev/zero")])
+
+
 def test_siblings_of_a_writable_mount_are_fine(tmp_path):
     mounts = "[{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /etc, path: /w2}, {hostPath: /usr, path: /v}]"
     (tmp_path / "a.yaml").write_text(AGENT.replace("{command: [/bin/true]}", f"{{command: [x], mounts: {mounts}}}"))
