@@ -86,7 +86,7 @@ def test_a_send_that_waits_in_syn_sent_is_not_stamped_and_not_believed(make_sand
 
 
 def test_the_race_for_syn_sent_never_yields_another_destination(sandbox: Sandbox, attacker: Path) -> None:
-    rounds = 2000
+    rounds = 600
     forged = attacker.with_name("forged")
     forged.write_bytes(forge(sandbox))
     forged.chmod(0o644)
