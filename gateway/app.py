@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from clrk.gateway._aio import spawn
 from clrk.gateway.admin.app import build_admin_app, build_health_app
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.control_client import ControlClient, ControlError, close_fds
+from clrk.gateway.http_server import BoundedServer
 from clrk.gateway.ingress import Ingress
 from clrk.gateway.invocation import Egress, TelemetrySink
 from clrk.gateway.invocations import Invocations
@@ -47,6 +49,7 @@ _MAX_CONFIG_SIZE: Final = 64 * 1024 * 1024
 _DRAIN_ANSWERS_S: Final = 5.0  # for answers that are still on their way to slow callers
 _BACKLOG: Final = 1024
 _KEEPALIVE_S: Final = 75.0
+_CALLERS_SHARE: Final = 4  # one in so many descriptors
 _SHUTDOWN_S: Final = 2.0  # for handlers, when their runs are over
 
 
@@ -195,6 +198,11 @@ def read_config(fd: int) -> GatewayConfig:
         raise ProtocolError("control_configure", f"unusable configuration: {where}") from None
 
 
+def _max_connections() -> int:
+    """Return how many callers may be connected: most descriptors are for the sandboxes that they start."""
+    return max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _CALLERS_SHARE)
+
+
 class _Parts:
     """Everything that exists only with a configuration."""
 
@@ -227,8 +235,7 @@ class _Parts:
         )
         health = build_health_app(lambda: not self.invocations.draining)
         # A caller that goes away must cancel its handler: that is how its run is stopped.
-        handle = self.ingress.handle
-        ingress = web.Server(handle, handler_cancellation=True, access_log=None, keepalive_timeout=_KEEPALIVE_S)
+        ingress = BoundedServer(self.ingress.handle, max_connections=_max_connections(), keepalive_timeout=_KEEPALIVE_S)
         runners = {
             ConfigureFd.INGRESS: web.ServerRunner(ingress, shutdown_timeout=_SHUTDOWN_S),
             ConfigureFd.ADMIN_UNIX: web.AppRunner(

@@ -12,12 +12,13 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 from aiohttp import web
 
 from clrk.core.resources import MAX_BODY_BYTES
 from clrk.gateway.envelope import Event, to_binary_headers, to_structured
+from clrk.gateway.http_server import BoundedServer
 from clrk.gateway.media import STRUCTURED_EVENT, prefers_structured
 from clrk.gateway.problem import SERVER, Problem, read_body
 
@@ -55,14 +56,19 @@ class MetadataService:
         self._on_answer = on_answer
         self._structured: bytes | None = None
         self._answered = False  # an answer is posted, or being read
-        self._http = web.Server(self._handle, access_log=None, handler_cancellation=True, keepalive_timeout=60)
+        self._http = BoundedServer(
+            self._handle,
+            max_connections=_MAX_CONNECTIONS,
+            invocation_id=lambda: event.attributes["invocationid"],
+            keepalive_timeout=60,
+        )
         self._servers: list[asyncio.Server] = []
 
     async def serve(self, *listeners: socket.socket) -> None:
         """Accept on these listening sockets, which stay the caller's to close."""
         loop = asyncio.get_running_loop()
         for listener in listeners:
-            server = await loop.create_server(self._protocol, sock=listener.dup(), backlog=_BACKLOG)
+            server = await loop.create_server(self._http, sock=listener.dup(), backlog=_BACKLOG)
             self._servers.append(server)
 
     async def close(self) -> None:
@@ -70,9 +76,6 @@ class MetadataService:
         for server in self._servers:
             server.close()
         await self._http.shutdown(0)
-
-    def _protocol(self) -> asyncio.Protocol:
-        return self._http() if len(self._http.connections) < _MAX_CONNECTIONS else _Refusal()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
@@ -149,10 +152,3 @@ def _posted_head(request: web.BaseRequest) -> tuple[int, str | None]:
     if content_type is not None and not re.fullmatch(r"[\x20-\x7e]+", content_type):
         raise Problem(400, "Content-Type: not printable ASCII")
     return int(status), content_type
-
-
-class _Refusal(asyncio.Protocol):
-    """Ends a connection that is one too many."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.WriteTransport, transport).abort()

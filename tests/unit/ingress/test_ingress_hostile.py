@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import resource
 import socket
 
@@ -100,3 +101,46 @@ async def test_events_that_an_agent_never_reads_are_held_once(gateway):
     gateway.runtime.open_gate()
     assert (await call)[0] == 502  # it posts no answer
     assert grown_kib < 100_000
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET /agents/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"GET /agents/\x1b[31m\x00 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+    ],
+)
+async def test_what_is_no_http_gets_a_problem_and_no_place_in_the_log(gateway, caplog, request_bytes, status):
+    reader, writer = await gateway.raw(request_bytes)
+    async with asyncio.timeout(10):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    assert (headers["Content-Type"], headers["Server"]) == ("application/problem+json", "clrk")
+    found = json.loads(body)
+    assert (found["status"], found["invocation_id"]) == (status, headers["X-Clrk-Invocation-ID"])
+    assert caplog.text == ""
+
+
+async def test_callers_leave_descriptors_to_the_sandboxes(tmp_path, monkeypatch):
+    """Connections that say nothing took every descriptor of the gateway, and no sandbox could start."""
+    monkeypatch.setattr("clrk.gateway.app._max_connections", lambda: 3)
+    runtime = ScriptedRuntime(AGENTS, tmp_path)
+    await runtime.start()
+    async with aiohttp.ClientSession() as client:
+        gateway = Gateway(runtime, client)
+        silent = [await gateway.raw(b"GET / HTTP/1.1\r\nX: ") for _ in range(3)]
+        reader, writer = await gateway.raw(b"GET /agents/echo HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(10):
+            assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+        for _, silent_writer in [*silent, (reader, writer)]:
+            silent_writer.close()
+        await runtime.until(lambda: not _connections(runtime))
+        assert (await gateway.call("/agents/echo"))[0] == 200
+    await runtime.stop()
+
+
+def _connections(runtime):
+    return [runner for runner in runtime.app._parts._runners if runner.server and runner.server.connections]

@@ -1,0 +1,77 @@
+"""aiohttp's server for listeners that strangers reach: a bounded number of connections, and errors in our own words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from clrk.core.ids import new_invocation_id
+from clrk.gateway.problem import Problem
+
+_BUSY: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class BoundedServer(web.Server):
+    """A web.Server that serves max_connections at a time; others get 503 at once, so that descriptors are left.
+
+    Shape: invocation_id names the answers to what is no HTTP; by default each gets a new id.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        *,
+        max_connections: int,
+        invocation_id: Callable[[], str] = new_invocation_id,
+        keepalive_timeout: float,
+    ) -> None:
+        super().__init__(
+            handler, handler_cancellation=True, access_log=None, keepalive_timeout=keepalive_timeout
+        )  # fmt: skip
+        self._max_connections = max_connections
+        self.invocation_id = invocation_id
+
+    def __call__(self) -> Any:
+        """Return the protocol of one connection."""
+        if len(self.connections) >= self._max_connections:
+            return _Refusal()
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(RequestHandler):
+    """Answers what is no HTTP with a problem document: aiohttp's answer names versions, and its log the bytes."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """See RequestHandler."""
+        if not isinstance(exc, HttpProcessingError) or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        if isinstance(exc, LineTooLong):
+            problem = Problem(431, "the request line or a header is too long")
+        else:
+            problem = Problem(400, "this is not HTTP/1.1 as RFC 9112 has it")
+        server = cast("BoundedServer | None", self._manager)
+        response = problem.response(server.invocation_id() if server is not None else new_invocation_id())
+        response.force_close()
+        return response
+
+
+class _Refusal(asyncio.Protocol):
+    """Ends a connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        stream = cast(asyncio.WriteTransport, transport)
+        stream.write(_BUSY)
+        stream.close()
