@@ -118,7 +118,7 @@ class UidRange(Model):
 class HostLimits(Model):
     """Ceilings of the whole host."""
 
-    max_sandboxes: Annotated[int, Field(ge=1, le=10_000)] = 256
+    max_sandboxes: Annotated[int, Field(ge=1, le=4096)] = 256  # as many as the kernel map clrk_sandboxes holds
 
 
 class RuntimeSpec(Model):
