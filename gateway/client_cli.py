@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--socket",
         metavar="PATH",
-        help="admin socket of the daemon (default: $CLRK_ADMIN_SOCKET, else /run/clrk/admin.sock)",
+        help="admin socket of the daemon (default: $CLRK_ADMIN_SOCKET, else /run/$CLRK_INSTANCE/admin.sock, "
+        "else /run/clrk/admin.sock)",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_agents(commands)
@@ -100,7 +101,7 @@ def _add_agents(commands: Any) -> None:
     _add_output(get)
     get.set_defaults(command=_lazy("agents", "get_agent"))
 
-    logs = verbs.add_parser("logs", help="what an agent wrote to stdout and stderr")
+    logs = verbs.add_parser("logs", help="what an agent wrote to stderr; in Metadata mode also to stdout")
     logs.add_argument("name", metavar="NAME[/INVOCATION]", help="[NAMESPACE/]NAME, and the invocation or its beginning")
     logs.add_argument("--tail", type=int, default=1000, metavar="N", help="only the last N lines (default 1000)")
     logs.add_argument("-o", "--output", choices=("text", "json"), help="default: text on a terminal, NDJSON in a pipe")

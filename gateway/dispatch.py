@@ -161,5 +161,7 @@ def _caller_attributes(request: web.BaseRequest) -> dict[str, AttributeValue]:
     if sock is not None and sock.family == socket.AF_UNIX:
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         pid, uid, _ = _PEER_CREDENTIALS.unpack(raw)
-        attributes |= {attr.NETWORK_TRANSPORT: "unix", attr.CLRK_CALLER_PID: pid, attr.CLRK_CALLER_UID: uid}
+        attributes |= {attr.NETWORK_TRANSPORT: "unix", attr.CLRK_CALLER_UID: uid}
+        if pid:  # 0: a process that the gateway's pid namespace can not see
+            attributes[attr.CLRK_CALLER_PID] = pid
     return attributes

@@ -30,6 +30,7 @@ RunTask = Callable[[web.Request, str, str], Awaitable[web.StreamResponse]]
 _MAX_WAIT_S: Final = 60.0
 _FLUSH_S: Final = 1.0
 _DEFAULT_TAIL: Final = 1000
+_MAX_NAMED: Final = 4  # invocations that an ambiguous beginning is answered with
 _ID_PREFIX: Final = re.compile(r"[0-9a-f-]{1,36}")
 _ENCODER: Final = msgspec.json.Encoder()
 
@@ -79,7 +80,9 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
     except StoreError as exc:
         return _problem(503, str(exc))
     except web.HTTPException as exc:
-        return _problem(exc.status, f"{request.method} {request.path}: {exc.reason}", dict(exc.headers))
+        unsaid = exc.reason == HTTPStatus(exc.status).phrase  # aiohttp's own: nobody has said what is wrong
+        detail = f"{request.method} {request.path}: {exc.reason}" if unsaid else exc.reason
+        return _problem(exc.status, detail, dict(exc.headers))
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> web.Response:
@@ -179,7 +182,8 @@ class _AdminApi:
         if not found:
             raise web.HTTPNotFound(reason=f"no invocation {prefix} in the store")
         if len(found) > 1:
-            raise web.HTTPConflict(reason=f"{prefix} is the beginning of {', '.join(found)}; write more of it")
+            several = ", ".join(found[:_MAX_NAMED]) + (", …" if len(found) > _MAX_NAMED else "")
+            raise web.HTTPConflict(reason=f"{prefix} is the beginning of {several}; write more of it")
         return found[0]
 
     def _find(self, request: web.Request) -> TaskAgent:

@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 from datetime import datetime
+from typing import Any, Final
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.connection import Admin, CommandError
+
+SHORT_ID: Final = 13  # characters of an invocation id that name its millisecond
 
 
 def agent_key(text: str) -> tuple[str, str]:
@@ -29,32 +32,34 @@ def list_agents(admin: Admin, args: argparse.Namespace) -> int:
     if args.output != "table":
         terminal.write_document(items, args.output)
         return 0
-    rows = [
-        (
-            item["namespace"],
-            item["name"],
-            item["kind"],
-            item["revision"],
-            item["egressGateway"],
-            item["delivery"],
-            f"{item['timeoutSeconds']:g}s",
-            item["maxConcurrent"] or "unlimited",
-        )
-        for item in items
-    ]
-    if not rows:
+    if not items:
         terminal.error("no agents; declare one in /etc/clrk and reload with SIGHUP")
         return 0
-    columns = ("NAMESPACE", "NAME", "KIND", "REVISION", "GATEWAY", "DELIVERY", "TIMEOUT", "CONCURRENT")
+    columns = ["NAMESPACE", "NAME", "KIND", "REVISION", "GATEWAY", "DELIVERY", "TIMEOUT"]
+    keys = ("namespace", "name", "kind", "revision", "egressGateway", "delivery")
+    rows = [[*(item[key] for key in keys), _timeout(item)] for item in items]
+    if any(item["maxConcurrent"] for item in items):  # else the column would only push the lines past 80
+        columns.append("CONCURRENT")
+        for row, item in zip(rows, items, strict=True):
+            row.append(_max_concurrent(item))
     terminal.write_table(columns, rows)
     return 0
+
+
+def _timeout(agent: dict[str, Any]) -> str:
+    return f"{agent['timeoutSeconds']:g}s"
+
+
+def _max_concurrent(agent: dict[str, Any]) -> str:
+    return str(agent["maxConcurrent"] or "unlimited")
 
 
 def get_agent(admin: Admin, args: argparse.Namespace) -> int:
     """Print one agent, without the values of its environment."""
     agent = admin.get("agents", *agent_key(args.name))
     if args.output == "table":
-        facts = {key: value for key, value in agent.items() if key not in ("spec", "labels")}
+        facts = {key: value for key, value in agent.items() if key not in ("spec", "labels", "timeoutSeconds")}
+        facts |= {"timeout": _timeout(agent), "maxConcurrent": _max_concurrent(agent)}
         template = agent["spec"]["template"]["spec"]
         facts["command"] = json.dumps(template["command"] + template["args"])
         limits = agent["spec"]["resources"]
@@ -69,17 +74,21 @@ def show_logs(admin: Admin, args: argparse.Namespace) -> int:
     """Print what an agent wrote: text on a terminal, NDJSON into a pipe."""
     target, invocation = _log_target(args.name)
     query = {"tail": str(args.tail)} | ({"invocation": invocation} if invocation else {})
+    found = False
     as_json = args.output == "json" or (args.output is None and not sys.stdout.isatty())
     for raw in admin.lines("agents", *agent_key(target), "logs", query=query):
+        found = True
         if as_json:
             sys.stdout.write(raw.decode() + "\n")
             continue
         entry = json.loads(raw)
         moment = datetime.fromtimestamp(entry["time_unix_nano"] / 1e9).astimezone()
         sys.stdout.write(
-            f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d} {entry['invocation_id'][:13]}"
+            f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d} {entry['invocation_id'][:SHORT_ID]}"
             f" {entry['stream']:6} {terminal.printable(entry['line'])}\n"
         )
+    if not found:
+        terminal.error(f"no lines of {args.name}: it wrote none, or there is no such agent (`clrk agents list`)")
     return 0
 
 

@@ -44,7 +44,8 @@ class AdminConnection(http.client.HTTPConnection):
             ) from None
         except PermissionError:
             raise CommandError(
-                f"{self._path}: permission denied; run with sudo, or join the group: sudo usermod -aG clrk $USER"
+                f"{self._path}: permission denied; run with sudo, or be in group clrk before the daemon starts: "
+                "sudo groupadd -f clrk; sudo usermod -aG clrk $USER"
             ) from None
         except OSError as exc:
             raise CommandError(f"connect to {self._path}: {exc.strerror or exc}") from None

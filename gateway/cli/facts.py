@@ -64,6 +64,11 @@ class SpanFacts:
         return bool(self.raw["status"]["code"] == _ERROR)
 
     @property
+    def is_whole_run(self) -> bool:
+        """The invocation itself, as opposed to something that it did."""
+        return self.get(attr.CLRK_PHASE) is not None
+
+    @property
     def is_llm_call(self) -> bool:
         """A call to a model, as opposed to a run of an agent or a tool."""
         return self.get(attr.GEN_AI_REQUEST_MODEL) is not None or self.get(attr.GEN_AI_RESPONSE_MODEL) is not None
@@ -159,7 +164,7 @@ class SpanFacts:
         pid, executable = self.get(attr.PROCESS_PID), self.get(attr.PROCESS_EXECUTABLE_NAME)
         if pid is None and executable is None:
             return ""
-        return f"{executable or '?'}[{pid or '?'}]"
+        return f"pid {pid}" if executable is None else f"{executable}[{pid or '?'}]"
 
 
 def show_time(ns: int) -> str:

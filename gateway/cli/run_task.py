@@ -13,7 +13,7 @@ from typing import Final
 from urllib.parse import quote
 
 from clrk.gateway.cli import terminal
-from clrk.gateway.cli.agents import agent_key
+from clrk.gateway.cli.agents import SHORT_ID, agent_key
 from clrk.gateway.cli.connection import Admin, AdminConnection, CommandError, problem_detail, url_path
 
 EXIT_CODES: Final = {"Succeeded": 0, "Failed": 1, "Timeout": 124, "Rejected": 77}
@@ -44,14 +44,23 @@ def run_task(admin: Admin, args: argparse.Namespace) -> int:
         if invocation and not args.quiet:
             terminal.error(f"invocation {invocation}")
         if response.status >= 400:
-            return _failed(response)
-        whole = _copy(connection, response, deadline)
+            code = _failed(response)
+        else:
+            whole = _copy(connection, response, deadline)
+            code = _exit_code(admin, invocation, whole=whole)
     except TimeoutError:
         connection.close()  # the caller goes away: the invocation is cancelled
         raise CommandError(f"no end within {args.timeout}: cancelled", EXIT_CODES["Timeout"]) from None
     except (OSError, http.client.HTTPException) as exc:
         raise CommandError(f"the daemon broke off: {type(exc).__name__} {exc}") from exc
-    return _exit_code(admin, invocation, whole=whole)
+    if code in (EXIT_CODES["Failed"], EXIT_CODES["Timeout"]) and invocation and not args.quiet:
+        _point_to_the_cause(args.name, invocation)
+    return code
+
+
+def _point_to_the_cause(name: str, invocation: str) -> None:
+    short = invocation[:SHORT_ID]
+    terminal.error(f"why: `clrk agents logs {name}/{short}` is what it wrote, `clrk trace {short}` what it did")
 
 
 def _copy(connection: AdminConnection, response: http.client.HTTPResponse, deadline: float | None) -> bool:
@@ -77,13 +86,13 @@ def _copy(connection: AdminConnection, response: http.client.HTTPResponse, deadl
 
 def _failed(response: http.client.HTTPResponse) -> int:
     """Explain an error answer; its phase is the invocation's, or what the status says."""
-    body = response.read()
-    terminal.error(problem_detail(response.status, body))
+    detail = problem_detail(response.status, response.read())
+    terminal.error(detail)
     if response.status == 504:
         return EXIT_CODES["Timeout"]
     if response.status in (500, 502, 507):
         code = response.getheader("X-Clrk-Exit-Code")
-        if code is not None:
+        if code not in (None, "0") and f"code {code}" not in detail:
             terminal.error(f"the agent exited with code {code}")
         return EXIT_CODES["Failed"]
     return EXIT_CODES["Rejected"]

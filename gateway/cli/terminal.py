@@ -57,17 +57,16 @@ def write_yaml(document: object) -> None:
 
 
 def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write an aligned table. Cells are made printable here."""
-    from rich import box
-    from rich.table import Table
+    """Write an aligned table, one line a row at any width. Cells are made printable here."""
+    from rich.cells import cell_len
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console().print(table)
+    lines = [list(columns), *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    out = console()
+    for number, cells in enumerate(lines):
+        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=True))
+        out.print(Text("  ".join(padded).rstrip(), "" if number else "bold"), soft_wrap=True)
 
 
 def write_document(document: Any, form: str) -> None:

@@ -11,12 +11,12 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from clrk.gateway.cli import terminal
+from clrk.gateway.cli.agents import SHORT_ID
 from clrk.gateway.cli.connection import Admin
 from clrk.gateway.cli.facts import SpanFacts, show_cost, show_duration, show_time
 
-_SHORT_ID: Final = 18  # of a UUID version 7: the millisecond and 12 random bits
 _WIDE_ENOUGH: Final = 120
-_MIN_TITLE: Final = 30
+_MIN_TITLE: Final = 20
 _MAX_COLUMN: Final = 100
 _GAP: Final = "  "
 
@@ -68,7 +68,7 @@ def _write_table(spans: list[SpanFacts]) -> None:
         _Column("COST", [show_cost(span.cost_usd) for span in spans], right=True),
         _Column("STATUS", [terminal.printable(span.status) for span in spans]),
         _Column("DURATION", [show_duration(span.end_ns - span.start_ns) for span in spans], right=True),
-        _Column("INVOCATION", [span.invocation[: 36 if wide else _SHORT_ID] for span in spans], "cyan"),
+        _Column("INVOCATION", [span.invocation[: 36 if wide else SHORT_ID] for span in spans], "cyan"),
     ]
     columns = [column for column in columns if any(column.cells)]
     title = next(column for column in columns if column.name == "SPAN")

@@ -73,7 +73,8 @@ def _caller(root: SpanFacts) -> str:
     address, port = root.get(attr.CLIENT_ADDRESS), root.get(attr.CLIENT_PORT)
     parts = [f"{address}:{port}" if port else str(address)] if address else []
     if (uid := root.get(attr.CLRK_CALLER_UID)) is not None:
-        parts.append(f"uid {uid}, process {root.get(attr.CLRK_CALLER_PID)} on this host")
+        pid = root.get(attr.CLRK_CALLER_PID)
+        parts.append(f"uid {uid}, process {pid} on this host" if pid else f"uid {uid} on this host")
     if agent := root.get(attr.USER_AGENT_ORIGINAL):
         parts.append(str(agent))
     if parent := root.raw["parent_span_id"]:
@@ -84,7 +85,7 @@ def _caller(root: SpanFacts) -> str:
 def _usage(spans: list[SpanFacts]) -> str:
     llm = [span for span in spans if span.is_llm_call]
     denied = sum(span.denied for span in spans)
-    errors = sum(span.failed and not span.denied for span in spans)
+    errors = sum(span.failed and not span.denied and not span.is_whole_run for span in spans)  # `outcome` tells that
     costs = [span.cost_usd for span in llm if span.cost_usd is not None]
     parts = [f"{len(llm)} LLM call{'' if len(llm) == 1 else 's'}"]
     if llm:

@@ -121,6 +121,12 @@ async def test_an_invocation_is_found_by_the_beginning_of_its_id(api, telemetry)
     assert status == 409
     assert first.invocation_id in detail
     assert second.invocation_id in detail
+    for number in range(3, 10):
+        record_invocation(telemetry, identity(invocation_id=f"01a2041e-8f1b-7{number}00-bede-e5329b18fce0"))
+    detail = (await problem(await api.get("/v1/traces/01a2041e")))[1]
+    assert detail.startswith("01a2041e is the beginning of 01a2041e-8f1b-7")
+    assert detail.endswith(", …; write more of it")
+    assert detail.count("bede") == 4
     assert (await problem(await api.get("/v1/traces/ffff")))[0] == 404
     for text in ("%25", "XYZ", "a" * 37, "'--"):
         assert (await problem(await api.get(f"/v1/traces/{text}")))[0] == 400

@@ -98,14 +98,17 @@ def answering(daemon, body=b"", *, status=200, phase="Succeeded", exit_code=0, h
 async def test_agents_list_and_get_in_every_form(daemon):
     table = await daemon.clrk("agents", "list")
     assert table.code == 0
-    assert re.search(r"default\s+support\s+TaskAgent\s+[0-9a-f]{12}\s+default\s+Stdin\s+100s\s+unlimited", table.out)
+    assert re.search(r"default +support +TaskAgent +[0-9a-f]{12} +default +Stdin +100s\n", table.out)
     assert "\x1b" not in table.out
+    assert max(map(len, table.out.splitlines())) <= 80
     listed = json.loads((await daemon.clrk("agents", "list", "-o", "json")).out)
     assert [item["name"] for item in listed] == ["support", "orders"]
     assert yaml.safe_load((await daemon.clrk("agents", "list", "-o", "yaml")).out) == listed
     one = json.loads((await daemon.clrk("agents", "get", "team-b/orders", "-o", "json")).out)
     assert one["spec"]["template"]["spec"]["command"] == ["/bin/agent"]
-    assert "/bin/agent" in (await daemon.clrk("agents", "get", "support")).out
+    facts = (await daemon.clrk("agents", "get", "support")).out
+    assert re.search(r"command +\[\"/bin/agent\"\]\n", facts)
+    assert re.search(r"maxConcurrent +unlimited\ntimeout +100s\n", facts)
 
 
 @pytest.mark.parametrize("name", ["nobody", "a/b/c", "/", "", "default/../support", HOSTILE])
@@ -336,6 +339,21 @@ async def test_an_error_answer_goes_to_stderr(daemon, status, code):
     assert "because" in done.err
     assert "\x1b" not in done.err
     assert ("exited with code 3" in done.err) == (status == 500)
+
+
+async def test_a_failure_is_said_once_and_points_to_its_cause(daemon):
+    body = json.dumps({"detail": "the agent exited with code 3"}).encode()
+    who = answering(daemon, body, status=500, phase="", headers={"X-Clrk-Exit-Code": "3"})
+    done = await daemon.clrk("agents", "run-task", "support")
+    assert done.err.count("exited with code 3") == 1
+    assert f"clrk agents logs support/{who.invocation_id[:13]}`" in done.err
+    assert (await daemon.clrk("agents", "run-task", "support", "-q")).err == "clrk: the agent exited with code 3\n"
+
+
+async def test_logs_of_an_agent_without_lines_say_so_on_stderr(daemon):
+    done = await daemon.clrk("agents", "logs", "nobody")
+    assert (done.code, done.out) == (0, "")
+    assert "no lines of nobody" in done.err
 
 
 async def test_headers_and_attributes_reach_the_agent(daemon):
