@@ -24,7 +24,7 @@ examples:
   sudo clrk-runtime                       serve the resources of /etc/clrk
   sudo clrk-runtime serve -c my-agents/   serve those of a folder; -c may be given several times
   clrk-runtime check -c agent.yaml        validate: every problem with file, line and field
-  sudo systemctl reload clrk-runtime      reload, also by SIGHUP: all valid, or nothing changes
+  sudo systemctl reload clrk              reload, also by SIGHUP: all valid, or nothing changes
 
 `clrk --help` is the client: run agents, list invocations, read traces.
 """
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as exc:
         for problem in exc.problems:
             print(problem, file=sys.stderr)
-        print(f"{len(exc.problems)} problem{'s' * (len(exc.problems) != 1)}", file=sys.stderr)
+        print(_count(len(exc.problems), "problem"), file=sys.stderr)
         return EXIT_INVALID
     except ClrkError as exc:
         print(f"clrk-runtime: {exc}", file=sys.stderr)
@@ -72,7 +72,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     serve = commands.add_parser("serve", parents=[config], help="run the daemon in the foreground (the default; root)")
     serve.add_argument(
         "--instance", metavar="NAME", default="clrk",
-        help="prefix of everything made on the host, for a second runtime beside the first; default clrk",
+        help="prefix of everything made on the host, for a second runtime beside the first; default clrk. "
+        "Its client is `CLRK_INSTANCE=NAME clrk ...`",
     )  # fmt: skip
     commands.add_parser("check", parents=[config], help="validate resources; exit code 2 when they are invalid")
     known = ("-h", "--help", "--version", *commands.choices)
@@ -98,12 +99,16 @@ def _summarise(resources: Resources) -> list[str]:
     for (namespace, name), gateway in sorted(resources.gateways.items()):
         routes = [route for (space, _), route in resources.routes.items() if space == namespace]
         rules = sum(len(route.spec.rules) for route in routes if route.spec.gateway_ref.name == name)
-        lines.append(f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {rules} rules")
+        lines.append(f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {_count(rules, 'rule')}")
     for (namespace, name), values in sorted(resources.secrets.items()):
-        lines.append(f"  Secret {namespace}/{name}: {len(values)} keys")
+        lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
     if not resources.agents:
         lines.append("  no agent is declared")
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _serve(layout: HostLayout, paths: Sequence[Path]) -> int:

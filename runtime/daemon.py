@@ -123,7 +123,8 @@ class _Daemon:
         )
         supervisor.runs = Runs(pool, self._resources, max_runs=spec.limits.max_sandboxes)
         stack.push_async_callback(supervisor.runs.stop_all)
-        _LOG.info("ingress on http://%s, admin on http://%s", *map(format_address, listeners.tcp()))
+        _LOG.info("ingress on http://%s, health on http://%s", *map(format_address, listeners.tcp()))
+        _LOG.info("for `clrk`: %s", self._layout.admin_socket)
         return supervisor
 
     # --- signals ----------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ class _Daemon:
 
     async def _announce(self, supervisor: GatewaySupervisor) -> None:
         await supervisor.ready.wait()
-        _LOG.info("ready: %d agents", len(self._resources.agents))
+        _LOG.info("ready: agents: %d", len(self._resources.agents))
         notify("READY=1")
 
     async def _fail_without_spawner(self) -> None:
@@ -184,7 +185,7 @@ class _Daemon:
             except HostError as exc:  # the gateway of now does not know; the next one begins with these resources
                 _LOG.error("reload: %s", exc)
             else:
-                _LOG.info("reload: %d agents", len(self._resources.agents))
+                _LOG.info("reload: agents: %d", len(self._resources.agents))
 
 
 def _raise_open_files() -> None:

@@ -18,6 +18,7 @@ _PLAIN = {
     "missing": "is missing",
     "string_type": "not text; numbers and yes/no need quotes",
     "list_type": "not a list; begin each entry with `- `",
+    "too_short": "is empty",
     "dict_type": "not a mapping of names to values",
     "model_type": "not a mapping of fields",
     "model_attributes_type": "not a mapping of fields",
@@ -26,6 +27,11 @@ _PLAIN = {
     "int_parsing": "not a whole number",
     "bool_type": "not true or false",
     "bool_parsing": "not true or false",
+}
+_PATTERNS = {
+    "^/": "not an absolute path; it begins with /",
+    "^[A-Z]+$": "not a method in capitals, such as GET",
+    "^[A-Za-z_][A-Za-z0-9_]*$": "not a variable name: letters, digits and _, no digit first",
 }
 
 
@@ -51,7 +57,8 @@ def describe_kind(kind: str) -> str:
     """Return why kind is not one of this version's."""
     if kind in NOT_YET_KINDS:
         return f"kind {kind} is part of the contract but not in this version{nearest('', KINDS)}"
-    return f"unknown kind {kind!r}{nearest(kind, (*KINDS, *NOT_YET_KINDS))}"
+    near = nearest(kind, (*KINDS, *NOT_YET_KINDS))  # a misspelt later kind is best understood as that
+    return f"unknown kind {kind!r}{near if 'did you mean' in near else nearest(kind, KINDS)}"
 
 
 def describe_errors(model: type[BaseModel], document: Document, error: ValidationError) -> Iterator[Finding]:
@@ -88,7 +95,8 @@ def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails) -> str:
     if code == "value_error":
         return detail["msg"].removeprefix("Value error, ")
     if code == "string_pattern_mismatch":
-        return f"must match {detail['ctx']['pattern']}"
+        pattern = detail["ctx"]["pattern"]
+        return _PATTERNS.get(pattern) or f"must match {pattern}"
     return _PLAIN.get(code) or detail["msg"].replace("Input should be", "must be", 1)
 
 

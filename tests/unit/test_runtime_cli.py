@@ -39,7 +39,7 @@ def test_check_of_valid_resources_says_what_was_found(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "TaskAgent default/a: revision " in out
     assert "EgressGateway default/default: deny-all, 2 rules" in out
-    assert "Secret default/s: 1 keys" in out
+    assert "Secret default/s: 1 key\n" in out
     assert "hunter2" not in out
     assert err == ""
 
