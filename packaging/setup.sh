@@ -187,4 +187,4 @@ if [ ${#failures[@]} -gt 0 ]; then
 	printf '   - %s\n' "${failures[@]}"
 	exit 1
 fi
-step "setup complete"
+step "setup complete; the commands are $VENV/bin/clrk and clrk-runtime"
