@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import time
 from collections.abc import Callable
@@ -38,6 +39,9 @@ MAX_TCP_CONNECTIONS: Final = 32  # per sandbox
 TCP_IDLE_S: Final = 10.0
 MAX_DENIED_SPANS: Final = 256  # distinct names per sandbox: a loop over random names can not flood the store
 _UDP_BATCH: Final = 64  # packets per loop turn, so that one sandbox can not hold the loop
+
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_RETRY_S: Final = 0.1
 
 _LOCALHOST: Final = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 
@@ -205,7 +209,14 @@ class SandboxResolver:
     async def _accept(self, tcp: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(tcp)
+            try:
+                connection, _ = await loop.sock_accept(tcp)
+            except OSError as exc:
+                if exc.errno in _NO_DESCRIPTORS:
+                    await asyncio.sleep(_RETRY_S)  # the only thing that helps is somebody else's close
+                elif exc.errno != errno.ECONNABORTED:
+                    return  # the listener is gone, and the run with it
+                continue
             if len(self._connections) >= MAX_TCP_CONNECTIONS:
                 connection.close()
                 continue

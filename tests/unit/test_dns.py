@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
+import select
 import socket
 from typing import Any
 
@@ -190,3 +193,29 @@ async def test_close_ends_idle_tcp_clients() -> None:
     writer.close()
     udp.close()
     tcp.close()
+
+
+async def test_out_of_descriptors_is_waited_out() -> None:
+    """A busy gateway may fail to accept for a moment; the resolver must still be there afterwards."""
+    udp, tcp = listeners()
+    resolver = SandboxResolver(identity=IDENTITY, policy=AllowExample, names=NameTable(), recorder=Spans())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = socket.socket()
+    client.setblocking(False)
+    resolver.start(udp, tcp)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, hard))
+    try:
+        with contextlib.suppress(BlockingIOError):
+            client.connect(tcp.getsockname())
+        for _ in range(10):  # turns of the loop, in which the accept is tried and fails
+            await asyncio.sleep(0)
+        assert select.select([tcp], [], [], 0)[0], "accepted: the limit did not bind"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        query = dns.message.make_query("x.example.com", "A")
+        reply = await asyncio.to_thread(dns.query.tcp, query, "127.0.0.1", 5, tcp.getsockname()[1])
+        assert values(reply) == ["198.18.0.1"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await resolver.close()
+        for sock in (client, udp, tcp):
+            sock.close()
