@@ -243,6 +243,8 @@ class Invocation:
     async def _open(self, stack: contextlib.AsyncExitStack, started: Started, fds: list[int]) -> None:
         sockets, stdio = take_fds(fds)
         stack.callback(sockets.close)
+        # No OTLP receiver in this version: an SDK that is pointed there is refused at once, not left waiting.
+        sockets.otlp.shutdown(socket.SHUT_RDWR)
         stdin, stdout, stderr = (Pipe(fd) for fd in stdio)
         self.stdout = stdout
         for pipe in (stdin, stderr) if not self.order.metadata_mode else (stdin, stdout, stderr):
