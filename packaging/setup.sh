@@ -33,6 +33,7 @@ packages() {
 		libcap-dev|test -e /usr/include/sys/capability.h
 		bubblewrap|command -v bwrap
 		util-linux|command -v unshare
+		procps|command -v ps
 		iproute2|command -v ip
 		curl|command -v curl
 		ca-certificates|test -e /etc/ssl/certs/ca-certificates.crt
