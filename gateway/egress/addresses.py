@@ -66,11 +66,10 @@ class AddressGuard:
 
     def refusal(self, address: IPAddress) -> str | None:
         """Return a stable word for the reason, or None when the address may be dialled."""
-        forms: set[IPAddress] = {address, unwrap(address)}
+        # The inner address first, and what a table names before what the host happens to have: one reason, always.
+        forms = (unwrap(address), address)
         for form in forms:
             for reason, network in _REFUSED:
                 if form in network:
                     return reason
-            if form in self._host or self._is_local(form):
-                return "host"
-        return None
+        return "host" if any(form in self._host or self._is_local(form) for form in forms) else None
