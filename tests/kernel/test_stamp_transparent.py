@@ -77,13 +77,15 @@ def test_a_send_says_what_it_sent(sandbox: Sandbox) -> None:
 
 
 def test_many_messages(sandbox: Sandbox) -> None:
-    def client(sock: socket.socket) -> None:
+    def client(sock: socket.socket) -> int:
         at, size = 0, 1
         while at < len(PATTERN) // 4:
             sock.sendall(PATTERN[at : at + size])
             at, size = at + size, size * 3 % 100_003
+        return at
 
-    both(sandbox, client)
+    sent, received = both(sandbox, client)
+    assert received == digest(PATTERN[:sent])
 
 
 @pytest.mark.parametrize(("count", "size"), [(500, 37), (60, 5000), (1, 200_000)])

@@ -38,6 +38,7 @@ def test_usual_modes_are_fine(tmp_path: Path, mode: int) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state").chmod(mode)
     StateDir.take(tmp_path / "state").release()
+    assert (tmp_path / "state").stat().st_mode & 0o7777 == mode  # taken as it is
 
 
 def test_something_else_is_there(tmp_path: Path) -> None:
