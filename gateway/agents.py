@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clrk.core.resources import EgressGateway, GatewayConfig, TaskAgent
+from clrk.core.resources import Agent, DaemonAgent, EgressGateway, GatewayConfig, TaskAgent
 
 _Key = tuple[str, str]  # namespace, name
 
@@ -11,23 +11,32 @@ class AgentTable:
     """Looks up agents by namespace and name. Who got an agent keeps it, whatever a reload does."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        self._agents: dict[_Key, TaskAgent] = {}
+        self._agents: dict[_Key, Agent] = {}
         self._gateways: dict[_Key, EgressGateway] = {}
         self.replace(config)
 
     def replace(self, config: GatewayConfig) -> None:
         """Use another configuration from now on."""
-        self._agents = {(agent.metadata.namespace, agent.metadata.name): agent for agent in config.agents}
+        agents: list[Agent] = [*config.agents, *config.daemons]
+        self._agents = {agent.key: agent for agent in agents}
         self._gateways = {(entry.metadata.namespace, entry.metadata.name): entry for entry in config.gateways}
 
-    def find(self, namespace: str, name: str) -> TaskAgent | None:
+    def find(self, namespace: str, name: str) -> Agent | None:
         """Return the agent, or None."""
         return self._agents.get((namespace, name))
 
-    def all(self) -> list[TaskAgent]:
+    def all(self) -> list[Agent]:
         """Return every agent, by namespace and name."""
         return [self._agents[key] for key in sorted(self._agents)]
 
-    def gateway_of(self, agent: TaskAgent) -> EgressGateway | None:
+    def tasks(self) -> list[TaskAgent]:
+        """Return every TaskAgent, by namespace and name."""
+        return [agent for agent in self.all() if isinstance(agent, TaskAgent)]
+
+    def daemons(self) -> list[DaemonAgent]:
+        """Return every DaemonAgent, by namespace and name."""
+        return [agent for agent in self.all() if isinstance(agent, DaemonAgent)]
+
+    def gateway_of(self, agent: Agent) -> EgressGateway | None:
         """Return the EgressGateway that the agent uses; None: everything is denied."""
         return self._gateways.get((agent.metadata.namespace, agent.gateway_name))

@@ -204,6 +204,8 @@ def _start_problem(refused: StartRefused) -> Problem:
             return Problem(503, "this host is draining", {"Retry-After": "1", "Connection": "close"})
         case StartFailure.UNKNOWN_AGENT:
             return Problem(404, "no such agent on this host any more")
+        case StartFailure.STATE_FULL:
+            return Problem(507, refused.message)
         case StartFailure.SANDBOX_FAILED:
             return Problem(502, f"the sandbox did not start: {refused.message}")
 

@@ -27,6 +27,7 @@ from clrk.core.messages import (
     Drained,
     Exited,
     Ready,
+    ReloadRefused,
     Removed,
     RuntimeMessage,
     Spawned,
@@ -77,7 +78,8 @@ class App:
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._draining = False
         self._drained = False
-        self._counters: dict[str, int] = {}
+        self._counters = Counters({})
+        self._reload_problems: list[str] = []
         self._parts: _Parts | None = None
 
     async def run(self) -> str:
@@ -117,7 +119,9 @@ class App:
             case Drain():
                 self.drain()
             case Counters():
-                self._counters = message.values
+                self._counters = message
+            case ReloadRefused():
+                self._reload_problems = message.problems
             case Started() | Spawned() | StartFailed() | Exited() | Removed():
                 if self._parts is None:
                     raise ProtocolError("control_order", f"{type(message).__name__} before Configure")
@@ -128,8 +132,8 @@ class App:
         self._end(reason)
 
     @property
-    def counters(self) -> dict[str, int]:
-        """The kernel's counters as the runtime last sent them."""
+    def counters(self) -> Counters:
+        """The kernel's counters and the number of sandboxes, as the runtime last sent them."""
         return self._counters
 
     def _end(self, reason: str) -> None:

@@ -184,16 +184,18 @@ class Ingress:
         segments = split_target(request)[0].split("/")
         if len(segments) < 3 or segments[1] != "agents" or not segments[2]:
             raise Problem(400, "no agent named: use /agents/NAME, /agents/NAMESPACE/NAME or X-Clrk-TaskAgent")
-        if len(segments) > 3 and (agent := self._agents.find(segments[2], segments[3])) is not None:
-            return Target(agent, "/agents/{namespace}/{name}", trigger)
-        if (agent := self._agents.find("default", segments[2])) is not None:
-            return Target(agent, "/agents/{name}", trigger)
+        if len(segments) > 3 and self._agents.find(segments[2], segments[3]) is not None:
+            return Target(self._find(segments[2], segments[3]), "/agents/{namespace}/{name}", trigger)
+        if self._agents.find("default", segments[2]) is not None:
+            return Target(self._find("default", segments[2]), "/agents/{name}", trigger)
         raise Problem(404, "no such agent on this host")
 
     def _find(self, namespace: str, name: str) -> TaskAgent:
         agent = self._agents.find(namespace, name)
         if agent is None:
             raise Problem(404, "no such agent on this host")
+        if not isinstance(agent, TaskAgent):
+            raise Problem(405, "a DaemonAgent runs by itself and takes no requests", {"Allow": ""})
         return agent
 
 

@@ -42,6 +42,7 @@ from clrk.gateway.metadata import MetadataService, PostedAnswer
 from clrk.gateway.outcome import Outcome, Phase, outcome_of
 from clrk.gateway.pipes import Pipe
 from clrk.gateway.run import Run, SandboxSockets
+from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import Identity, Recorder
 
 _LOG: Final = logging.getLogger(__name__)
@@ -74,10 +75,13 @@ class Egress(Protocol):
 
 
 class TelemetrySink(Recorder, Protocol):
-    """Spans and log lines."""
+    """Spans, log lines and invocation records."""
 
     def record_log(self, identity: Identity, stream: str, line: bytes, time_ns: int) -> None:
         """Keep one line of output."""
+
+    def record_invocation(self, record: InvocationRecord) -> None:
+        """Keep the record in place of an earlier one of the same invocation. Never raises, never blocks."""
 
 
 class StartRefused(ClrkError):
@@ -212,7 +216,14 @@ class Invocation:
         key = AgentKey(order.agent.metadata.namespace, order.agent.metadata.name)
         try:
             self._commands.send(
-                StartRun(self.identity.invocation_id, key, context.traceparent, context.tracestate, order.timeout_s)
+                StartRun(
+                    run_id=self.identity.invocation_id,
+                    agent=key,
+                    traceparent=context.traceparent,
+                    tracestate=context.tracestate,
+                    baggage=context.baggage,
+                    timeout_s=order.timeout_s,
+                )
             )
             async with asyncio.timeout(START_DEADLINE_S):
                 return await asyncio.shield(self._start)

@@ -148,14 +148,14 @@ class Invocations:
 
         Raises: ProtocolError for a message that its invocation can not take.
         """
-        invocation = self._live.get(message.invocation_id)
+        invocation = self._live.get(message.run_id)
         if invocation is not None:
             invocation.on_message(message, fds)
             return
         close_fds(fds)
         if isinstance(message, Started):
-            _LOG.warning("a run started that nobody waits for", extra={"invocation_id": message.invocation_id})
-            self._commands.send(StopRun(message.invocation_id))
+            _LOG.warning("a run started that nobody waits for", extra={"invocation_id": message.run_id})
+            self._commands.send(StopRun(message.run_id))
 
     # --- draining ---------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from clrk.core.resources import EgressGateway, TaskAgent
+from clrk.core.resources import Agent, EgressGateway
 from clrk.gateway.telemetry.spans import Identity
 
 
@@ -42,7 +42,7 @@ class Run:
     """
 
     identity: Identity
-    agent: TaskAgent
+    agent: Agent
     gateway: EgressGateway | None
     netns_cookie: int
     header_v4: bytes

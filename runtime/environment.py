@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Final
 
 from clrk.core.messages import StartRun
-from clrk.core.resources import TaskAgent
+from clrk.core.resources import Agent
 
 METADATA_URL_V4: Final = "http://169.254.169.254"
 METADATA_URL_V6: Final = "http://[fd00:ec2::254]"
 
 
 def build_environment(
-    agent: TaskAgent, request: StartRun, secrets: Mapping[tuple[str, str], Mapping[str, str]]
+    agent: Agent, request: StartRun, secrets: Mapping[tuple[str, str], Mapping[str, str]]
 ) -> dict[str, str]:
     """Return the variables of one run; nothing of the runtime's own environment is among them.
 
@@ -29,7 +29,7 @@ def build_environment(
             ref = variable.value_from.secret_key_ref
             environment[variable.name] = secrets[(agent.metadata.namespace, ref.name)][ref.key]
     environment |= {
-        "CLRK_INVOCATION_ID": request.invocation_id,
+        "CLRK_INVOCATION_ID": request.run_id,
         "CLRK_METADATA_URL": METADATA_URL_V4,
         "CLRK_METADATA_URL_V6": METADATA_URL_V6,
         "TRACEPARENT": request.traceparent,

@@ -18,11 +18,13 @@ def build_gateway_config(resources: Resources, authority: HostCa) -> GatewayConf
     return GatewayConfig(
         runtime=resources.runtime,
         agents=list(resources.agents.values()),
+        daemons=list(resources.daemons.values()),
         gateways=list(resources.gateways.values()),
         routes=list(resources.routes.values()),
         ca_cert_pem=authority.cert_pem,
         ca_key_pem=authority.key_pem,
         upstream_ca_pem=dict(resources.upstream_ca_pem),
+        jwks_files=dict(resources.jwks_files),
         host_addresses=list_host_addresses(),
         environment={name: value for name, value in os.environ.items() if name.startswith("OTEL_")},
     )

@@ -162,7 +162,7 @@ class GatewaySupervisor:
             case StartRun():
                 runs.start(message, channel)
             case StopRun():
-                runs.stop(message.invocation_id, channel)
+                runs.stop(message.run_id, channel)
             case Ready(version=version, generation=generation):
                 if version != PROTOCOL_VERSION or generation not in self._announced:
                     raise ProtocolError("control_ready", f"Ready for version {version}, generation {generation}")

@@ -19,7 +19,17 @@ import msgspec
 
 from clrk.core import wire
 from clrk.core.errors import ClrkError
-from clrk.core.messages import Exited, ExitReason, Removed, Spawned, Started, StartFailed, StartFailure, StartRun
+from clrk.core.messages import (
+    AgentKind,
+    Exited,
+    ExitReason,
+    Removed,
+    Spawned,
+    Started,
+    StartFailed,
+    StartFailure,
+    StartRun,
+)
 from clrk.core.resources import TaskAgent
 from clrk.ebpf.header import HeaderFields, build_headers
 from clrk.runtime.config.declared import Resources
@@ -53,7 +63,7 @@ class _StartError(ClrkError):
 
 
 class Runs:
-    """All runs that exist, by invocation id."""
+    """All runs that exist, by run id."""
 
     def __init__(self, pool: SandboxPool, resources: Resources, *, max_runs: int) -> None:
         self.resources = resources  # what the next run begins with
@@ -72,13 +82,13 @@ class Runs:
             work = self._fail(run, exc.reason, str(exc))
         else:
             work = self._live(run)
-        task = asyncio.get_running_loop().create_task(work, name=f"run {request.invocation_id}")
+        task = asyncio.get_running_loop().create_task(work, name=f"run {request.run_id}")
         self._tasks[task] = run
         task.add_done_callback(self._ended)
 
-    def stop(self, invocation_id: str, channel: ControlChannel) -> None:
+    def stop(self, run_id: str, channel: ControlChannel) -> None:
         """Kill a run, if this life of the gateway has it."""
-        run = self._runs.get(invocation_id)
+        run = self._runs.get(run_id)
         if run is not None and run.channel is channel:
             run.stop.set()
 
@@ -98,8 +108,8 @@ class Runs:
     def _ended(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            extra = {"invocation_id": run.request.invocation_id}
-            _LOG.error("run %s crashed", run.request.invocation_id, exc_info=exc, extra=extra)
+            extra = {"run_id": run.request.run_id}
+            _LOG.error("run %s crashed", run.request.run_id, exc_info=exc, extra=extra)
 
     # --- one run ----------------------------------------------------------------------------------------------------
 
@@ -110,11 +120,11 @@ class Runs:
             raise _StartError(StartFailure.DRAINING, "the runtime is shutting down")
         if run.agent is None:
             raise _StartError(StartFailure.UNKNOWN_AGENT, f"no TaskAgent {key.namespace}/{key.name}")
-        if run.request.invocation_id in self._runs:
+        if run.request.run_id in self._runs:
             raise _StartError(StartFailure.SANDBOX_FAILED, "an invocation with this id is running")
         if len(self._runs) >= self._max_runs:
             raise _StartError(StartFailure.POOL_EXHAUSTED, f"{self._max_runs} sandboxes run, limits.maxSandboxes")
-        self._runs[run.request.invocation_id] = run
+        self._runs[run.request.run_id] = run
 
     async def _live(self, run: _Run) -> None:
         try:
@@ -124,7 +134,7 @@ class Runs:
             await self._fail(run, StartFailure.SANDBOX_FAILED, "an error in the runtime; its log has more")
             raise
         finally:
-            del self._runs[run.request.invocation_id]
+            del self._runs[run.request.run_id]
 
     async def _live_admitted(self, run: _Run) -> None:
         acquire_start_ns = time.time_ns()
@@ -149,7 +159,7 @@ class Runs:
         if failure is not None:
             await self._fail(run, start_failure(failure), str(failure))
         else:
-            await self._tell(run, Removed(run.request.invocation_id, teardown_start_ns, time.time_ns()))
+            await self._tell(run, Removed(run.request.run_id, teardown_start_ns, time.time_ns()))
 
     async def _live_in_sandbox(self, run: _Run, sandbox: Sandbox, acquire_start_ns: int) -> Exited:
         """Start the agent and wait for its end, its deadline or a stop, whichever comes first."""
@@ -161,7 +171,7 @@ class Runs:
         environment = build_environment(agent, run.request, run.resources.secrets)
         spawned = await sandbox.spawn(agent=agent, environment=environment)
         times_ns = (spawned.spawn_start_ns, spawned.spawn_end_ns)
-        await self._tell(run, Spawned(run.request.invocation_id, spawned.pid, *times_ns))
+        await self._tell(run, Spawned(run.request.run_id, spawned.pid, *times_ns))
         timeout_s = min(agent.spec.timeout, run.request.timeout_s or agent.spec.timeout)
         return await _await_end(run, sandbox, timeout_s)
 
@@ -175,7 +185,7 @@ class Runs:
                 name=agent.metadata.name,
                 uid=agent.uid,
                 revision=agent.revision,
-                invocation_id=request.invocation_id,
+                invocation_id=request.run_id if request.kind is AgentKind.TASK else None,
                 sandbox_id=sandbox.sandbox_id,
                 netns_name=sandbox.netns_name,
                 traceparent=request.traceparent,
@@ -183,7 +193,7 @@ class Runs:
         )
         sandbox.register_stamp(header_v4, header_v6)
         started = Started(
-            invocation_id=request.invocation_id,
+            run_id=request.run_id,
             sandbox_id=sandbox.sandbox_id,
             netns_name=sandbox.netns_name,
             netns_cookie=sandbox.netns_cookie,
@@ -205,13 +215,13 @@ class Runs:
         try:
             await sandbox.remove()
         except (ClrkError, OSError, ExceptionGroup) as exc:  # leftovers are for the next start's reconcile
-            extra = {"invocation_id": run.request.invocation_id, "sandbox_id": sandbox.sandbox_id}
+            extra = {"run_id": run.request.run_id, "sandbox_id": sandbox.sandbox_id}
             _LOG.error("sandbox %s not fully removed: %s", sandbox.sandbox_id, exc, extra=extra)
 
     async def _fail(self, run: _Run, reason: StartFailure, message: str) -> None:
-        extra = {"invocation_id": run.request.invocation_id}
-        _LOG.warning("run %s did not start: %s: %s", run.request.invocation_id, reason, message, extra=extra)
-        await self._tell(run, StartFailed(run.request.invocation_id, reason, message[:_MAX_MESSAGE_CHARS]))
+        extra = {"run_id": run.request.run_id}
+        _LOG.warning("run %s did not start: %s: %s", run.request.run_id, reason, message, extra=extra)
+        await self._tell(run, StartFailed(run.request.run_id, reason, message[:_MAX_MESSAGE_CHARS]))
 
     async def _tell(self, run: _Run, message: msgspec.Struct) -> None:
         """Send, and treat a gateway that is gone as a stop: there is nobody left to run for."""
@@ -241,16 +251,16 @@ async def _await_end(run: _Run, sandbox: Sandbox, timeout_s: float) -> Exited:
         if not exit_task.done():
             killed = ExitReason.STOPPED if stop_task.done() else ExitReason.TIMEOUT
             sandbox.kill()
-        return _describe_exit(run.request.invocation_id, await exit_task, killed)
+        return _describe_exit(run.request.run_id, await exit_task, killed)
     finally:
         exit_task.cancel()
         stop_task.cancel()
 
 
-def _describe_exit(invocation_id: str, end: SandboxExit, killed: ExitReason | None) -> Exited:
+def _describe_exit(run_id: str, end: SandboxExit, killed: ExitReason | None) -> Exited:
     reason = killed or (ExitReason.OOM if end.oom else ExitReason.EXITED)
     return Exited(
-        invocation_id=invocation_id,
+        run_id=run_id,
         reason=reason,
         exit_code=end.exit_code,
         cpu_s=end.cpu_s,

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from clrk.core.errors import HostError
 from clrk.core.ids import NetnsName, SandboxId
-from clrk.core.resources import TaskAgent
+from clrk.core.resources import Agent
 from clrk.netns.namespace import Namespace
 
 from .cgroup import Cgroup
@@ -120,7 +120,7 @@ class Sandbox:
         self._undo.push("stdio", self._close_stdio)
         return stdin_write, stdout_read, stderr_read
 
-    async def spawn(self, *, agent: TaskAgent, environment: Mapping[str, str]) -> SpawnedRun:
+    async def spawn(self, *, agent: Agent, environment: Mapping[str, str]) -> SpawnedRun:
         """Start the agent.
 
         Shape: environment is what the agent gets beside PATH, HOME, PWD and the CA variables.
@@ -142,7 +142,7 @@ class Sandbox:
         self._close_stdio()
         return SpawnedRun(self._pid, start_ns, time.time_ns())
 
-    def _prepare(self, agent: TaskAgent, environment: Mapping[str, str], fds: list[int]) -> Run:
+    def _prepare(self, agent: Agent, environment: Mapping[str, str], fds: list[int]) -> Run:
         """In a thread: plan the run, set the limits, and put the memfds into fds in the order of isolation.*_FD."""
         resources = agent.spec.resources
         memory = int(resources.memory)

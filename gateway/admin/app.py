@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from clrk import __version__
-from clrk.core.resources import MAX_BODY_BYTES, TaskAgent
+from clrk.core.resources import MAX_BODY_BYTES, Agent
 from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_summary
 from clrk.gateway.admin.invocations import Recall, await_outcome
 from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
@@ -186,7 +186,7 @@ class _AdminApi:
             raise web.HTTPConflict(reason=f"{prefix} is the beginning of {several}; write more of it")
         return found[0]
 
-    def _find(self, request: web.Request) -> TaskAgent:
+    def _find(self, request: web.Request) -> Agent:
         namespace, name = request.match_info["namespace"], request.match_info["name"]
         agent = self._catalogue.find(namespace, name)
         if agent is None:

@@ -16,11 +16,12 @@ from urllib.parse import unquote
 from opentelemetry.util.re import parse_env_headers
 
 from clrk import __version__
-from clrk.core.ids import InvocationId, SpanId, new_span_id
+from clrk.core.ids import InvocationId, SpanId, TraceId, new_span_id
 from clrk.core.resources import GatewayConfig
 from clrk.gateway._aio import spawn
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.export import ExportTarget, ExportTask, traces_url
+from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import (
     UNSET,
     Attributes,
@@ -84,11 +85,12 @@ class Telemetry:
         events: Sequence[SpanEvent] = (),
         span_id: SpanId | None = None,
         parent_span_id: str | None = None,
+        trace_id: TraceId | None = None,
     ) -> None:
         """Complete and keep a span; see Recorder. Never raises, never blocks."""
         try:
             record = SpanRecord(
-                trace_id=identity.context.trace_id,
+                trace_id=trace_id or identity.context.trace_id,
                 span_id=span_id or new_span_id(),
                 parent_span_id=identity.context.span_id if parent_span_id is None else parent_span_id,
                 name=_clean_text(name),
@@ -104,6 +106,24 @@ class Telemetry:
         except Exception:  # the telemetry edge: what a span looked like must never break the call it describes
             self.store.counters["dropped_bad_item"] += 1
             _log.exception("span %.64r could not be recorded", name)
+
+    def begin(
+        self,
+        identity: Identity,
+        *,
+        component: Component,
+        name: str,
+        kind: SpanKind,
+        start_ns: int,
+        span_id: SpanId,
+        parent_span_id: str | None = None,
+        trace_id: TraceId | None = None,
+        attributes: Attributes | None = None,
+    ) -> None:
+        """Note that a span has begun; see Recorder."""
+
+    def record_invocation(self, record: InvocationRecord) -> None:
+        """Keep the record in place of an earlier one of the same invocation. Never raises, never blocks."""
 
     def record_log(self, identity: Identity, stream: str, line: bytes, time_ns: int) -> None:
         """Keep one line of the agent's output, without its newline. Bounded per invocation; never raises.
@@ -184,15 +204,18 @@ class Telemetry:
 def identity_attributes(identity: Identity) -> dict[str, AttributeValue]:
     """Return what every span of an invocation carries (CONTRACT section 13)."""
     values: dict[str, AttributeValue] = {
-        attr.INVOCATION_ID: identity.invocation_id,
         attr.AGENT_KIND: identity.agent_kind,
         attr.AGENT_NAMESPACE: identity.agent_namespace,
         attr.AGENT_NAME: identity.agent_name,
         attr.AGENT_UID: identity.agent_uid,
         attr.AGENT_REVISION: identity.agent_revision,
     }
+    if identity.invocation_id:  # a daemon has none
+        values[attr.INVOCATION_ID] = identity.invocation_id
     if identity.sandbox_id:
         values[attr.CLRK_SANDBOX_ID] = identity.sandbox_id
+    for field, value in identity.caller_fields:
+        values[attr.AGENT_IDENTITY_PREFIX + field] = value
     return values
 
 

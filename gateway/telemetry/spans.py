@@ -9,18 +9,20 @@ from typing import Final, Protocol
 
 import msgspec
 
-from clrk.core.ids import InvocationId, SandboxId, SpanId, TraceId
+from clrk.core.ids import InvocationId, SandboxId, SpanId, TraceId, new_trace_id
 
 AttributeValue = str | bool | int | float | Sequence[str]
 Attributes = Mapping[str, AttributeValue]
 
 
 class SpanKind(enum.StrEnum):
-    """OTLP enum names (opentelemetry-proto trace/v1/trace.proto, Span.SpanKind)."""
+    """OTLP enum names (opentelemetry-proto trace/v1/trace.proto, Span.SpanKind). The last two: of agents' own."""
 
     INTERNAL = "SPAN_KIND_INTERNAL"
     SERVER = "SPAN_KIND_SERVER"
     CLIENT = "SPAN_KIND_CLIENT"
+    PRODUCER = "SPAN_KIND_PRODUCER"
+    CONSUMER = "SPAN_KIND_CONSUMER"
 
 
 class StatusCode(enum.StrEnum):
@@ -32,11 +34,12 @@ class StatusCode(enum.StrEnum):
 
 
 class Component(enum.StrEnum):
-    """Resource attribute clrk.component (CONTRACT section 13)."""
+    """Resource attribute clrk.component (CONTRACT section 13). AGENT marks an agent's own word."""
 
     INGRESS = "ingress"
     GATEWAY = "gateway"
     RUNTIME = "runtime"
+    AGENT = "agent"
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -78,12 +81,18 @@ class SpanRecord(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """A W3C trace context: the span that children are attached to. tracestate is kept to the letter."""
+    """A W3C trace context: the span that children are attached to. tracestate and baggage are kept to the letter."""
 
     trace_id: TraceId
     span_id: SpanId
     flags: int = 1
     tracestate: str = ""
+    baggage: str = ""
+
+    @property
+    def sampled(self) -> bool:
+        """Say whether spans are exported; the embedded store keeps them in any case."""
+        return bool(self.flags & 1)
 
     @property
     def traceparent(self) -> str:
@@ -95,8 +104,9 @@ class TraceContext:
 class Identity:
     """Who a span belongs to; on every span of an invocation (CONTRACT section 13).
 
-    Shape: context is the span context of `invoke_agent`, the parent of everything that the agent causes.
-    sandbox_id is empty until a sandbox was assigned.
+    Shape: context is the span context of `invoke_agent`, the parent of everything that the agent causes. sandbox_id is
+    empty until a sandbox was assigned. A DaemonAgent's run has no invocation_id (""), and its calls are roots of traces
+    of their own: see call_context. caller_fields are the values of agent.identity.<field> (CONTRACT section 12).
     """
 
     invocation_id: InvocationId
@@ -108,6 +118,13 @@ class Identity:
     sandbox_id: SandboxId
     egress_gateway: str
     context: TraceContext
+    caller_fields: tuple[tuple[str, str], ...] = ()
+
+    def call_context(self) -> TraceContext:
+        """Return the context that a new call of the agent hangs below; span_id is "" when it is a root."""
+        if self.invocation_id:
+            return self.context
+        return TraceContext(new_trace_id(), SpanId(""))
 
 
 class Recorder(Protocol):
@@ -127,8 +144,29 @@ class Recorder(Protocol):
         events: Sequence[SpanEvent] = (),
         span_id: SpanId | None = None,
         parent_span_id: str | None = None,
+        trace_id: TraceId | None = None,
     ) -> None:
         """Add identity and resource attributes, and keep the span.
 
-        Shape: span_id None makes a new one; parent_span_id None means identity.context.span_id, "" a root.
+        Shape: span_id None makes a new one; parent_span_id None means identity.context.span_id, "" a root; trace_id
+        None means identity.context.trace_id.
+        """
+
+    def begin(
+        self,
+        identity: Identity,
+        *,
+        component: Component,
+        name: str,
+        kind: SpanKind,
+        start_ns: int,
+        span_id: SpanId,
+        parent_span_id: str | None = None,
+        trace_id: TraceId | None = None,
+        attributes: Attributes | None = None,
+    ) -> None:
+        """Note durably that a span has begun, before what it stands for can be seen from outside.
+
+        `record` with the same span_id ends it. Should this process die in between, the next one records the span as
+        it stands here, with status Error: a call that was made is never without its span.
         """

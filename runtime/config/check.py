@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 from cryptography import x509
 
 from clrk.core.resources import (
+    Agent,
+    AgentSpec,
+    DaemonAgent,
     EgressGateway,
     EgressL4Route,
     Resource,
@@ -18,7 +21,6 @@ from clrk.core.resources import (
     RuntimeSpec,
     Secret,
     TaskAgent,
-    TaskAgentSpec,
 )
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import nearest
@@ -40,20 +42,24 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
         _check_otlp(one, gateway, problems)
         if (pem := _read_ca(one, gateway, problems)) is not None:
             upstream_ca_pem["/".join(one.key)] = pem
-    for one, agent in _pairs(unique, TaskAgent):
+    tasks, daemons = _of_kind(unique, TaskAgent), _of_kind(unique, DaemonAgent)
+    agents: list[tuple[Declared, Agent]] = [*_pairs(unique, TaskAgent), *_pairs(unique, DaemonAgent)]
+    for one, agent in agents:
         _check_agent(one, agent, gateways, secrets, problems)
-        for where, text in find_bad_mounts(agent, _of_kind(unique, TaskAgent).values()):
+        for where, text in find_bad_mounts(agent, (*tasks.values(), *daemons.values())):
             problems.add_at(one, where, text)
     for one, route in _pairs(unique, EgressL4Route):
         path = ("spec", "gatewayRef", "name")
         _check_gateway(one, path, route.spec.gateway_ref.name, gateways, problems)
     return Resources(
         runtime=_the_runtime(unique, problems),
-        agents=_of_kind(unique, TaskAgent),
+        agents=tasks,
+        daemons=daemons,
         gateways=gateways,
         routes=_of_kind(unique, EgressL4Route),
         secrets=secrets,
         upstream_ca_pem=upstream_ca_pem,
+        jwks_files={},
     )
 
 
@@ -68,7 +74,8 @@ def _of_kind(declared: Iterable[Declared], kind: type[R]) -> dict[Key, R]:
 def _drop_duplicates(declared: Iterable[Declared], problems: Problems) -> list[Declared]:
     first: dict[tuple[str, Key], Declared] = {}
     for one in declared:
-        earlier = first.setdefault((one.kind, one.key), one)
+        kind = "agent" if one.kind in ("TaskAgent", "DaemonAgent") else one.kind  # both share the names
+        earlier = first.setdefault((kind, one.key), one)
         if earlier is not one:
             where = f"{earlier.file}:{earlier.document.line_of(('metadata', 'name'))}"
             namespace, name = one.key
@@ -99,7 +106,7 @@ def _the_runtime(declared: Iterable[Declared], problems: Problems) -> RuntimeSpe
 
 def _check_agent(
     one: Declared,
-    agent: TaskAgent,
+    agent: Agent,
     gateways: Mapping[Key, EgressGateway],
     secrets: Mapping[Key, Mapping[str, str]],
     problems: Problems,
@@ -122,9 +129,7 @@ def _check_agent(
             problems.add_at(one, (*path, "path"), f"{mount.path} is already taken by mounts[{other}]")
 
 
-def _check_env(
-    one: Declared, spec: TaskAgentSpec, secrets: Mapping[Key, Mapping[str, str]], problems: Problems
-) -> None:
+def _check_env(one: Declared, spec: AgentSpec, secrets: Mapping[Key, Mapping[str, str]], problems: Problems) -> None:
     namespace = one.key[0]
     taken: dict[str, int] = {}
     for index, variable in enumerate(spec.template.spec.env):

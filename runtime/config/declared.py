@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 
-from clrk.core.resources import EgressGateway, EgressL4Route, Resource, RuntimeSpec, TaskAgent
+from clrk.core.resources import DaemonAgent, EgressGateway, EgressL4Route, Resource, RuntimeSpec, TaskAgent
 from clrk.runtime.config.describe import format_path
 from clrk.runtime.config.nodes import Document, Path
 
@@ -18,15 +18,18 @@ class Resources:
     """Everything that was declared, checked and with its references resolved.
 
     Shape: keys are (namespace, name); secrets holds plain values and must never be printed or passed on whole;
-        upstream_ca_pem maps `namespace/name` of an EgressGateway to PEM text.
+        upstream_ca_pem maps `namespace/name` of an EgressGateway to PEM text;
+        jwks_files maps the file of a JwtExtractor to its text.
     """
 
     runtime: RuntimeSpec
     agents: Mapping[Key, TaskAgent]
+    daemons: Mapping[Key, DaemonAgent]
     gateways: Mapping[Key, EgressGateway]
     routes: Mapping[Key, EgressL4Route]
     secrets: Mapping[Key, Mapping[str, str]] = field(repr=False)
     upstream_ca_pem: Mapping[str, str] = field(repr=False)
+    jwks_files: Mapping[str, str] = field(repr=False)
 
     def with_runtime(self, runtime: RuntimeSpec) -> Resources:
         """Return these resources with another Runtime."""

@@ -13,6 +13,7 @@ from clrk.core.errors import ConfigError
 from clrk.core.resources import (
     API_VERSIONS,
     KINDS,
+    DaemonAgent,
     EgressGateway,
     EgressL4Route,
     Resource,
@@ -28,7 +29,7 @@ from clrk.runtime.config.nodes import MAX_FILE_BYTES, Document, Finding, parse
 DEFAULT_PATH: Final = FilePath("/etc/clrk")
 
 _MODELS: Final[dict[str, type[Resource]]] = {
-    model.__name__: model for model in (Runtime, TaskAgent, EgressGateway, EgressL4Route, Secret)
+    model.__name__: model for model in (Runtime, TaskAgent, DaemonAgent, EgressGateway, EgressL4Route, Secret)
 }
 _HEAD_FIELDS: Final = ("apiVersion", "kind", "metadata")
 
@@ -156,7 +157,7 @@ def _make_paths_absolute(value: dict[str, Any], base: FilePath) -> None:
 
 def _host_paths(value: dict[str, Any]) -> Iterable[tuple[dict[str, Any], str]]:
     match value:
-        case {"kind": "TaskAgent", "spec": {"template": {"spec": {"mounts": list(mounts)}}}}:
+        case {"kind": "TaskAgent" | "DaemonAgent", "spec": {"template": {"spec": {"mounts": list(mounts)}}}}:
             yield from ((mount, "hostPath") for mount in mounts if isinstance(mount, dict))
         case {"kind": "EgressGateway", "spec": {"upstreamTLS": dict(tls)}}:
             yield tls, "caFile"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
-from clrk.core.resources import TaskAgent, TemplateSpec
+from clrk.core.resources import Agent, TemplateSpec
 from clrk.runtime.config.nodes import Path
 
 # The drop runs as root from /run/clrk, and the dynamic loader obeys files in /etc.
@@ -20,7 +20,7 @@ _DROP_DIR: Final = PurePosixPath("/run/clrk")
 _TEMPLATE: Final[Path] = ("spec", "template", "spec")
 
 
-def find_bad_mounts(agent: TaskAgent, agents: Iterable[TaskAgent]) -> Iterator[tuple[Path, str]]:
+def find_bad_mounts(agent: Agent, agents: Iterable[Agent]) -> Iterator[tuple[Path, str]]:
     """Yield the path of each field that must not be, and why. agents are all that are declared, this one too."""
     template = agent.spec.template.spec
     writable = list(_writable_on_host(agents))
@@ -29,15 +29,15 @@ def find_bad_mounts(agent: TaskAgent, agents: Iterable[TaskAgent]) -> Iterator[t
         if target in _OURS or target.is_relative_to(_DROP_DIR):
             yield (*_TEMPLATE, "mounts", index, "path"), f"{mount.path} is clrk's own in every sandbox; choose another"
         for owner, folder in _behind(target, template, writable):
-            text = f"leads through {folder}, which TaskAgent {owner} may write: a link there would move this mount"
+            text = f"leads through {folder}, which agent {owner} may write: a link there would move this mount"
             yield (*_TEMPLATE, "mounts", index, "path"), text
         for owner, folder in writable:
             if _host_is_below(mount.host_path, folder):
-                text = f"inside {folder}, which TaskAgent {owner} may write: a link there would show any host path"
+                text = f"inside {folder}, which agent {owner} may write: a link there would show any host path"
                 yield (*_TEMPLATE, "mounts", index, "hostPath"), text
     for owner, folder in writable:
         if _host_is_below(template.rootfs, folder) or _clean(template.rootfs) == _clean(folder):
-            yield (*_TEMPLATE, "rootfs"), f"inside {folder}, which TaskAgent {owner} may write"
+            yield (*_TEMPLATE, "rootfs"), f"inside {folder}, which agent {owner} may write"
 
 
 def _behind(
@@ -51,7 +51,7 @@ def _behind(
             yield from ((owner, folder) for owner, folder in writable if _host_is_below(place, folder))
 
 
-def _writable_on_host(agents: Iterable[TaskAgent]) -> Iterator[tuple[str, str]]:
+def _writable_on_host(agents: Iterable[Agent]) -> Iterator[tuple[str, str]]:
     for agent in agents:
         for mount in agent.spec.template.spec.mounts:
             if not mount.read_only:

@@ -240,7 +240,7 @@ async def test_a_run_from_start_to_removed(desk: Desk, host: Host) -> None:
     ]  # fmt: skip
     for sock in listeners:
         sock.close()
-    for part in (b"echo", request.invocation_id.encode(), TRACEPARENT.encode(), started.sandbox_id.encode()):
+    for part in (b"echo", request.run_id.encode(), TRACEPARENT.encode(), started.sandbox_id.encode()):
         assert part in started.header_v4
         assert part in started.header_v6
     os.write(fds[StartedFd.STDIN], b"hello\n")
@@ -255,7 +255,7 @@ async def test_a_run_from_start_to_removed(desk: Desk, host: Host) -> None:
         exited.exit_ns, removed.teardown_start_ns, removed.teardown_end_ns,
     )  # fmt: skip
     assert list(times) == sorted(times)
-    assert {message.invocation_id for message in (started, spawned, exited, removed)} == {request.invocation_id}
+    assert {message.run_id for message in (started, spawned, exited, removed)} == {request.run_id}
     assert not any(started.sandbox_id in name for name in left_on_host(host))
 
 
@@ -276,14 +276,14 @@ async def test_the_agents_own_timeout_can_not_be_lengthened(desk: Desk) -> None:
 async def test_stop_kills_a_run(desk: Desk) -> None:
     request = desk.start(ask("sleep"))
     await desk.peer.hear_all(Started, Spawned)
-    desk.runs.stop(request.invocation_id, desk.channel)
+    desk.runs.stop(request.run_id, desk.channel)
     exited, _ = await desk.peer.hear_all(Exited, Removed)
     assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 137)
 
 
 async def test_stop_right_behind_start_is_not_lost(desk: Desk) -> None:
     request = desk.start(ask("sleep"))
-    desk.runs.stop(request.invocation_id, desk.channel)
+    desk.runs.stop(request.run_id, desk.channel)
     (failed,) = await desk.peer.hear_all(StartFailed)
     assert failed.reason is StartFailure.SANDBOX_FAILED
 
@@ -292,7 +292,7 @@ async def test_only_the_life_that_started_a_run_can_stop_it(desk: Desk) -> None:
     request = desk.start(ask("sleep", timeout_s=1.0))
     await desk.peer.hear_all(Started, Spawned)
     stranger, peer = make_pair()
-    desk.runs.stop(request.invocation_id, stranger)
+    desk.runs.stop(request.run_id, stranger)
     desk.runs.stop(new_invocation_id(), desk.channel)
     exited, _ = await desk.peer.hear_all(Exited, Removed)
     assert exited.reason is ExitReason.TIMEOUT
@@ -353,7 +353,7 @@ async def test_an_id_that_is_running_changes_nothing_of_the_first(desk: Desk) ->
     desk.start(request)
     (failed,) = await desk.peer.hear_all(StartFailed)
     assert failed.reason is StartFailure.SANDBOX_FAILED
-    desk.runs.stop(request.invocation_id, desk.channel)
+    desk.runs.stop(request.run_id, desk.channel)
     await desk.peer.hear_all(Exited, Removed)
 
 
@@ -644,7 +644,7 @@ async def test_stop_run_by_message(lives: Lives) -> None:
     peer.say(request)
     await peer.hear_all(Started, Spawned)
     peer.say(StopRun(new_invocation_id()))  # unknown: ignored
-    peer.say(StopRun(request.invocation_id))
+    peer.say(StopRun(request.run_id))
     exited, _ = await peer.hear_all(Exited, Removed)
     assert exited.reason is ExitReason.STOPPED
 

@@ -11,16 +11,24 @@ from typing import Annotated, Final
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_PACKET_SIZE: Final = 65_536
 MAX_FDS: Final = 16
 
 # \Z, not $: that would let a newline pass at the end.
 _Name = Annotated[str, msgspec.Meta(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z")]
 _Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")]
-_Traceparent = Annotated[str, msgspec.Meta(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")]
 _Tracestate = Annotated[str, msgspec.Meta(max_length=512, pattern=r"^[\x20-\x7e]*\Z")]
+_Traceparent = Annotated[str, msgspec.Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?\Z")]
+_Baggage = Annotated[str, msgspec.Meta(max_length=8192, pattern=r"^[\x20-\x7e]*\Z")]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class AgentKind(enum.StrEnum):
+    """Kind of an agent resource."""
+
+    TASK = "TaskAgent"
+    DAEMON = "DaemonAgent"
 
 
 class AgentKey(msgspec.Struct, frozen=True):
@@ -66,12 +74,15 @@ class StartedFd(enum.IntEnum):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """A sandbox belongs to the invocation from now on; sent before the agent's first instruction.
+    """A sandbox belongs to the run from now on; sent before the agent's first instruction.
+
+    Shape: run_id, here and in every message, is the invocation id for a TaskAgent, and a UUID of its own for a daemon.
+    warm says that the sandbox was prepared for this very agent (warmPoolSize).
 
     Units: *_ns are CLOCK_REALTIME nanoseconds. header_v4/v6 are the templates registered with the kernel.
     """
 
-    invocation_id: _Uuid
+    run_id: _Uuid
     sandbox_id: str
     netns_name: str
     netns_cookie: int
@@ -86,7 +97,7 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 class Spawned(msgspec.Struct, frozen=True, tag=True):
     """The sandbox's first process exists (pid in the initial pid namespace)."""
 
-    invocation_id: _Uuid
+    run_id: _Uuid
     pid: int
     spawn_start_ns: int
     spawn_end_ns: int
@@ -99,12 +110,13 @@ class StartFailure(enum.StrEnum):
     POOL_EXHAUSTED = "pool_exhausted"
     DRAINING = "draining"
     SANDBOX_FAILED = "sandbox_failed"
+    STATE_FULL = "state_full"  # the agent's state folder is at its sizeLimitMB
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
     """The run will not happen; nothing of it is left."""
 
-    invocation_id: _Uuid
+    run_id: _Uuid
     reason: StartFailure
     message: _Text
 
@@ -125,7 +137,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     Units: cpu_s in seconds of user and system time, max_rss_bytes the peak of one process, exit_ns CLOCK_REALTIME.
     """
 
-    invocation_id: _Uuid
+    run_id: _Uuid
     reason: ExitReason
     exit_code: int
     cpu_s: float
@@ -136,7 +148,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 class Removed(msgspec.Struct, frozen=True, tag=True):
     """Namespaces, cgroups, map entries and files of the run are gone."""
 
-    invocation_id: _Uuid
+    run_id: _Uuid
     teardown_start_ns: int
     teardown_end_ns: int
 
@@ -146,9 +158,21 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
 
 
 class Counters(msgspec.Struct, frozen=True, tag=True):
-    """Kernel counters by name, for `clrk` and metrics; sent once a second while they change."""
+    """Kernel counters by name and sandboxes by state, for `clrk` and metrics; sent once a second while they change.
+
+    Shape: states of a sandbox are `ready` (made ahead), `warm` (prepared for one agent) and `running`. warm_agents
+    counts the warm ones by namespace/name of the agent.
+    """
 
     values: dict[str, int]
+    sandboxes: dict[str, int] = {}
+    warm_agents: dict[str, int] = {}
+
+
+class ReloadRefused(msgspec.Struct, frozen=True, tag=True):
+    """A reload found problems (file, line, field, fix), and nothing was changed. At most 64 of them are told."""
+
+    problems: list[_Text]
 
 
 # --- gateway -> runtime -------------------------------------------------------------------------------------------
@@ -162,24 +186,33 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class StartRun(msgspec.Struct, frozen=True, tag=True):
-    """Start one run of a TaskAgent. timeout_s may only shorten the agent's own timeout; 0 means the agent's."""
+    """Start one run of an agent. timeout_s may only shorten a TaskAgent's own timeout; 0 means the agent's.
 
-    invocation_id: _Uuid
+    Shape: a daemon has no traceparent; its run ends by itself or by StopRun.
+    """
+
+    run_id: _Uuid
     agent: AgentKey
-    traceparent: _Traceparent
+    traceparent: _Traceparent = ""
     tracestate: _Tracestate = ""
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+    baggage: _Baggage = ""
+    kind: AgentKind = AgentKind.TASK
 
 
 class StopRun(msgspec.Struct, frozen=True, tag=True):
-    """Kill a run: the caller went away, or its answer is complete. Unknown ids are ignored (it may just have ended)."""
+    """End a run: the caller went away, or its answer is complete. Unknown ids are ignored (it may just have ended).
 
-    invocation_id: _Uuid
+    Units: grace_s is the time between SIGTERM to the agent's main process and SIGKILL to everything; 0: at once.
+    """
+
+    run_id: _Uuid
+    grace_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.0
 
 
 class Drained(msgspec.Struct, frozen=True, tag=True):
     """No invocation is in flight and every span is in the store."""
 
 
-RuntimeMessage = Configure | Started | Spawned | StartFailed | Exited | Removed | Drain | Counters
+RuntimeMessage = Configure | Started | Spawned | StartFailed | Exited | Removed | Drain | Counters | ReloadRefused
 GatewayMessage = Ready | StartRun | StopRun | Drained

@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Annotated, Any, Final, Literal
 
+from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from clrk.core.ids import agent_uid
 
+CRON_MNEMONICS: Final = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
 API_VERSIONS: Final = ("clrk/v1alpha1", "clrk.apoxy.dev/v1alpha1")
 MAX_TIMEOUT_S: Final = 3600.0
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
@@ -52,6 +63,38 @@ def parse_quantity(value: object) -> float:
     raise ValueError(f"{value!r} is not a quantity; write for example 512Mi, 1Gi, 500m or 2")
 
 
+def parse_whole_quantity(value: object) -> int:
+    """Return a quantity that must be whole: `65536`, `64Ki`.
+
+    Raises: ValueError with the accepted forms.
+    """
+    number = parse_quantity(value)
+    if number != int(number):
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(number)
+
+
+def _check_schedule(value: str) -> str:
+    """Five cron fields or a mnemonic, in UTC."""
+    if value in CRON_MNEMONICS:
+        return value
+    if len(value.split()) != 5:
+        raise ValueError(f"{value!r} is not a schedule: write five fields, or one of {', '.join(CRON_MNEMONICS)}")
+    try:
+        CronSim(value, datetime(2026, 1, 1, tzinfo=UTC))
+    except CronSimError as exc:
+        raise ValueError(f"{value!r} is not a schedule: {exc}") from None
+    return value
+
+
+def _check_identity_header(value: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}", value):
+        raise ValueError(f"{value!r} is not a header name")
+    if value.lower().startswith("ce-"):
+        raise ValueError(f"{value!r}: ce-* headers say what the caller likes, so they are no identity")
+    return value
+
+
 def _check_dns_label(value: str) -> str:
     if len(value) > 63 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", value):
         raise ValueError(f"{value!r} is not a DNS label: a-z, 0-9 and -, at most 63 characters")
@@ -83,6 +126,8 @@ DnsLabel = Annotated[str, AfterValidator(_check_dns_label)]
 HostPattern = Annotated[str, AfterValidator(_check_host_pattern)]
 IpPort = Annotated[str, AfterValidator(_check_ip_port)]
 Port = Annotated[int, Field(ge=1, le=65_535)]
+Schedule = Annotated[str, AfterValidator(_check_schedule)]
+IdentityField = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 
 
 class Model(BaseModel):
@@ -116,9 +161,10 @@ class UidRange(Model):
 
 
 class HostLimits(Model):
-    """Ceilings of the whole host."""
+    """Ceilings of the whole host, and of each sandbox where the resources of an agent do not name one."""
 
     max_sandboxes: Annotated[int, Field(ge=1, le=4096)] = 256  # as many as the kernel map clrk_sandboxes holds
+    max_open_files: Annotated[int, Field(ge=64, le=1_048_576)] = 4096  # of each process in a sandbox
 
 
 class RuntimeSpec(Model):
@@ -228,27 +274,119 @@ class Delivery(Model):
     content_type: str = "application/octet-stream"
 
 
-class TaskAgentSpec(Model):
-    """One run per request."""
+class HeaderExtractor(Model):
+    """Takes a request header's value; ce-* headers are the caller's word and are never an identity."""
+
+    type: Literal["Header"]
+    name: Annotated[str, AfterValidator(_check_identity_header)]
+    field: IdentityField
+
+
+class BodyExtractor(Model):
+    """Takes the string, number or boolean that a JSONPath (RFC 9535) selects in a JSON body."""
+
+    type: Literal["Body"]
+    json_path: Annotated[str, Field(pattern=r"^\$", max_length=1024)]
+    field: IdentityField
+
+
+class JwtExtractor(Model):
+    """Takes a claim of the bearer token in `Authorization`; a token that does not verify is a 401.
+
+    Shape: jwks is an https URL (http only to loopback), or a file relative to the declaring one.
+    """
+
+    type: Literal["JWT"]
+    claim: Annotated[str, Field(min_length=1, max_length=256)]
+    field: IdentityField
+    jwks: Annotated[str, Field(min_length=1, max_length=4096)]
+    issuer: Annotated[str, Field(min_length=1)]
+    audience: Annotated[str, Field(min_length=1)]
+
+
+Extractor = Annotated[HeaderExtractor | BodyExtractor | JwtExtractor, Field(discriminator="type")]
+
+
+class IdentitySpec(Model):
+    """Who the caller is, taken from the request (CONTRACT section 12)."""
+
+    extractors: Annotated[list[Extractor], Field(max_length=32)] = []
+
+    @model_validator(mode="after")
+    def _distinct_fields(self) -> IdentitySpec:
+        fields = [extractor.field for extractor in self.extractors]
+        if twice := next((field for field in fields if fields.count(field) > 1), None):
+            raise ValueError(f"two extractors give the field {twice!r}")
+        return self
+
+
+class Streaming(Model):
+    """Whether the answer leaves as it is written, or whole when the agent has ended."""
+
+    enabled: bool = True
+
+
+class State(Model):
+    """A folder that outlives the run, one per agent. Runs that share it must not overlap: maxConcurrent is 1."""
+
+    size_limit_mb: Annotated[int, Field(alias="sizeLimitMB", ge=1, le=1_048_576)] = 100
+    mount_path: Annotated[str, Field(pattern=r"^/")] = "/var/clrk/state"
+
+
+class AgentSpec(Model):
+    """What both kinds of agent have."""
 
     template: Template
     resources: Resources = Resources()
+    egress_refs: Annotated[list[EgressRef], Field(max_length=1)] = []
+
+
+class TaskAgentSpec(AgentSpec):
+    """One run per request."""
+
     timeout: Annotated[Seconds, Field(gt=0, le=MAX_TIMEOUT_S)] = 100.0
     max_concurrent: Annotated[int, Field(ge=0)] = 0
-    egress_refs: Annotated[list[EgressRef], Field(max_length=1)] = []
+    warm_pool_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    warm_pool_idle_ttl: Annotated[Seconds, Field(gt=0, alias="warmPoolIdleTTL")] = 600.0
+    schedule: Schedule | None = None
+    schedule_input: Any = None
+    identity: IdentitySpec = IdentitySpec()
     delivery: Delivery = Delivery()
+    streaming: Streaming = Streaming()
+    state: State | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskAgentSpec:
+        if self.schedule_input is not None and self.schedule is None:
+            raise ValueError("scheduleInput without schedule: nothing would ever send it")
+        if self.state is not None and self.max_concurrent != 1:
+            raise ValueError("state needs maxConcurrent: 1, since two runs must not write one folder")
+        return self
 
 
-class TaskAgent(Resource):
-    """An agent that runs once per request."""
+class DaemonAgentSpec(AgentSpec):
+    """A long-lived agent. max_restarts 0: no limit; max_lifetime_seconds 0: for ever."""
 
-    kind: Literal["TaskAgent"]
-    spec: TaskAgentSpec
+    restart_policy: Literal["Always", "OnFailure", "Never"] = "Always"
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    max_lifetime_seconds: Annotated[int, Field(ge=0)] = 0
+
+
+class AgentResource(Resource):
+    """What both kinds of agent answer."""
+
+    kind: str
+    spec: AgentSpec
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(namespace, name); both kinds share the names."""
+        return self.metadata.namespace, self.metadata.name
 
     @property
     def uid(self) -> str:
         """Stable uid of the resource."""
-        return agent_uid("TaskAgent", self.metadata.namespace, self.metadata.name)
+        return agent_uid(self.kind, self.metadata.namespace, self.metadata.name)
 
     @property
     def revision(self) -> str:
@@ -260,6 +398,23 @@ class TaskAgent(Resource):
     def gateway_name(self) -> str:
         """The EgressGateway that this agent uses, in its own namespace."""
         return self.spec.egress_refs[0].gateway_ref.name if self.spec.egress_refs else "default"
+
+
+class TaskAgent(AgentResource):
+    """An agent that runs once per request."""
+
+    kind: Literal["TaskAgent"]
+    spec: TaskAgentSpec
+
+
+class DaemonAgent(AgentResource):
+    """An agent that runs until it is told to stop."""
+
+    kind: Literal["DaemonAgent"]
+    spec: DaemonAgentSpec
+
+
+Agent = TaskAgent | DaemonAgent
 
 
 # --- Egress ---------------------------------------------------------------------------------------------------------
@@ -285,13 +440,24 @@ class UpstreamTls(Model):
     ca_file: str | None = None
 
 
+class CaptureBody(Model):
+    """Keep headers and bodies of calls as span events, up to maxBytes each; secrets are redacted.
+
+    Shape: include_content_types are media types or `type/*`; empty: JSON, text, form and event streams.
+    """
+
+    max_bytes: Annotated[int, BeforeValidator(parse_whole_quantity), Field(ge=1, le=4 * 2**20)] = 65_536
+    include_content_types: list[Annotated[str, Field(pattern=r"^[a-z0-9.+-]+/([a-z0-9.+-]+|\*)$")]] = []
+
+
 class Otlp(Model):
-    """Where spans are exported, beside the embedded store."""
+    """Where telemetry is exported, beside the embedded store."""
 
     endpoint: str
-    protocol: Literal["http/protobuf"] = "http/protobuf"
-    headers: dict[str, str] = {}
-    timeout: Seconds = 10.0
+    protocol: Literal["http/protobuf", "grpc"] = "http/protobuf"
+    headers: dict[str, str] = Field(default={}, repr=False)
+    timeout: Annotated[Seconds, Field(gt=0)] = 10.0
+    capture_body: CaptureBody | None = None
 
 
 class EgressGatewaySpec(Model):
@@ -358,15 +524,16 @@ class Secret(Resource):
     from_env: dict[str, str] = {}
 
 
-AnyResource = Annotated[Runtime | TaskAgent | EgressGateway | EgressL4Route | Secret, Field(discriminator="kind")]
-KINDS: Final = ("Runtime", "TaskAgent", "EgressGateway", "EgressL4Route", "Secret")
+AnyResource = Annotated[
+    Runtime | TaskAgent | DaemonAgent | EgressGateway | EgressL4Route | Secret, Field(discriminator="kind")
+]
+KINDS: Final = ("Runtime", "TaskAgent", "DaemonAgent", "EgressGateway", "EgressL4Route", "Secret")
 
 # Part of the contract, not of this version: named in the error so that nobody hunts for a typing mistake.
-NOT_YET_KINDS: Final = ("DaemonAgent", "AIProviderRoute", "MCPRoute", "CredentialInjectionPolicy")
+NOT_YET_KINDS: Final = ("AIProviderRoute", "MCPRoute", "CredentialInjectionPolicy")
 NOT_YET_FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "Runtime": ("gateway.workers",),
-    "TaskAgent": ("warmPoolSize", "warmPoolIdleTTL", "schedule", "scheduleInput", "identity", "streaming", "state"),
-    "EgressGateway": ("upstreamProxy", "mode", "otlp.captureBody"),
+    "EgressGateway": ("upstreamProxy", "mode"),
 }
 
 
@@ -374,15 +541,20 @@ class GatewayConfig(Model):
     """What the runtime hands to the gateway: no secrets of agents, no commands it could run.
 
     Shape: ca_cert_pem and ca_key_pem are the per-host CA; upstream_ca_pem maps namespace/name of an EgressGateway to
-    the PEM text of its upstreamTLS.caFile (read by the runtime, since the gateway sees no host files).
+    the PEM text of its upstreamTLS.caFile, jwks_files a JwtExtractor's file to its text, environment_files the path in
+    an OTEL_EXPORTER_OTLP_*CERTIFICATE or *CLIENT_KEY variable to its text (all read by the runtime, since the gateway
+    sees no host files).
     """
 
     runtime: RuntimeSpec
     agents: list[TaskAgent]
+    daemons: list[DaemonAgent] = []
     gateways: list[EgressGateway]
     routes: list[EgressL4Route]
     ca_cert_pem: str
     ca_key_pem: str = Field(repr=False)
     upstream_ca_pem: dict[str, str] = {}
+    jwks_files: dict[str, str] = {}
     host_addresses: list[str] = []
-    environment: dict[str, Any] = {}
+    environment: dict[str, Any] = Field(default={}, repr=False)
+    environment_files: dict[str, str] = Field(default={}, repr=False)

@@ -136,17 +136,21 @@ class SpanList:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.begun: list[dict] = []
         self._news = asyncio.Event()
 
     def record(
         self, identity: Identity, *, component: Component, name: str, kind: SpanKind, start_ns: int, end_ns: int,
         attributes: Attributes, status: Status = UNSET, events: Sequence[SpanEvent] = (), span_id=None,
-        parent_span_id=None,
+        parent_span_id=None, trace_id=None,
     ) -> None:  # fmt: skip
         self.spans.append(
             Span(name, kind, component, start_ns, end_ns, dict(attributes), status, span_id, parent_span_id)
         )
         self._news.set()
+
+    def begin(self, identity: Identity, **facts) -> None:
+        self.begun.append(facts)
 
     async def wait(self, count: int = 1) -> list[Span]:
         async with asyncio.timeout(15):

@@ -18,6 +18,7 @@ import aiohttp
 
 from clrk.core.control import GATEWAY_MESSAGES, receive, send
 from clrk.core.messages import (
+    PROTOCOL_VERSION,
     Configure,
     Drained,
     Exited,
@@ -171,7 +172,7 @@ class ScriptedRuntime:
                 sock.listen()
             self.ingress_port, self.health_port = ingress.getsockname()[1], health.getsockname()[1]
             fds += [os.open("/dev/null", os.O_RDONLY), ingress.detach(), admin.detach(), health.detach()]
-        self.send(Configure(1, generation), fds)
+        self.send(Configure(PROTOCOL_VERSION, generation), fds)
 
     def _config_fd(self):
         fd = os.memfd_create("config")
@@ -231,13 +232,13 @@ class ScriptedRuntime:
             case Drained():
                 self.drained.set()
             case StartRun() if message.agent.name in self.refuse:
-                self.send(StartFailed(message.invocation_id, self.refuse[message.agent.name], "scripted"))
+                self.send(StartFailed(message.run_id, self.refuse[message.agent.name], "scripted"))
             case StartRun() if message.agent.name != "unstarted":
                 task = asyncio.create_task(self._run(message))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-            case StopRun() if message.invocation_id in self.runs:
-                self._kill(message.invocation_id, ExitReason.STOPPED)
+            case StopRun() if message.run_id in self.runs:
+                self._kill(message.run_id, ExitReason.STOPPED)
 
     def _kill(self, invocation_id, reason):
         run = self.runs.get(invocation_id)
@@ -248,7 +249,7 @@ class ScriptedRuntime:
     async def _run(self, message):
         wanted = (message.agent.namespace, message.agent.name)
         declared = next(a for a in self.config.agents if (a.metadata.namespace, a.metadata.name) == wanted)
-        invocation_id, start_ns = message.invocation_id, time.time_ns()
+        invocation_id, start_ns = message.run_id, time.time_ns()
         listeners = _listeners()
         (stdin_r, stdin_w), (stdout_r, stdout_w), (stderr_r, stderr_w) = os.pipe(), os.pipe(), os.pipe()
         environment = os.environ | {
@@ -279,19 +280,19 @@ class ScriptedRuntime:
         run = _Process(popen)
         for fd in (stdin_r, stdout_w, stderr_w):
             os.close(fd)
-        self.runs[message.invocation_id] = run
-        self.send(Spawned(message.invocation_id, run.popen.pid, spawn_ns, time.time_ns()))
+        self.runs[message.run_id] = run
+        self.send(Spawned(message.run_id, run.popen.pid, spawn_ns, time.time_ns()))
         timer = asyncio.get_running_loop().call_later(
-            message.timeout_s or declared.spec.timeout, self._kill, message.invocation_id, ExitReason.TIMEOUT
+            message.timeout_s or declared.spec.timeout, self._kill, message.run_id, ExitReason.TIMEOUT
         )
         code = await _wait(run.popen)
         timer.cancel()
         with contextlib.suppress(ProcessLookupError):  # as cgroup.kill does: nothing of the run stays
             os.killpg(run.popen.pid, signal.SIGKILL)
-        del self.runs[message.invocation_id]
+        del self.runs[message.run_id]
         end_ns = time.time_ns()
-        self.send(Exited(message.invocation_id, run.reason, code if code >= 0 else 128 - code, 0.01, 4096, end_ns))
-        self.send(Removed(message.invocation_id, end_ns, time.time_ns()))
+        self.send(Exited(message.run_id, run.reason, code if code >= 0 else 128 - code, 0.01, 4096, end_ns))
+        self.send(Removed(message.run_id, end_ns, time.time_ns()))
 
 
 async def _wait(popen):

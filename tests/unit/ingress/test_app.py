@@ -13,6 +13,7 @@ from clrk.core.control import GATEWAY_MESSAGES, receive, send
 from clrk.core.errors import ProtocolError
 from clrk.core.ids import new_invocation_id
 from clrk.core.messages import (
+    PROTOCOL_VERSION,
     Configure,
     Counters,
     Exited,
@@ -34,7 +35,7 @@ async def test_reload_swaps_agents_and_running_ones_keep_theirs(gateway):
     config = gateway.runtime.config
     gateway.runtime.config = config.model_copy(update={"agents": [*AGENTS[:1], agent("new", "echo new")]})
     gateway.runtime.configure(2)
-    await gateway.runtime.until(lambda: gateway.runtime.received[-1] == Ready(1, 2))
+    await gateway.runtime.until(lambda: gateway.runtime.received[-1] == Ready(PROTOCOL_VERSION, 2))
     assert (await gateway.call("/agents/new"))[2] == b"new\n"
     assert (await gateway.call("/agents/one"))[0] == 404
     assert gateway.runtime.egress.config.agents[1].metadata.name == "new"
@@ -73,7 +74,7 @@ async def test_late_words_about_unknown_runs_are_passed_over(gateway):
 async def test_a_runtime_that_breaks_the_order_ends_the_gateway(tmp_path):
     runtime = ScriptedRuntime(AGENTS, tmp_path)
     await runtime.start()
-    runtime.send(Configure(1, 2), [os.open("/dev/null", os.O_RDONLY) for _ in range(2)])
+    runtime.send(Configure(PROTOCOL_VERSION, 2), [os.open("/dev/null", os.O_RDONLY) for _ in range(2)])
     with pytest.raises(ProtocolError):
         await asyncio.wait_for(runtime.running, 10)
     runtime.control.close()
@@ -87,7 +88,7 @@ async def test_an_unusable_configuration_ends_the_gateway_and_is_not_quoted(tmp_
     fd = os.memfd_create("config")
     os.write(fd, raw)
     null = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
-    send(ours, Configure(1, 1), [fd, *null])
+    send(ours, Configure(PROTOCOL_VERSION, 1), [fd, *null])
     with pytest.raises(ProtocolError) as caught:
         await asyncio.wait_for(running, 10)
     assert "s3cret" not in str(caught.value)
