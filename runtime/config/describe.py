@@ -29,6 +29,9 @@ _PLAIN = {
     "bool_parsing": "not true or false",
 }
 _PATTERNS = {
+    r"^\$": "not a JSONPath; it begins with $",
+    "^[a-z][a-z0-9_]{0,62}$": "not a field name: a-z, 0-9 and _, a letter first, at most 63 characters",
+    r"^[a-z0-9.+-]+/([a-z0-9.+-]+|\*)$": "not a media type, such as application/json or text/*",
     "^/": "not an absolute path; it begins with /",
     "^[A-Z]+$": "not a method in capitals, such as GET",
     "^[A-Za-z_][A-Za-z0-9_]*$": "not a variable name: letters, digits and _, no digit first",
@@ -69,21 +72,44 @@ def describe_errors(model: type[BaseModel], document: Document, error: Validatio
         if path in seen:  # one value tried against several types of a union
             continue
         seen.add(path)
-        yield Finding(document.line_of(path), path, _describe(model, path, detail))
+        yield Finding(document.line_of(path), path, _describe(model, path, detail, document))
 
 
 def _written_path(model: type[BaseModel], loc: Path, document: Document) -> Path:
     """Cut from loc what pydantic adds and the author never wrote: the branch names of unions."""
+    loc = _without_tags(loc, document.value)
     existing = document.nearest(loc)
-    if len(existing) < len(loc) and any(loc[len(existing)] == name for name in _fields_at(model, existing)):
+    if len(existing) < len(loc) and any(loc[len(existing)] == name for name in _fields_at(model, existing, document)):
         return loc[: len(existing) + 1]  # a missing field, named although it is not there
     return existing
 
 
-def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails) -> str:
+def _without_tags(loc: Path, value: Any) -> Path:
+    """Leave out the names of the branches that `type` chose."""
+    path: Path = ()
+    for part in loc:
+        if isinstance(value, dict) and part not in value and part == value.get("type"):
+            continue
+        path = (*path, part)
+        value = _value_at(value, part)
+    return path
+
+
+def _value_at(value: Any, part: str | int) -> Any:
+    if isinstance(value, dict):
+        return value.get(part)
+    return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
+
+
+def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails, document: Document) -> str:
     code = detail["type"]
     if code == "extra_forbidden":
-        return _describe_unknown(model, path)
+        return _describe_unknown(model, path, document)
+    if code == "union_tag_invalid":
+        valid = re.findall(r"'([^']*)'", detail["ctx"]["expected_tags"])
+        return f"type {detail['ctx']['tag']!r} is not allowed{nearest(detail['ctx']['tag'], valid)}"
+    if code == "union_tag_not_found":
+        return "type is missing"
     if code.startswith(("ip_v4_network", "ip_v6_network")):
         return "not a network with a clean host part; write for example 10.0.0.0/8 or fd00::/8"
     if code in ("literal_error", "enum"):
@@ -100,21 +126,23 @@ def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails) -> str:
     return _PLAIN.get(code) or detail["msg"].replace("Input should be", "must be", 1)
 
 
-def _describe_unknown(model: type[BaseModel], path: Path) -> str:
+def _describe_unknown(model: type[BaseModel], path: Path, document: Document) -> str:
     name = str(path[-1])
     dotted = ".".join(part for part in path[1:] if isinstance(part, str))
     later = NOT_YET_FIELDS.get(model.__name__, ()) if path[0] == "spec" else ()
     if any(field == dotted or field.startswith(f"{dotted}.") for field in later):
         return "is part of the contract but not in this version; remove it"
-    return f"unknown field{nearest(name, _fields_at(model, path[:-1]))}"
+    return f"unknown field{nearest(name, _fields_at(model, path[:-1], document))}"
 
 
-def _fields_at(model: type[BaseModel], path: Path) -> tuple[str, ...]:
+def _fields_at(model: type[BaseModel], path: Path, document: Document) -> tuple[str, ...]:
     """Return the field names, as written in YAML, of the model that describes the value at path."""
     current: Any = model
+    value = document.value
     for part in path:
+        value = _value_at(value, part)
         if isinstance(part, int):
-            current = _first_argument(current)
+            current = _branch_of(_first_argument(current), value)
             continue
         inner = _model_of(current)
         if inner is None:
@@ -126,6 +154,19 @@ def _fields_at(model: type[BaseModel], path: Path) -> tuple[str, ...]:
         current = named[0].annotation
     inner = _model_of(current)
     return tuple(info.alias or name for name, info in inner.model_fields.items()) if inner else ()
+
+
+def _branch_of(annotation: Any, value: Any) -> Any:
+    """Return the member of a union that the value's `type` chooses."""
+    union = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    if get_origin(union) not in (Union, types.UnionType) or not isinstance(value, dict):
+        return annotation
+    for member in get_args(union):
+        inner = _model_of(member)
+        field = inner.model_fields.get("type") if inner is not None else None
+        if field is not None and value.get("type") in get_args(field.annotation):
+            return member
+    return annotation
 
 
 def _first_argument(annotation: Any) -> Any:

@@ -190,10 +190,10 @@ def test_key_that_is_not_text(tmp_path):
         ),
         (
             "kind: Zebra",
-            "2: Zebra/a: kind: unknown kind 'Zebra'; valid: EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent",
+            "2: Zebra/a: kind: unknown kind 'Zebra'; valid: DaemonAgent, EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent",
         ),
         ("kind: DaemonAgnt", "2: DaemonAgnt/a: kind: unknown kind 'DaemonAgnt'; did you mean \"DaemonAgent\"?"),
-        ("kynd: TaskAgent", "1: a: kind: is missing; valid: EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent"),
+        ("kynd: TaskAgent", "1: a: kind: is missing; valid: DaemonAgent, EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent"),
     ],
 )
 def test_unknown_kind(tmp_path, written, problem):
@@ -231,7 +231,7 @@ def test_api_version(tmp_path, written, problem):
     [
         ("timeot: 5s", 'spec.timeot: unknown field; did you mean "timeout"?'),
         ("egress_refs: []", 'spec.egress_refs: unknown field; did you mean "egressRefs"?'),
-        ("zzz: 1", "spec.zzz: unknown field; valid: delivery, egressRefs, maxConcurrent, resources, template, timeout"),
+        ("zzz: 1", "spec.zzz: unknown field; valid: delivery, egressRefs, identity, maxConcurrent, resources, schedule, scheduleInput, state, streaming, template, timeout, warmPoolIdleTTL, warmPoolSize"),
         ("timeout: soon", "spec.timeout: 'soon' is not a duration; write for example 100s, 5m, 1h30m or 7d"),
         ("timeout: 2h", "spec.timeout: must be less than or equal to 3600"),
         ("timeout: 0", "spec.timeout: must be greater than 0"),
@@ -245,6 +245,18 @@ def test_api_version(tmp_path, written, problem):
         ("egressRefs: {}", "spec.egressRefs: not a list; begin each entry with `- `"),
         ("egressRefs: [{}]", "spec.egressRefs[0].gatewayRef: is missing"),
         ("egressRefs: [{gatewayref: {name: x}}]", 'spec.egressRefs[0].gatewayref: unknown field; did you mean "gatewayRef"?'),
+        ('schedule: "61 * * * *"', "spec.schedule: '61 * * * *' is not a schedule: Bad minute"),
+        ('schedule: "* * * * * *"', "spec.schedule: '* * * * * *' is not a schedule: write five fields, or one of @yearly, @annually, @monthly, @weekly, @daily, @midnight, @hourly"),
+        ("scheduleInput: {a: 1}", "spec: scheduleInput without schedule: nothing would ever send it"),
+        ("warmPoolIdleTTL: 0s", "spec.warmPoolIdleTTL: must be greater than 0"),
+        ("state: {}", "spec: state needs maxConcurrent: 1, since two runs must not write one folder"),
+        ("identity: {extractors: [{type: Header, name: CE-x, field: a}]}", "spec.identity.extractors[0].name: 'CE-x': ce-* headers say what the caller likes, so they are no identity"),
+        ("identity: {extractors: [{type: Body, jsonPath: x, field: a}]}", "spec.identity.extractors[0].jsonPath: not a JSONPath; it begins with $"),
+        ("identity: {extractors: [{type: JWT, claim: a, jwks: x, issuer: x, field: a}]}", "spec.identity.extractors[0].audience: is missing"),
+        ("identity: {extractors: [{type: JWT, clame: a}]}", 'spec.identity.extractors[0].clame: unknown field; did you mean "claim"?'),
+        ("identity: {extractors: [{type: Foo}]}", "spec.identity.extractors[0]: type 'Foo' is not allowed; valid: Body, Header, JWT"),
+        ("identity: {extractors: [{field: a}]}", "spec.identity.extractors[0]: type is missing"),
+        ("identity: {extractors: [{type: Header, name: x, field: a}, {type: Header, name: y, field: a}]}", "spec.identity: two extractors give the field 'a'"),
     ],
 )  # fmt: skip
 def test_field_of_an_agent(tmp_path, line, problem):
@@ -271,9 +283,9 @@ def test_field_of_an_agent(tmp_path, line, problem):
         ("{command: [x], mounts: [{hostPath: /etc, path: /a}, {hostPath: /usr, path: /a}]}", "spec.template.spec.mounts[1].path: /a is already taken by mounts[0]"),
         ("{command: [x], mounts: [{hostPath: /usr, path: /run/clrk/x}]}", "spec.template.spec.mounts[0].path: /run/clrk/x is clrk's own in every sandbox; choose another"),
         ("{command: [x], mounts: [{hostPath: /usr, path: //etc/}]}", "spec.template.spec.mounts[0].path: //etc/ is clrk's own in every sandbox; choose another"),
-        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /etc, path: /w/./x}]}", "spec.template.spec.mounts[1].path: leads through /usr, which TaskAgent default/a may write: a link there would move this mount"),
-        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /usr/lib, path: /x}]}", "spec.template.spec.mounts[1].hostPath: inside /usr, which TaskAgent default/a may write: a link there would show any host path"),
-        ("{command: [x], rootfs: /usr, mounts: [{hostPath: /usr, path: /w, readOnly: false}]}", "spec.template.spec.rootfs: inside /usr, which TaskAgent default/a may write"),
+        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /etc, path: /w/./x}]}", "spec.template.spec.mounts[1].path: leads through /usr, which agent default/a may write: a link there would move this mount"),
+        ("{command: [x], mounts: [{hostPath: /usr, path: /w, readOnly: false}, {hostPath: /usr/lib, path: /x}]}", "spec.template.spec.mounts[1].hostPath: inside /usr, which agent default/a may write: a link there would show any host path"),
+        ("{command: [x], rootfs: /usr, mounts: [{hostPath: /usr, path: /w, readOnly: false}]}", "spec.template.spec.rootfs: inside /usr, which agent default/a may write"),
         ("{command: [x], mounts: [{hostpath: /etc, path: /a}]}", 'spec.template.spec.mounts[0].hostpath: unknown field; did you mean "hostPath"?'),
     ],
 )  # fmt: skip
@@ -428,7 +440,7 @@ def test_a_mount_point_in_what_another_agent_may_write(tmp_path, template, index
         "{command: [/bin/true]}", "{command: [x], mounts: [{hostPath: work, path: /w, readOnly: false}]}"
     )
     assert problems_of(tmp_path, documents(reader, writer)) == [
-        f"5: TaskAgent/a: spec.template.spec.mounts[{index}].path: leads through {tmp_path}/work, which TaskAgent "
+        f"5: TaskAgent/a: spec.template.spec.mounts[{index}].path: leads through {tmp_path}/work, which agent "
         "default/w may write: a link there would move this mount"
     ]
 
