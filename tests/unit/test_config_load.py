@@ -247,9 +247,7 @@ def test_api_version(tmp_path, written, problem):
         ("egressRefs: [{gatewayref: {name: x}}]", 'spec.egressRefs[0].gatewayref: unknown field; did you mean "gatewayRef"?'),
         ('schedule: "61 * * * *"', "spec.schedule: '61 * * * *' is not a schedule: Bad minute"),
         ('schedule: "* * * * * *"', "spec.schedule: '* * * * * *' is not a schedule: write five fields, or one of @yearly, @annually, @monthly, @weekly, @daily, @midnight, @hourly"),
-        ("scheduleInput: {a: 1}", "spec: scheduleInput without schedule: nothing would ever send it"),
         ("warmPoolIdleTTL: 0s", "spec.warmPoolIdleTTL: must be greater than 0"),
-        ("state: {}", "spec: state needs maxConcurrent: 1, since two runs must not write one folder"),
         ("identity: {extractors: [{type: Header, name: CE-x, field: a}]}", "spec.identity.extractors[0].name: 'CE-x': ce-* headers say what the caller likes, so they are no identity"),
         ("identity: {extractors: [{type: Body, jsonPath: x, field: a}]}", "spec.identity.extractors[0].jsonPath: not a JSONPath; it begins with $"),
         ("identity: {extractors: [{type: JWT, claim: a, jwks: x, issuer: x, field: a}]}", "spec.identity.extractors[0].audience: is missing"),
@@ -261,6 +259,22 @@ def test_api_version(tmp_path, written, problem):
 )  # fmt: skip
 def test_field_of_an_agent(tmp_path, line, problem):
     assert f"6: TaskAgent/a: {problem}" in problems_of(tmp_path, AGENT + f"  {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("scheduleInput: {a: 1}", "scheduleInput without schedule: nothing would ever send it"),
+        ("state: {}", "state needs maxConcurrent: 1, since two runs must not write one folder"),
+    ],
+)
+def test_fields_that_need_another(tmp_path, line, problem):
+    assert problems_of(tmp_path, AGENT + f"  {line}\n") == [f"4: TaskAgent/a: spec: {problem}"]
+
+
+def test_both_kinds_of_agent_share_their_names(tmp_path):
+    (found,) = problems_of(tmp_path, AGENT + "---\n" + AGENT.replace("TaskAgent", "DaemonAgent"))
+    assert found.startswith("9: DaemonAgent/a: metadata.name: default/a is already declared at ")
 
 
 @pytest.mark.parametrize(

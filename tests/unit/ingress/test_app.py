@@ -50,7 +50,7 @@ async def test_health(gateway):
 
 async def test_counters_are_kept(gateway):
     gateway.runtime.send(Counters({"stamp_push_failed": 3}))
-    await gateway.runtime.until(lambda: gateway.runtime.app.counters)
+    await gateway.runtime.until(lambda: gateway.runtime.app.counters.values)
     assert gateway.runtime.app.counters.values == {"stamp_push_failed": 3}
 
 
