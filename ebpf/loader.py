@@ -183,6 +183,29 @@ class Stamp:
             raise HostError(f"attach clrk_stamp to clrk_socks: {exc.strerror}; needs CAP_NET_ADMIN") from exc
 
 
+def check_programs() -> dict[str, str]:
+    """Compile everything, and load each program without attaching it.
+
+    Returns: program -> why the kernel refuses it, "" when it takes it.
+    Privileges: CAP_BPF, CAP_NET_ADMIN.
+    Raises: HostError when they can not be compiled.
+    """
+    bpf = _compile()
+    wanted = [("clrk_stamp", _PROG_SK_MSG, _ATTACH_SK_MSG_VERDICT)]
+    wanted += [(hook.function, hook.program_type, hook.attach_type) for hook in _CGROUP_HOOKS]
+    found: dict[str, str] = {}
+    try:
+        for function, program_type, attach_type in wanted:
+            try:
+                _load(bpf, function, program_type, attach_type)
+                found[function] = ""
+            except HostError as exc:
+                found[function] = str(exc)
+    finally:
+        bpf.cleanup()
+    return found
+
+
 def read_source() -> str:
     """Return stamp.bpf.c with the files of lib/ pasted in, each once, with #line marks.
 

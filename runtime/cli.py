@@ -13,6 +13,7 @@ from typing import Final
 from clrk import __version__
 from clrk.core.errors import ClrkError, ConfigError
 from clrk.core.layout import HostLayout
+from clrk.core.resources import RuntimeSpec
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.config.load import DEFAULT_PATH, load
 
@@ -24,6 +25,7 @@ examples:
   sudo clrk-runtime                       serve the resources of /etc/clrk
   sudo clrk-runtime serve -c my-agents/   serve those of a folder; -c may be given several times
   clrk-runtime check -c agent.yaml        validate: every problem with file, line and field
+  sudo clrk-runtime doctor                prove what this host can do; says how to mend what is missing
   sudo systemctl reload clrk              reload, also by SIGHUP: all valid, or nothing changes
 
 `clrk --help` is the client: run agents, list invocations, read traces.
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "check":
             return _check(paths)
+        if options.command == "doctor":
+            return _doctor(options)
         return _serve(HostLayout(options.instance), paths)
     except ConfigError as exc:
         for problem in exc.problems:
@@ -68,7 +72,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clrk-runtime {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{serve,check}")
+    commands = parser.add_subparsers(dest="command", metavar="{serve,check,doctor}")
     serve = commands.add_parser("serve", parents=[config], help="run the daemon in the foreground (the default; root)")
     serve.add_argument(
         "--instance", metavar="NAME", default="clrk",
@@ -76,6 +80,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "Its client is `CLRK_INSTANCE=NAME clrk ...`",
     )  # fmt: skip
     commands.add_parser("check", parents=[config], help="validate resources; exit code 2 when they are invalid")
+    doctor = commands.add_parser(
+        "doctor", parents=[config], help="prove what this host can do, and say how to mend what is missing (root)"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     known = ("-h", "--help", "--version", *commands.choices)
     if not argv or argv[0] not in known:  # plain `clrk-runtime [-c PATH]` serves
         argv = ["serve", *argv]
@@ -87,6 +95,14 @@ def _check(paths: Sequence[Path]) -> int:
     for line in _summarise(resources):
         print(line)
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from clrk.runtime.doctor import examine, report
+
+    given = options.config or ([DEFAULT_PATH] if DEFAULT_PATH.exists() else [])
+    spec = load(given).runtime if given else RuntimeSpec()
+    return report(examine(spec, f"doctor{os.getpid() % 10**7}"), as_json=options.json)
 
 
 def _summarise(resources: Resources) -> list[str]:
