@@ -145,7 +145,7 @@ class ExportTask:
 
     async def _step(self) -> None:
         committed = self._store.committed
-        page = await self._store.spans_after(self._cursor, self._limit)
+        page = await self._store.after("traces", self._cursor, self._limit)
         if not page:
             if await self._store.last_seq() < self._cursor:  # the file was replaced: its numbers begin anew
                 self._cursor = 0
@@ -159,7 +159,7 @@ class ExportTask:
             return
         self._cursor = page[-1].seq
         self._limit = _PAGE
-        self._store.set_cursor(self.name, self._cursor)
+        self._store.set_cursor(self.name, "traces", self._cursor)
         self._progress.set()
 
     async def _send(self, spans: list[StoredSpan]) -> bool:

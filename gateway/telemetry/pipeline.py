@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Self
 from urllib.parse import unquote
 
+import msgspec
 from opentelemetry.util.re import parse_env_headers
 
 from clrk import __version__
@@ -21,6 +22,7 @@ from clrk.core.resources import GatewayConfig
 from clrk.gateway._aio import spawn
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.export import ExportTarget, ExportTask, traces_url
+from clrk.gateway.telemetry.items import STREAM_OTLP, LogItem, MetricsItem
 from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import (
     UNSET,
@@ -34,7 +36,6 @@ from clrk.gateway.telemetry.spans import (
     Status,
 )
 from clrk.gateway.telemetry.store import FILE_NAME, TraceStore
-from clrk.gateway.telemetry.writer import LogItem
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ MAX_ATTRIBUTES: Final = 256
 MAX_LINE_BYTES: Final = 16_384
 MAX_LOG_BYTES: Final = 1024 * 1024  # per invocation
 _MAX_LOG_LINES: Final = 20_000  # per invocation
+_DAEMON_WINDOW_NS: Final = 60 * 10**9  # a daemon may say that much in each minute
 _MAX_LOG_METERS: Final = 4096
 _INT64: Final = 2**63
 ENVIRONMENT_EXPORT: Final = "environment"  # cursor name of the exporter that OTEL_EXPORTER_OTLP_* asks for
@@ -102,7 +104,12 @@ class Telemetry:
                 events=[SpanEvent(e.name, e.time_unix_nano, clean_attributes(e.attributes)) for e in events],
                 resource=self._resource(component, identity.egress_gateway),
             )
-            self.store.add_span(record, invocation_id=identity.invocation_id, gateway=_gateway_key(identity))
+            self.store.add_span(
+                record,
+                invocation_id=identity.invocation_id,
+                gateway=_gateway_key(identity),
+                sampled=identity.context.sampled,
+            )
         except Exception:  # the telemetry edge: what a span looked like must never break the call it describes
             self.store.counters["dropped_bad_item"] += 1
             _log.exception("span %.64r could not be recorded", name)
@@ -124,29 +131,72 @@ class Telemetry:
 
     def record_invocation(self, record: InvocationRecord) -> None:
         """Keep the record in place of an earlier one of the same invocation. Never raises, never blocks."""
+        self.store.add_invocation(record)
+
+    def record_agent_span(self, identity: Identity, record: SpanRecord, otlp: bytes) -> None:
+        """Keep a span that the agent reported itself. Never raises, never blocks.
+
+        Shape: record has the identity's attributes, and clrk.component `agent` in its resource; otlp is a serialised
+        opentelemetry.proto ResourceSpans with this one span, the identity set: exporters send it as it is.
+        """
+        self.store.add_span(
+            record,
+            invocation_id=identity.invocation_id,
+            gateway=_gateway_key(identity),
+            sampled=identity.context.sampled,
+            otlp=otlp,
+        )
+
+    def record_agent_log(
+        self, identity: Identity, *, time_ns: int, severity: int, body: str, trace_id: str, span_id: str, otlp: bytes
+    ) -> None:
+        """Keep a log record of the agent's SDK, within the bound of its output. Never raises, never blocks.
+
+        Shape: severity is an OTLP SeverityNumber, body the record's text; otlp a serialised ResourceLogs.
+        """
+        line = body[:MAX_LINE_BYTES].encode("utf-8", "replace")[:MAX_LINE_BYTES]
+        item = _log_item(identity, STREAM_OTLP, line, time_ns)
+        item = msgspec.structs.replace(item, trace_id=trace_id, span_id=span_id, severity=severity, otlp=otlp)
+        self._keep_log(identity, item, len(line) + len(otlp))
+
+    def record_agent_metrics(self, identity: Identity, *, time_ns: int, otlp: bytes) -> None:
+        """Keep what the agent's SDK measured: a serialised ResourceMetrics. Never raises, never blocks."""
+        self.store.add_metrics(
+            MetricsItem(
+                identity.invocation_id, identity.agent_namespace, identity.agent_name, _gateway_key(identity),
+                time_ns, otlp,
+            )
+        )  # fmt: skip
 
     def record_log(self, identity: Identity, stream: str, line: bytes, time_ns: int) -> None:
         """Keep one line of the agent's output, without its newline. Bounded per invocation; never raises.
 
         Shape: stream is `stdout` or `stderr`; a line over MAX_LINE_BYTES is cut.
         """
-        meter = self._log_meters.setdefault(identity.invocation_id, [0, 0])
+        line = line[:MAX_LINE_BYTES]
+        self._keep_log(identity, _log_item(identity, stream, line, time_ns), len(line))
+
+    def _keep_log(self, identity: Identity, item: LogItem, size_bytes: int) -> None:
+        """Keep it if the allowance goes so far, and say once where it ends.
+
+        An invocation has one allowance. A daemon, which may live for months, has one in each _DAEMON_WINDOW_NS.
+        """
+        window = 0 if identity.invocation_id else item.time_ns // _DAEMON_WINDOW_NS
+        key = identity.invocation_id or f"{identity.agent_namespace}/{identity.agent_name}"
+        meter = self._log_meters.setdefault(key, [0, 0, window])
         if len(self._log_meters) > _MAX_LOG_METERS:
             self._log_meters.popitem(last=False)
+        if meter[2] != window:
+            meter[:] = [0, 0, window]
         if meter[0] >= MAX_LOG_BYTES or meter[1] >= _MAX_LOG_LINES:
             self.store.counters["dropped_log_lines"] += 1
             return
-        line = line[:MAX_LINE_BYTES]
-        meter[0] += len(line)
+        meter[0] += size_bytes
         meter[1] += 1
-        self._keep_line(identity, stream, line, time_ns)
+        self.store.add_log(item)
         if meter[0] >= MAX_LOG_BYTES or meter[1] >= _MAX_LOG_LINES:
-            self._keep_line(identity, "clrk", b"output limit reached: further lines are not kept", time_ns)
-
-    def _keep_line(self, identity: Identity, stream: str, line: bytes, time_ns: int) -> None:
-        self.store.add_log(
-            LogItem(identity.invocation_id, identity.agent_namespace, identity.agent_name, stream, time_ns, line)
-        )
+            text = b"output limit reached: further lines are not kept"
+            self.store.add_log(_log_item(identity, "clrk", text, item.time_ns))
 
     def seen_invocation(self, invocation_id: InvocationId | str) -> bool:
         """Say whether spans of this invocation were recorded within the retention window."""
@@ -287,3 +337,15 @@ def _gateway_key(identity: Identity) -> str:
     """Return namespace/name of the identity's EgressGateway, which is in the agent's own namespace."""
     gateway = identity.egress_gateway
     return gateway if not gateway or "/" in gateway else f"{identity.agent_namespace}/{gateway}"
+
+
+def _log_item(identity: Identity, stream: str, line: bytes, time_ns: int) -> LogItem:
+    """Return a line of the run; a daemon's belongs to no trace."""
+    within = bool(identity.invocation_id)
+    return LogItem(
+        identity.invocation_id, identity.agent_namespace, identity.agent_name, stream, time_ns, line,
+        agent_kind=identity.agent_kind, agent_uid=identity.agent_uid, agent_revision=identity.agent_revision,
+        sandbox_id=identity.sandbox_id, caller_fields=identity.caller_fields, gateway=_gateway_key(identity),
+        trace_id=identity.context.trace_id if within else "", span_id=identity.context.span_id if within else "",
+        sampled=identity.context.sampled,
+    )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Reading the embedded store: filters to SQL, and one short-lived read-only connection per question."""
+"""Reading the embedded store: filters to SQL, and one short-lived read-only connection per question.
+
+Invocations are asked for in invocation_query.py, what exporters read in outbox.py.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +44,25 @@ class SpanFilter:
 
 @dataclass(frozen=True, slots=True)
 class StoredSpan:
-    """A span's JSON and where it stands."""
+    """A span's JSON and where it stands.
+
+    Shape: gateway is namespace/name of its EgressGateway, or empty. sampled False: kept, and not to be exported. otlp
+    is a serialised ResourceSpans when an agent reported the span itself: exported as it is.
+    """
 
     seq: int
     start_ns: int
     gateway: str
     json: bytes
+    sampled: bool = True
+    otlp: bytes | None = None
 
 
 class LogLine(msgspec.Struct, frozen=True):
-    """One line that an agent wrote; bytes that are not UTF-8 show as U+FFFD."""
+    """One line that an agent wrote; bytes that are not UTF-8 show as U+FFFD.
+
+    Shape: stream is stdout, stderr, clrk (our own word), or otlp with an OTLP SeverityNumber (0: unspecified).
+    """
 
     seq: int
     invocation_id: str
@@ -59,6 +71,7 @@ class LogLine(msgspec.Struct, frozen=True):
     stream: str
     time_unix_nano: int
     line: str
+    severity: int = 0
 
 
 def _conditions(wanted: SpanFilter) -> tuple[list[str], list[object]]:
@@ -125,27 +138,40 @@ def select_spans(
         values.extend(after)
     where = " AND ".join(clauses) or "TRUE"
     direction = "ASC" if order == "oldest" else "DESC"
-    # Without statistics SQLite would walk spans_start and read every long row to look at its model.
-    narrow = wanted.agent or wanted.invocation_id or wanted.trace_id
-    hint = "INDEXED BY spans_llm" if "llm" in clauses and not narrow else ""
     sql = (
-        f"SELECT seq, start_ns, gateway, json FROM spans {hint} WHERE {where}"  # noqa: S608 - fixed clauses, bound values
-        f" ORDER BY start_ns {direction}, seq {direction} LIMIT ?"
+        f"SELECT seq, start_ns, gateway, json, sampled, otlp FROM spans {_index(wanted)}"  # noqa: S608 - fixed texts
+        f" WHERE {where} ORDER BY start_ns {direction}, seq {direction} LIMIT ?"
     )
-    return [StoredSpan(*row) for row in connection.execute(sql, (*values, limit))]
+    return [_stored_span(row) for row in connection.execute(sql, (*values, limit))]
 
 
-def select_after(connection: sqlite3.Connection, seq: int, limit: int) -> list[StoredSpan]:
-    """Return spans in the order they were stored, for exporters."""
-    sql = "SELECT seq, start_ns, gateway, json FROM spans WHERE seq > ? ORDER BY seq LIMIT ?"
-    return [StoredSpan(*row) for row in connection.execute(sql, (seq, limit))]
+def _index(wanted: SpanFilter) -> str:
+    # Without statistics SQLite would walk an index that does not hold the fact, and read every long row to look at it.
+    if wanted.invocation_id or wanted.trace_id:
+        return ""
+    if wanted.model or wanted.system or wanted.min_input_tokens is not None:
+        return "INDEXED BY spans_llm"
+    if wanted.denied:
+        return "INDEXED BY spans_denied"
+    return "INDEXED BY spans_error" if wanted.errors else ""
+
+
+def _stored_span(row: tuple[int, int, str, bytes, int, bytes | None]) -> StoredSpan:
+    seq, start_ns, gateway, json, sampled, otlp = row
+    return StoredSpan(seq, start_ns, gateway, json, bool(sampled), otlp)
 
 
 def select_invocations(connection: sqlite3.Connection, prefix: str, limit: int = 20) -> list[str]:
     """Return invocation ids that begin with prefix, which holds hex digits and `-` only."""
-    # A range, not LIKE: it walks the index. "g" sorts behind every hex digit.
-    sql = "SELECT DISTINCT invocation_id FROM spans WHERE invocation_id >= ? AND invocation_id < ? LIMIT ?"
-    return [row[0] for row in connection.execute(sql, (prefix, prefix + "g", limit))]
+    # Ranges, not LIKE: they walk an index. "g" sorts behind every hex digit.
+    sql = """
+        SELECT invocation_id FROM (SELECT DISTINCT invocation_id FROM spans
+            WHERE invocation_id >= :first AND invocation_id < :end ORDER BY invocation_id LIMIT :limit)
+        UNION SELECT invocation_id FROM (SELECT invocation_id FROM invocations
+            WHERE invocation_id >= :first AND invocation_id < :end ORDER BY invocation_id LIMIT :limit)
+        ORDER BY invocation_id LIMIT :limit
+    """
+    return [row[0] for row in connection.execute(sql, {"first": prefix, "end": prefix + "g", "limit": limit})]
 
 
 def select_logs(
@@ -158,22 +184,11 @@ def select_logs(
         clauses.insert(0, "invocation_id = ?")
         values.insert(0, invocation_id)
     sql = (
-        "SELECT seq, invocation_id, agent_namespace, agent_name, stream, time_ns, line FROM logs"  # noqa: S608 - fixed
+        "SELECT seq, invocation_id, agent_namespace, agent_name, stream, time_ns, line, severity FROM logs"  # noqa: S608
         f" WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT ?"
     )
     rows = connection.execute(sql, (*values, tail)).fetchall()
     return [
-        LogLine(row_seq, invocation, ns, name, stream, time_ns, line.decode("utf-8", "replace"))
-        for row_seq, invocation, ns, name, stream, time_ns, line in reversed(rows)
+        LogLine(row_seq, invocation, ns, name, stream, time_ns, line.decode("utf-8", "replace"), severity)
+        for row_seq, invocation, ns, name, stream, time_ns, line, severity in reversed(rows)
     ]
-
-
-def select_cursors(connection: sqlite3.Connection) -> dict[str, int]:
-    """Return how far each exporter has come."""
-    return dict(connection.execute("SELECT gateway, seq FROM export_cursors").fetchall())
-
-
-def select_last_seq(connection: sqlite3.Connection) -> int:
-    """Return the seq of the newest span; it only ever grows, also over a purge."""
-    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'spans'").fetchone()
-    return int(row[0]) if row else 0

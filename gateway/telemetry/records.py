@@ -8,6 +8,9 @@ import msgspec
 
 from clrk.gateway.outcome import Phase
 
+# Position in a listing: (created_ns, invocation_id) of the last one seen.
+InvocationPosition = tuple[int, str]
+
 
 class InvocationRecord(msgspec.Struct, frozen=True):
     """How one invocation stands; each change is a whole new record, the last one written counts.
@@ -40,7 +43,8 @@ class InvocationRecord(msgspec.Struct, frozen=True):
 class InvocationTotals(msgspec.Struct, frozen=True):
     """What the calls of an invocation add up to, from clrk's own spans; agents' own spans do not count.
 
-    Shape: cost_usd is None when no call had a known price.
+    Shape: calls are all calls that went out (llm_calls among them) and errors those that failed; what was denied is in
+    denials only. cost_usd is None when no call had a known price.
     """
 
     llm_calls: int = 0
@@ -58,13 +62,19 @@ class InvocationSummary(msgspec.Struct, frozen=True):
     record: InvocationRecord
     totals: InvocationTotals
 
+    @property
+    def position(self) -> InvocationPosition:
+        """Where it stands in a listing: what follows it is asked for with this."""
+        return (self.record.created_ns, self.record.invocation_id)
+
 
 @dataclass(frozen=True, slots=True)
 class InvocationFilter:
     """What listings of invocations may ask for; empty fields do not filter.
 
     Shape: agent is `name` or `namespace/name`. system, model, denied, errors and min_input_tokens ask for invocations
-    with at least one such call, as `clrk traces` does. Units: since_ns inclusive, until_ns exclusive, on created_ns.
+    with at least one such call (errors: one such span, as `clrk traces --errors` shows them). Units: since_ns
+    inclusive, until_ns exclusive, on created_ns.
     """
 
     agent: str = ""

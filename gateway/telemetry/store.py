@@ -9,16 +9,19 @@ import asyncio
 import collections
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar, overload
 
 from clrk.core.errors import ClrkError
-from clrk.gateway.telemetry import query
+from clrk.gateway.telemetry import invocation_query, outbox, query
+from clrk.gateway.telemetry.items import Barrier, CursorItem, InvocationItem, LogItem, MetricsItem, SpanItem
+from clrk.gateway.telemetry.outbox import Signal, Stored, StoredLog, StoredMetrics
 from clrk.gateway.telemetry.query import LogLine, Position, SpanFilter, StoredSpan
+from clrk.gateway.telemetry.records import InvocationFilter, InvocationPosition, InvocationRecord, InvocationSummary
 from clrk.gateway.telemetry.spans import SpanRecord
-from clrk.gateway.telemetry.writer import Barrier, CursorItem, LogItem, SpanItem, StoreWriter
+from clrk.gateway.telemetry.writer import StoreWriter
 
 FILE_NAME: Final = "traces.db"
 MAX_FILE_BYTES: Final = 4 * 2**30
@@ -50,12 +53,21 @@ class TraceStore:
 
     # --- writing ---
 
-    def add_span(self, record: SpanRecord, *, invocation_id: str, gateway: str) -> None:
-        """Keep a span. Never blocks, never raises; a full queue drops it and counts."""
-        self._recent[invocation_id] = None
-        if len(self._recent) > _MAX_RECENT:
-            self._recent.popitem(last=False)
-        if self._writer.put(SpanItem(record, gateway)):
+    def add_span(
+        self,
+        record: SpanRecord,
+        *,
+        invocation_id: str,
+        gateway: str,
+        sampled: bool = True,
+        otlp: bytes | None = None,
+    ) -> None:
+        """Keep a span. Never blocks, never raises; a full queue drops it and counts.
+
+        Shape: otlp of an agent's own span: a serialised ResourceSpans, exported as it is.
+        """
+        self._remember(invocation_id)
+        if self._writer.put(SpanItem(record, gateway, sampled, otlp)):
             self.counters["spans"] += 1
 
     def add_log(self, item: LogItem) -> None:
@@ -63,9 +75,26 @@ class TraceStore:
         if self._writer.put(item):
             self.counters["log_lines"] += 1
 
-    def set_cursor(self, gateway: str, seq: int) -> None:
-        """Remember that everything up to seq was exported for this gateway."""
-        self._writer.put(CursorItem(gateway, seq))
+    def add_metrics(self, item: MetricsItem) -> None:
+        """Keep what an agent measured, like add_span."""
+        if self._writer.put(item):
+            self.counters["agent_metrics"] += 1
+
+    def add_invocation(self, record: InvocationRecord) -> None:
+        """Keep the record in place of an earlier one of the same invocation, like add_span."""
+        self._remember(record.invocation_id)
+        self._writer.put(InvocationItem(record))
+
+    def set_cursor(self, exporter: str, signal: Signal, seq: int) -> None:
+        """Remember that the exporter is done with everything of the signal up to seq."""
+        self._writer.put(CursorItem(exporter, signal, seq))
+
+    def _remember(self, invocation_id: str) -> None:
+        if not invocation_id:  # a daemon's
+            return
+        self._recent[invocation_id] = None
+        if len(self._recent) > _MAX_RECENT:
+            self._recent.popitem(last=False)
 
     def set_retention(self, retention_s: float) -> None:
         """Change the retention; the next purge follows it."""
@@ -145,9 +174,27 @@ class TraceStore:
                 return
             left = None if left is None else left - len(page)
 
-    async def spans_after(self, seq: int, limit: int) -> list[StoredSpan]:
-        """Return spans in stored order, for exporters. Raises: StoreError."""
-        return await self._read(lambda connection: query.select_after(connection, seq, limit))
+    @overload
+    async def after(self, signal: Literal["traces"], seq: int, limit: int) -> list[StoredSpan]: ...
+    @overload
+    async def after(self, signal: Literal["logs"], seq: int, limit: int) -> list[StoredLog]: ...
+    @overload
+    async def after(self, signal: Literal["metrics"], seq: int, limit: int) -> list[StoredMetrics]: ...
+    async def after(self, signal: Signal, seq: int, limit: int) -> Sequence[Stored]:
+        """Return rows of the signal behind seq in stored order, for exporters. Raises: StoreError."""
+        return await self._read(lambda connection: outbox.select_after(connection, signal, seq, limit))
+
+    async def list_invocations(
+        self, wanted: InvocationFilter, *, limit: int, before: InvocationPosition | None = None
+    ) -> list[InvocationSummary]:
+        """Return invocations, the newest first; `before` is the position of the last one seen. Raises: StoreError."""
+        return await self._read(
+            lambda connection: invocation_query.select_listing(connection, wanted, limit=limit, before=before)
+        )
+
+    async def find_invocation(self, invocation_id: str) -> InvocationSummary | None:
+        """Return the record of an invocation and its totals, or None. Raises: StoreError."""
+        return await self._read(lambda connection: invocation_query.select_one(connection, invocation_id))
 
     async def invocations(self, prefix: str) -> list[str]:
         """Return up to 20 invocation ids that begin with prefix. Raises: StoreError."""
@@ -163,27 +210,26 @@ class TraceStore:
             )
         )
 
-    async def cursors(self) -> dict[str, int]:
-        """Return how far each exporter has come. Raises: StoreError."""
-        return await self._read(query.select_cursors)
+    async def cursors(self, signal: Signal = "traces") -> dict[str, int]:
+        """Return how far each exporter has come with a signal. Raises: StoreError."""
+        return await self._read(lambda connection: outbox.select_cursors(connection, signal))
 
-    async def last_seq(self) -> int:
-        """Return the seq of the newest span. Raises: StoreError."""
-        return await self._read(query.select_last_seq)
+    async def last_seq(self, signal: Signal = "traces") -> int:
+        """Return the seq of the newest row of a signal. Raises: StoreError."""
+        return await self._read(lambda connection: outbox.select_last_seq(connection, signal))
 
     def seen_invocation(self, invocation_id: str) -> bool:
-        """Say whether a span of this invocation is in the store or on its way there.
+        """Say whether the invocation, or a span of it, is in the store or on its way there.
 
-        Cost: one indexed look-up, tens of microseconds. A store that can not be read has seen nothing: telemetry
+        Cost: two indexed look-ups, tens of microseconds. A store that can not be read has seen nothing: telemetry
         fails open.
         """
         if invocation_id in self._recent:
             return True
         oldest_ns = time.time_ns() - int(self._writer.retention_s * 1e9)
-        wanted = SpanFilter(invocation_id=invocation_id, since_ns=oldest_ns)
         try:
             with query.reader(self.path) as connection:
-                return bool(query.select_spans(connection, wanted, order="newest", limit=1))
+                return invocation_query.is_known(connection, invocation_id, oldest_ns)
         except sqlite3.Error:
             return False
 

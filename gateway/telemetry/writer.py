@@ -18,14 +18,23 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from clrk.gateway.telemetry import schema
-from clrk.gateway.telemetry.spans import SpanRecord
+from clrk.gateway.telemetry.items import (
+    Barrier,
+    CursorItem,
+    InvocationItem,
+    Item,
+    LogItem,
+    MetricsItem,
+    SpanItem,
+    size_bytes,
+)
+from clrk.gateway.telemetry.totals import ADD_TOTALS, Totals
 
 _log = logging.getLogger(__name__)
 
@@ -34,50 +43,11 @@ _BATCH: Final = 2000
 _RETRY_S: Final = 1.0
 _PURGE_EVERY_S: Final = 60.0
 _PURGE_CHUNK: Final = 5000
-_SPAN_OVERHEAD_BYTES: Final = 2048  # a span without large attributes, as Python objects
 
 # Bind errors (an int over 64 bits, a lone surrogate): the item's fault, not the file's.
 _ITEM_ERRORS: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError,
                        OverflowError, ValueError, TypeError, msgspec.MsgspecError)  # fmt: skip
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-
-
-@dataclass(frozen=True, slots=True)
-class SpanItem:
-    """A span to keep; gateway is namespace/name of its EgressGateway, or empty."""
-
-    record: SpanRecord
-    gateway: str
-
-
-@dataclass(frozen=True, slots=True)
-class LogItem:
-    """A line of an agent's output to keep."""
-
-    invocation_id: str
-    agent_namespace: str
-    agent_name: str
-    stream: str
-    time_ns: int
-    line: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class CursorItem:
-    """How far an exporter has come."""
-
-    gateway: str
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Barrier:
-    """Resolved when everything queued before it is in the file, or can not be."""
-
-    done: Future[None]
-
-
-Item = SpanItem | LogItem | CursorItem | Barrier
 
 
 class StoreWriter(threading.Thread):
@@ -110,7 +80,7 @@ class StoreWriter(threading.Thread):
 
     def put(self, item: Item) -> bool:
         """Queue an item; False when it was dropped because the queue is full or closed. Never blocks on the disk."""
-        size = _size(item)
+        size = size_bytes(item)
         with self._wake:
             if self._stopping or (size and self._queued_bytes + size > self._max_queue_bytes):
                 self.counters["dropped_queue_full"] += 1
@@ -172,8 +142,10 @@ class StoreWriter(threading.Thread):
             connection = self._open()
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
+                totals = Totals()
                 for item in batch:
-                    self._insert(connection, item)
+                    self._insert(connection, item, totals)
+                connection.executemany(ADD_TOTALS, [total.row(key) for key, total in totals.sums.items()])
         except (sqlite3.Error, OSError) as exc:
             self._failed(exc)
             return False
@@ -185,23 +157,20 @@ class StoreWriter(threading.Thread):
         self._on_commit()
         return True
 
-    def _insert(self, connection: sqlite3.Connection, item: Item) -> None:
+    def _insert(self, connection: sqlite3.Connection, item: Item, totals: Totals) -> None:
         try:
             match item:
-                case SpanItem(record, gateway):
-                    connection.execute(schema.INSERT_SPAN, schema.span_row(record, gateway))
+                case SpanItem(record):
+                    connection.execute(schema.INSERT_SPAN, schema.span_row(item))
+                    totals.add(record)
                 case LogItem():
-                    row = (
-                        item.invocation_id,
-                        item.agent_namespace,
-                        item.agent_name,
-                        item.stream,
-                        item.time_ns,
-                        item.line,
-                    )
-                    connection.execute(schema.INSERT_LOG, row)
-                case CursorItem(gateway, seq):
-                    connection.execute(schema.UPSERT_CURSOR, (gateway, seq))
+                    connection.execute(schema.INSERT_LOG, schema.log_row(item))
+                case MetricsItem():
+                    connection.execute(schema.INSERT_METRICS, schema.metrics_row(item))
+                case InvocationItem():
+                    connection.execute(schema.UPSERT_RECORD, schema.record_row(item))
+                case CursorItem(exporter, signal, seq):
+                    connection.execute(schema.UPSERT_CURSOR, (exporter, signal, seq))
                 case Barrier():
                     pass
         except _ITEM_ERRORS as exc:
@@ -282,14 +251,3 @@ class StoreWriter(threading.Thread):
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
         return int((pages - free) * size)
-
-
-def _size(item: Item) -> int:
-    """Estimate the memory of an item; 0 for those that must always get through."""
-    match item:
-        case SpanItem(record):
-            return _SPAN_OVERHEAD_BYTES + sum(len(v) for v in record.attributes.values() if isinstance(v, str))
-        case LogItem():
-            return 200 + len(item.line)
-        case _:
-            return 0

@@ -191,7 +191,7 @@ async def test_logs_of_an_agent_and_of_one_invocation(api, telemetry):
 
 async def test_status_shows_the_store_and_what_was_dropped(api, telemetry):
     record_invocation(telemetry, identity())
-    telemetry.store.set_cursor("default/default", 2)
+    telemetry.store.set_cursor("default/default", "traces", 2)
     document = await (await api.get("/v1/status")).json()
     assert document["agents"] == 2
     assert document["store"]["counters"]["spans"] == 5

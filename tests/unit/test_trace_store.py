@@ -10,7 +10,7 @@ import time
 import pytest
 from span_samples import MS, identity, record
 
-from clrk.gateway.telemetry import query, schema
+from clrk.gateway.telemetry import outbox, query, schema
 from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.spans import SpanKind, SpanRecord
@@ -145,7 +145,7 @@ async def test_a_restart_keeps_spans_logs_and_cursors(tmp_path):
     first = TraceStore(path, retention_s=86_400)
     record(Telemetry(first, {}), who, "kept")
     first.add_log(LogItem(who.invocation_id, "default", "support", "stderr", now, b"caf\xe9 \xff"))
-    first.set_cursor("default/default", 41)
+    first.set_cursor("default/default", "traces", 41)
     await first.close()
     second = TraceStore(path, retention_s=86_400)
     assert await names(second, SpanFilter()) == ["kept"]
@@ -280,7 +280,7 @@ async def test_the_queue_is_bounded_and_drops_are_counted(tmp_path):
     assert 0 < sum(taken) < 20
     assert writer.counters["dropped_queue_full"] == 20 - sum(taken)
     assert writer.queued_bytes <= 10_000
-    assert writer.put(CursorItem("g", 1)), "bookkeeping gets through"
+    assert writer.put(CursorItem("g", "traces", 1)), "bookkeeping gets through"
 
 
 async def test_an_item_that_sqlite_refuses_does_not_take_the_batch_with_it(tmp_path):
@@ -291,7 +291,7 @@ async def test_an_item_that_sqlite_refuses_does_not_take_the_batch_with_it(tmp_p
     assert writer._write([SpanItem(good, ""), SpanItem(huge, ""), SpanItem(torn, ""), SpanItem(good, "")])
     assert writer.counters["dropped_bad_item"] == 2
     with query.reader(writer._path) as reading:
-        assert len(query.select_after(reading, 0, 10)) == 2
+        assert len(outbox.select_after(reading, "traces", 0, 10)) == 2
     writer._connection.close()
 
 
