@@ -10,12 +10,14 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
+from clrk.core import jwks
 from clrk.core.resources import (
     Agent,
     AgentSpec,
     DaemonAgent,
     EgressGateway,
     EgressL4Route,
+    JwtExtractor,
     Resource,
     Runtime,
     RuntimeSpec,
@@ -59,7 +61,7 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
         routes=_of_kind(unique, EgressL4Route),
         secrets=secrets,
         upstream_ca_pem=upstream_ca_pem,
-        jwks_files={},
+        jwks_files=_read_key_sets(unique, problems),
     )
 
 
@@ -153,6 +155,32 @@ def _check_env(one: Declared, spec: AgentSpec, secrets: Mapping[Key, Mapping[str
         elif ref.key not in values:
             text = f"Secret {ref.name!r} has no key {ref.key!r}{nearest(ref.key, values)}"
             problems.add_at(one, (*path, "key"), text)
+
+
+def _read_key_sets(declared: Iterable[Declared], problems: Problems) -> dict[str, str]:
+    """Return the text of every key set in a file, by its path; URLs are the gateway's to fetch."""
+    found: dict[str, str] = {}
+    for one, agent in _pairs(declared, TaskAgent):
+        for index, extractor in enumerate(agent.spec.identity.extractors):
+            path = ("spec", "identity", "extractors", index, "jwks")
+            if not isinstance(extractor, JwtExtractor):
+                continue
+            if jwks.is_url(extractor.jwks):
+                if (wrong := jwks.check_url(extractor.jwks)) is not None:
+                    problems.add_at(one, path, wrong)
+            elif extractor.jwks not in found and (text := _read_text(one, path, FilePath(extractor.jwks), problems)):
+                found[extractor.jwks] = text
+                if (wrong := _wrong_with_keys(text)) is not None:
+                    problems.add_at(one, path, f"{wrong}: {extractor.jwks}")
+    return found
+
+
+def _wrong_with_keys(text: str) -> str | None:
+    try:
+        jwks.parse_jwks(text)
+    except ValueError as exc:
+        return str(exc)
+    return "holds a key to sign with; keep public keys here only" if jwks.holds_private_key(text) else None
 
 
 # --- Egress ---------------------------------------------------------------------------------------------------------

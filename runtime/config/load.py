@@ -10,6 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from clrk.core.errors import ConfigError
+from clrk.core.jwks import is_url
 from clrk.core.resources import (
     API_VERSIONS,
     KINDS,
@@ -156,6 +157,12 @@ def _make_paths_absolute(value: dict[str, Any], base: FilePath) -> None:
 
 
 def _host_paths(value: dict[str, Any]) -> Iterable[tuple[dict[str, Any], str]]:
+    match value:
+        case {"kind": "TaskAgent", "spec": {"identity": {"extractors": list(extractors)}}}:
+            named = (entry for entry in extractors if isinstance(entry, dict))
+            yield from ((entry, "jwks") for entry in named if not is_url(str(entry.get("jwks"))))
+        case _:
+            pass
     match value:
         case {"kind": "TaskAgent" | "DaemonAgent", "spec": {"template": {"spec": {"mounts": list(mounts)}}}}:
             yield from ((mount, "hostPath") for mount in mounts if isinstance(mount, dict))

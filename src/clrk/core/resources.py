@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.alias_generators import to_camel
 
 from clrk.core.ids import agent_uid
+from clrk.core.json_path import compile_json_path
 
 CRON_MNEMONICS: Final = {
     "@yearly": "0 0 1 1 *",
@@ -28,6 +29,7 @@ API_VERSIONS: Final = ("clrk/v1alpha1", "clrk.apoxy.dev/v1alpha1")
 MAX_TIMEOUT_S: Final = 3600.0
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 
+_SECRET_HEADERS: Final = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-goog-api-key")
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 _LABEL: Final = re.compile(r"[a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9_])?")
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|m)?")
@@ -92,6 +94,13 @@ def _check_identity_header(value: str) -> str:
         raise ValueError(f"{value!r} is not a header name")
     if value.lower().startswith("ce-"):
         raise ValueError(f"{value!r}: ce-* headers say what the caller likes, so they are no identity")
+    if value.lower() in _SECRET_HEADERS:
+        raise ValueError(f"{value!r} holds a secret, which would be shown on every span; use a JWT extractor")
+    return value
+
+
+def _check_json_path(value: str) -> str:
+    compile_json_path(value)
     return value
 
 
@@ -286,7 +295,7 @@ class BodyExtractor(Model):
     """Takes the string, number or boolean that a JSONPath (RFC 9535) selects in a JSON body."""
 
     type: Literal["Body"]
-    json_path: Annotated[str, Field(pattern=r"^\$", max_length=1024)]
+    json_path: Annotated[str, Field(pattern=r"^\$", max_length=1024), AfterValidator(_check_json_path)]
     field: IdentityField
 
 
