@@ -1,6 +1,7 @@
-"""W3C Trace Context: read `traceparent` and `tracestate` from a caller. Pure.
+"""W3C Trace Context and Baggage: read `traceparent`, `tracestate` and `baggage` from a caller. Pure.
 
-Source: W3C Trace Context (Recommendation 2021-11-23; the random flag from Level 2), sections 3.2, 3.3 and 4.
+Source: W3C Trace Context (Recommendation 2021-11-23; the random flag from Level 2), sections 3.2, 3.3 and 4; W3C
+Baggage (Candidate Recommendation 2024-05-30), section 3.
 Anything malformed is ignored, never an error: a broken tracer in front of us must not cost anybody their answer.
 """
 
@@ -14,6 +15,8 @@ from clrk.core.ids import SpanId, TraceId
 from clrk.gateway.telemetry.spans import TraceContext
 
 MAX_TRACESTATE_SIZE: Final = 512  # what the control socket carries; W3C 3.3.1.5 asks for at least this
+MAX_BAGGAGE_SIZE: Final = 8192  # W3C Baggage 3.3.2: what must be passed on, and what the control socket carries
+_MAX_BAGGAGE_MEMBERS: Final = 64
 _MAX_MEMBERS: Final = 32
 _LONG_MEMBER: Final = 128  # members above this go first when the list is too long (W3C 3.3.1.5)
 _KNOWN_FLAGS: Final = 0x03  # sampled, random; others MUST be zero when passed on (3.2.2.5.2)
@@ -21,6 +24,9 @@ _KNOWN_FLAGS: Final = 0x03  # sampled, random; others MUST be zero when passed o
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _MEMBER_KEY: Final = re.compile(r"[a-z0-9][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13}")
 _MEMBER_VALUE: Final = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]")
+
+# 3.3.1: a token, "=", a value, properties. What is in the value is between those who write and read it.
+_BAGGAGE_MEMBER: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ *=[\x20-\x2b\x2d-\x7e]*")
 
 
 def parse_trace_context(traceparent: Sequence[str], tracestate: Sequence[str] = ()) -> TraceContext | None:
@@ -53,6 +59,21 @@ def parse_tracestate(values: Sequence[str]) -> str:
     if len(joined) <= MAX_TRACESTATE_SIZE and "\t" not in joined:
         return joined if present else ""
     return _fit(present)
+
+
+def parse_baggage(values: Sequence[str]) -> str:
+    """Return the baggage to pass on as it is, or "" when it is malformed or over the limits. It needs no traceparent.
+
+    Shape: values is every value of the header, in order; several are joined with a comma (RFC 9110, section 5.3).
+    """
+    joined = ",".join(values).replace("\t", " ").strip(" ")
+    if len(joined) > MAX_BAGGAGE_SIZE:
+        return ""
+    members = [member.strip(" ") for member in joined.split(",")]
+    present = [member for member in members if member]
+    if len(present) > _MAX_BAGGAGE_MEMBERS or not all(_BAGGAGE_MEMBER.fullmatch(member) for member in present):
+        return ""
+    return joined if present else ""
 
 
 def _is_member(member: str) -> bool:

@@ -89,4 +89,4 @@ def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext
     run = way_out.spans.identity.context
     parent = own if own is not None and own.trace_id == run.trace_id else run
     call.parent_span_id = parent.span_id
-    return TraceContext(run.trace_id, call.span_id, parent.flags, parent.tracestate)
+    return TraceContext(run.trace_id, call.span_id, parent.flags, parent.tracestate, run.baggage)

@@ -71,10 +71,13 @@ def request_headers(
 
     Shape: host fills in for a missing Host header. length replaces Content-Length when the body was rewritten.
         plain asks for an answer without content coding (RFC 9110, section 12.5.3), whatever the agent accepts.
+        The context's baggage goes out only where the agent sends none.
     """
     dropped = _HOP_BY_HOP | check_connection(request) | {"expect"}
     kept: list[tuple[str, str]] = []
     ours = {"traceparent": context.traceparent, "tracestate": context.tracestate}
+    if not request.values("baggage"):
+        ours["baggage"] = context.baggage
     if plain:
         ours["accept-encoding"] = "identity"
         dropped |= {"accept-encoding"}

@@ -272,7 +272,7 @@ class Lab:
         )  # fmt: skip
         self.identity = Identity(
             new_invocation_id(), "TaskAgent", "default", "agent", agent.uid, agent.revision, SandboxId("0badcafe"),
-            "default", TraceContext(new_trace_id(), new_span_id(), 1, "vendor=1"),
+            "default", TraceContext(new_trace_id(), new_span_id(), 1, "vendor=1", "user=alice"),
         )  # fmt: skip
         self.run = Run(
             self.identity, agent, declared, NETNS_COOKIE, header_template(wire.FAMILY_V4),

@@ -63,7 +63,8 @@ async def test_request_and_response_pass_with_order_case_and_duplicates():
         "GET /a/../b?x=1&&y=%2f? HTTP/1.1", "hOST: tools.internal", "X-z: 2", "x-Z: 1", "Cookie: c=d",
     ]  # fmt: skip
     assert lines[5:] == [
-        f"traceparent: 00-{lab.identity.context.trace_id}-{span.span_id}-01", "tracestate: vendor=1", "", "",
+        f"traceparent: 00-{lab.identity.context.trace_id}-{span.span_id}-01", "tracestate: vendor=1",
+        "baggage: user=alice", "", "",
     ]  # fmt: skip
     assert span.name == "GET tools.internal"
     assert span.parent_span_id == lab.identity.context.span_id
@@ -121,6 +122,23 @@ async def test_a_foreign_or_broken_traceparent_is_replaced(foreign):
     head = seen[0][0].decode()
     assert foreign not in head
     assert head.count("traceparent") == 1
+
+
+@pytest.mark.parametrize(
+    "own", ["baggage: mine=1", "Baggage: mine=1\r\nbaggage: more=2", "baggage: not baggage at all", "baggage:"]
+)
+async def test_the_agents_own_baggage_goes_out_alone_and_as_it_is(own):
+    seen = []
+    async with (
+        upstream(replying(answer(b""), seen=seen)) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab,
+    ):
+        wire = await lab.dial(NAME, 80)
+        await wire.ask(GET.replace(b"\r\n\r\n", f"\r\n{own}\r\n\r\n".encode()))
+    head = seen[0][0].decode()
+    sent = [line for line in head.split("\r\n") if line.lower().startswith("baggage")]
+    assert [line.rstrip() for line in sent] == own.split("\r\n")
+    assert "user=alice" not in head
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "length"])
