@@ -19,9 +19,9 @@ from clrk.core.errors import ClrkError
 from clrk.core.resources import GatewayConfig
 from clrk.gateway.app import App, EgressSide
 from clrk.gateway.egress.service import EgressService
-from clrk.gateway.invocation import TelemetrySink
 from clrk.gateway.lifeline import watch_lifeline
 from clrk.gateway.privileges import drop_privileges, raise_open_files
+from clrk.gateway.sandbox_run import TelemetrySink
 
 _LOG: Final = logging.getLogger(__name__)
 

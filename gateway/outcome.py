@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
 from clrk.core.messages import Exited, ExitReason
 
@@ -19,15 +20,24 @@ class Phase(enum.StrEnum):
     REJECTED = "Rejected"
     CANCELLED = "Cancelled"
 
+    @property
+    def ended(self) -> bool:
+        """Say whether nothing comes after it."""
+        return self not in (Phase.PENDING, Phase.RUNNING)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a run. exit_code is None when none is known, message is for people."""
+    """The end of a run.
+
+    Shape: exit_code is None when none is known, exit_reason is one of ExitReason or "". message is for people.
+    """
 
     phase: Phase
     exit_code: int | None = None
     message: str = ""
     has_run: bool = True  # False: the agent's first instruction was never executed
+    exit_reason: str = ""
 
     @property
     def succeeded(self) -> bool:
@@ -35,21 +45,27 @@ class Outcome:
         return self.phase is Phase.SUCCEEDED
 
 
-def outcome_of(exited: Exited, cancelled: bool, lacks_answer: bool) -> Outcome:
-    """Judge an exit. cancelled: we asked for it; lacks_answer: Metadata mode, and no answer was posted."""
+CALLER_GONE: Final = Outcome(Phase.CANCELLED, message="the caller went away")
+
+
+def outcome_of(exited: Exited, cancelled: Outcome | None, lacks_answer: bool) -> Outcome:
+    """Judge an exit. cancelled: why we asked for it; lacks_answer: Metadata mode, and no answer was posted."""
+    phase, message = (cancelled.phase, cancelled.message) if cancelled is not None else _judge(exited, lacks_answer)
+    return Outcome(phase, exited.exit_code, message, exit_reason=exited.reason.value)
+
+
+def _judge(exited: Exited, lacks_answer: bool) -> tuple[Phase, str]:
     code = exited.exit_code
     match exited.reason:
-        case _ if cancelled:
-            return Outcome(Phase.CANCELLED, code, "the caller went away")
         case ExitReason.TIMEOUT:
-            return Outcome(Phase.TIMEOUT, code, "the agent did not finish within its timeout")
+            return Phase.TIMEOUT, "the agent did not finish within its timeout"
         case ExitReason.OOM:
-            return Outcome(Phase.FAILED, code, "the agent was killed at its memory limit")
+            return Phase.FAILED, "the agent was killed at its memory limit"
         case ExitReason.STOPPED:
-            return Outcome(Phase.FAILED, code, "the run was stopped by the host")
+            return Phase.FAILED, "the run was stopped by the host"
         case ExitReason.EXITED if code != 0:
-            return Outcome(Phase.FAILED, code, f"the agent exited with code {code}")
+            return Phase.FAILED, f"the agent exited with code {code}"
         case ExitReason.EXITED if lacks_answer:
-            return Outcome(Phase.FAILED, code, "the agent exited without posting an answer")
+            return Phase.FAILED, "the agent exited without posting an answer"
         case ExitReason.EXITED:
-            return Outcome(Phase.SUCCEEDED, code)
+            return Phase.SUCCEEDED, ""

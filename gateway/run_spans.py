@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from clrk.core.messages import Exited, Removed, Spawned, Started
+import time
+
+from clrk.core.messages import Exited, Removed, Spawned, Started, StartFailure
 from clrk.gateway.outcome import Outcome, Phase
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import (
@@ -56,22 +58,42 @@ def record_teardown(recorder: Recorder, identity: Identity, removed: Removed, *,
     )
 
 
+def begin_run(recorder: Recorder, identity: Identity, *, start_ns: int, parent_span_id: str) -> None:
+    """Note that `invoke_agent` has begun: from now on the agent may act."""
+    recorder.begin(
+        identity,
+        component=Component.RUNTIME,
+        name=attr.invoke_agent_span_name(identity.agent_name),
+        kind=SpanKind.INTERNAL,
+        start_ns=start_ns,
+        span_id=identity.context.span_id,
+        parent_span_id=parent_span_id,
+        attributes=_agent_attributes(identity),
+    )
+
+
 def record_run(
-    recorder: Recorder, identity: Identity, outcome: Outcome, exited: Exited, *, start_ns: int, parent_span_id: str
+    recorder: Recorder,
+    identity: Identity,
+    outcome: Outcome,
+    exited: Exited | None,
+    *,
+    start_ns: int,
+    parent_span_id: str,
+    failure: StartFailure,
 ) -> None:
-    """Record `invoke_agent`; its span id is the identity's, since everything of the run hangs below it."""
-    attributes: dict[str, AttributeValue] = {
-        attr.GEN_AI_OPERATION_NAME: attr.OPERATION_INVOKE_AGENT,
-        attr.GEN_AI_AGENT_NAME: identity.agent_name,
-        attr.CLRK_PHASE: outcome.phase.value,
-        attr.CLRK_EXIT_REASON: exited.reason.value,
-        attr.CLRK_EXIT_CODE: exited.exit_code,
-        attr.CLRK_CPU_TIME: exited.cpu_s,
-        attr.CLRK_MEMORY_PEAK: exited.max_rss_bytes,
-    }
+    """Record `invoke_agent`; its span id is the identity's, since everything of the run hangs below it.
+
+    Shape: exited is None when the sandbox was there but the agent never began: failure says why.
+    """
+    attributes = _agent_attributes(identity) | {attr.CLRK_PHASE: outcome.phase.value}
+    if exited is not None:
+        attributes |= {attr.CLRK_EXIT_REASON: exited.reason.value, attr.CLRK_EXIT_CODE: exited.exit_code}
+        if exited.max_rss_bytes:  # 0: nobody measured it
+            attributes |= {attr.CLRK_CPU_TIME: exited.cpu_s, attr.CLRK_MEMORY_PEAK: exited.max_rss_bytes}
     status = UNSET
     if not outcome.succeeded:
-        attributes[attr.ERROR_TYPE] = error_type(outcome, exited)
+        attributes[attr.ERROR_TYPE] = error_type(outcome, exited, failure)
         status = Status(StatusCode.ERROR, outcome.message)
     recorder.record(
         identity,
@@ -79,7 +101,7 @@ def record_run(
         name=attr.invoke_agent_span_name(identity.agent_name),
         kind=SpanKind.INTERNAL,
         start_ns=start_ns,
-        end_ns=max(start_ns, exited.exit_ns),
+        end_ns=max(start_ns, exited.exit_ns if exited is not None else time.time_ns()),
         attributes=attributes,
         status=status,
         span_id=identity.context.span_id,
@@ -87,8 +109,17 @@ def record_run(
     )
 
 
-def error_type(outcome: Outcome, exited: Exited) -> str:
+def _agent_attributes(identity: Identity) -> dict[str, AttributeValue]:
+    return {
+        attr.GEN_AI_OPERATION_NAME: attr.OPERATION_INVOKE_AGENT,
+        attr.GEN_AI_AGENT_NAME: identity.agent_name,
+    }
+
+
+def error_type(outcome: Outcome, exited: Exited | None, failure: StartFailure) -> str:
     """Return a low-cardinality name of what went wrong."""
     if outcome.phase is Phase.CANCELLED:
         return "cancelled"
+    if exited is None:
+        return failure.value
     return f"exit_code_{exited.exit_code}" if exited.reason.value == "exited" else exited.reason.value

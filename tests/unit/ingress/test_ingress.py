@@ -215,7 +215,7 @@ async def test_runs_that_do_not_start(gateway, name, status, retry):
 
 
 async def test_a_run_that_never_starts(gateway, monkeypatch):
-    monkeypatch.setattr("clrk.gateway.invocation.START_DEADLINE_S", 0.1)
+    monkeypatch.setattr("clrk.gateway.sandbox_run.START_DEADLINE_S", 0.1)
     assert (await gateway.call("/agents/unstarted"))[0] == 502
     assert isinstance(gateway.runtime.received[-1], StopRun)
 
@@ -245,7 +245,7 @@ async def test_no_answer_names_versions(gateway):
 
 
 async def test_a_bug_of_ours_is_an_answer_with_an_id(gateway, monkeypatch):
-    monkeypatch.setattr("clrk.gateway.ingress.check_body", lambda *_: 1 / 0)
+    monkeypatch.setattr("clrk.gateway.ingress.read_binary", lambda *_: 1 / 0)
     status, headers, body = await gateway.call("/agents/one")
     assert status == 500
     problem(500, headers, body)
