@@ -34,16 +34,22 @@ from clrk.core.messages import (
     Started,
     StartFailed,
 )
-from clrk.core.resources import GatewayConfig
+from clrk.core.resources import GatewayConfig, TaskAgent
 from clrk.gateway._aio import spawn
 from clrk.gateway.admin.app import build_admin_app, build_health_app
+from clrk.gateway.agent_states import AgentStates
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.control_client import ControlClient, ControlError, close_fds
+from clrk.gateway.health import Health, RuntimeNews
 from clrk.gateway.http_server import BoundedServer
+from clrk.gateway.identity import Identities
 from clrk.gateway.ingress import Ingress
-from clrk.gateway.invocation import Egress, TelemetrySink
 from clrk.gateway.invocations import Invocations
+from clrk.gateway.sandbox_run import Egress, TelemetrySink
+from clrk.gateway.schedule_run import CRON_TRIGGER, ScheduledRuns
+from clrk.gateway.scheduler import Scheduler
 from clrk.gateway.telemetry.pipeline import Telemetry
+from clrk.gateway.telemetry.records import InvocationFilter, InvocationRecord
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_CONFIG_SIZE: Final = 64 * 1024 * 1024
@@ -51,6 +57,7 @@ _DRAIN_ANSWERS_S: Final = 5.0  # for answers that are still on their way to slow
 _BACKLOG: Final = 1024
 _KEEPALIVE_S: Final = 75.0
 _CALLERS_SHARE: Final = 4  # one in so many descriptors
+_MAX_RECALLED: Final = 256  # fires of an agent that a new gateway looks back at
 _SHUTDOWN_S: Final = 2.0  # for handlers, when their runs are over
 
 
@@ -78,8 +85,7 @@ class App:
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._draining = False
         self._drained = False
-        self._counters = Counters({})
-        self._reload_problems: list[str] = []
+        self._news = RuntimeNews()
         self._parts: _Parts | None = None
 
     async def run(self) -> str:
@@ -119,9 +125,9 @@ class App:
             case Drain():
                 self.drain()
             case Counters():
-                self._counters = message
+                self._news.counters = message
             case ReloadRefused():
-                self._reload_problems = message.problems
+                self._news.refuse(message.problems)
             case Started() | Spawned() | StartFailed() | Exited() | Removed():
                 if self._parts is None:
                     raise ProtocolError("control_order", f"{type(message).__name__} before Configure")
@@ -134,7 +140,7 @@ class App:
     @property
     def counters(self) -> Counters:
         """The kernel's counters and the number of sandboxes, as the runtime last sent them."""
-        return self._counters
+        return self._news.counters
 
     def _end(self, reason: str) -> None:
         if not self._over.done():
@@ -159,11 +165,15 @@ class App:
             raise ProtocolError("control_configure", f"version {message.version}, {len(fds)} fds: expected {expected}")
         config = read_config(fds[ConfigureFd.CONFIG])
         if self._parts is None:
-            self._parts = await _Parts.open(config, fds, self._control, self._state_dir, self._make_egress)
+            self._parts = await _Parts.open(
+                config=config, fds=fds, control=self._control, state_dir=self._state_dir,
+                make_egress=self._make_egress, news=self._news,
+            )  # fmt: skip
             if self._draining:
                 self._parts.invocations.drain()
         else:
             self._parts.reconfigure(config)
+        self._news.take(message.generation)
         self._control.send(Ready(PROTOCOL_VERSION, message.generation))
         _LOG.info("ready: generation %d, %d agents", message.generation, len(config.agents))
 
@@ -210,7 +220,14 @@ def _max_connections() -> int:
 class _Parts:
     """Everything that exists only with a configuration."""
 
-    def __init__(self, config: GatewayConfig, telemetry: Telemetry, egress: EgressSide, control: ControlClient) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        telemetry: Telemetry,
+        egress: EgressSide,
+        control: ControlClient,
+        news: RuntimeNews,
+    ) -> None:
         self.telemetry = telemetry
         self.egress = egress
         self.agents = AgentTable(config)
@@ -218,23 +235,43 @@ class _Parts:
             control, egress, telemetry,
             seen=telemetry.seen_invocation, max_running=config.runtime.limits.max_sandboxes,
         )  # fmt: skip
-        self.ingress = Ingress(self.agents, self.invocations, telemetry)
+        self.identities = Identities(config)
+        self.ingress = Ingress(self.agents, self.invocations, telemetry, self.identities)
+        self.scheduled = ScheduledRuns(self.agents, self.invocations, telemetry)
+        self.scheduler = Scheduler(self.scheduled.fire, self._recall_fires)
+        self.states = AgentStates(self.invocations, lambda: news.counters.warm_agents, fires=self.scheduler)
+        self.health = Health(news, telemetry, lambda: not self.invocations.draining)
         self._runners: list[web.BaseRunner] = []
 
     @classmethod
     async def open(
-        cls, config: GatewayConfig, fds: list[int], control: ControlClient, state_dir: Path, make_egress: MakeEgress
+        cls,
+        *,
+        config: GatewayConfig,
+        fds: list[int],
+        control: ControlClient,
+        state_dir: Path,
+        make_egress: MakeEgress,
+        news: RuntimeNews,
     ) -> _Parts:
         telemetry = Telemetry.open(state_dir, config)
-        parts = cls(config, telemetry, make_egress(config, fds[ConfigureFd.FLOWS], telemetry), control)
+        parts = cls(config, telemetry, make_egress(config, fds[ConfigureFd.FLOWS], telemetry), control, news)
         await parts._listen(fds)
+        parts.scheduler.start(parts.agents.tasks())
         return parts
+
+    async def _recall_fires(self, agent: TaskAgent) -> list[InvocationRecord]:
+        wanted = InvocationFilter(agent="/".join(agent.key), trigger=CRON_TRIGGER)
+        found = await self.telemetry.store.list_invocations(wanted, limit=_MAX_RECALLED)
+        return [entry.record for entry in found if not entry.record.caller]  # a caller may name its trigger `cron`
 
     async def _listen(self, fds: list[int]) -> None:
         admin = build_admin_app(
             store=self.telemetry.store,
             catalogue=self.agents,
             run_task=self.ingress.handle_run_task,
+            health=self.health,
+            states=self.states,
             recall=self.invocations.record,
         )
         health = build_health_app(lambda: not self.invocations.draining)
@@ -259,6 +296,8 @@ class _Parts:
 
     def reconfigure(self, config: GatewayConfig) -> None:
         self.agents.replace(config)
+        self.identities.reconfigure(config)
+        self.scheduler.reload(self.agents.tasks())
         self.invocations.max_running = config.runtime.limits.max_sandboxes
         self.telemetry.reconfigure(config)
         self.egress.reconfigure(config)
@@ -268,14 +307,17 @@ class _Parts:
         try:
             async with asyncio.timeout(timeout_s):
                 await self.ingress.idle()
+                await self.scheduled.idle()
         except TimeoutError:
             _LOG.warning("answers to slow callers are cut off")
 
     async def close(self) -> None:
         self.invocations.drain()
+        await self.scheduler.close()
         self.invocations.abandon_all()
         await self.finish_answers(_SHUTDOWN_S)
         for runner in self._runners:
             await runner.cleanup()
+        await self.identities.close()
         await self.egress.close()
         await self.telemetry.close()

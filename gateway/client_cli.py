@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_agents(commands)
     _add_trace(commands)
     _add_traces(commands)
+    _add_daemon(commands)
     return parser
 
 
@@ -101,11 +102,29 @@ def _add_agents(commands: Any) -> None:
     _add_output(get)
     get.set_defaults(command=_lazy("agents", "get_agent"))
 
-    logs = verbs.add_parser("logs", help="what an agent wrote to stderr; in Metadata mode also to stdout")
+    invocations = verbs.add_parser("invocations", help="what an agent was asked to do, and what came of it")
+    invocations.add_argument("name", metavar="NAME", help="NAME or NAMESPACE/NAME")
+    invocations.add_argument("--phase", metavar="PHASE", help="Pending, Running, Succeeded, Failed, Timeout, …")
+    invocations.add_argument("--trigger", metavar="NAME", help="http, cron, cli or what the caller named")
+    _add_span_filters(invocations)
+    invocations.add_argument("--limit", type=int, metavar="N", help="only the newest N (default 50 in a table)")
+    _add_output(invocations)
+    invocations.set_defaults(command=_lazy("invocations", "list_invocations"))
+
+    logs = verbs.add_parser("logs", help="what an agent wrote to stdout and stderr")
     logs.add_argument("name", metavar="NAME[/INVOCATION]", help="[NAMESPACE/]NAME, and the invocation or its beginning")
     logs.add_argument("--tail", type=int, default=1000, metavar="N", help="only the last N lines (default 1000)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what it writes from now on")
     logs.add_argument("-o", "--output", choices=("text", "json"), help="default: text on a terminal, NDJSON in a pipe")
     logs.set_defaults(command=_lazy("agents", "show_logs"))
+
+    traces = verbs.add_parser("traces", help="the calls of an agent, or one invocation as a tree")
+    traces.add_argument("name", metavar="NAME[/INVOCATION]", help="as for logs")
+    _add_span_filters(traces)
+    traces.add_argument("--limit", type=int, metavar="N", help="only the newest N (default 200 in a table)")
+    traces.add_argument("--json", action="store_true", help="one span a line, as JSON")
+    _add_output(traces)
+    traces.set_defaults(command=_lazy("traces", "list_agent_traces"))
     _add_run_task(verbs)
 
 
@@ -141,17 +160,34 @@ def _add_trace(commands: Any) -> None:
 def _add_traces(commands: Any) -> None:
     traces = commands.add_parser("traces", help="the calls that fit a filter")
     traces.add_argument("--agent", metavar="[NAMESPACE/]NAME")
-    traces.add_argument("--since", metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z")
-    traces.add_argument("--until", metavar="TIME", help="like --since")
-    traces.add_argument("--system", metavar="NAME", help="provider: anthropic, openai, …")
-    traces.add_argument("--model", metavar="MODEL", help="requested or answering model; * and ? are wildcards")
-    traces.add_argument("--denied", action="store_true", help="only what policy or a budget refused")
-    traces.add_argument("--errors", action="store_true", help="only what failed")
-    traces.add_argument("--min-input-tokens", type=int, metavar="N")
+    _add_span_filters(traces)
     traces.add_argument("--limit", type=int, metavar="N", help="only the newest N (default 200 in a table)")
     traces.add_argument("--json", action="store_true", help="one span a line, as JSON")
     _add_output(traces)
     traces.set_defaults(command=_lazy("traces", "list_traces"))
+
+
+def _add_span_filters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--since", metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z")
+    parser.add_argument("--until", metavar="TIME", help="like --since")
+    parser.add_argument("--system", metavar="NAME", help="provider: anthropic, openai, …")
+    parser.add_argument("--model", metavar="MODEL", help="requested or answering model; * and ? are wildcards")
+    parser.add_argument("--denied", action="store_true", help="only what policy or a budget refused")
+    parser.add_argument("--errors", action="store_true", help="only what failed")
+    parser.add_argument("--min-input-tokens", type=int, metavar="N")
+
+
+def _add_daemon(commands: Any) -> None:
+    status = commands.add_parser("status", help="how the daemon stands: store, exporters, drops, sandboxes")
+    _add_output(status)
+    status.set_defaults(command=_lazy("daemon", "show_status"))
+    apply = commands.add_parser(
+        "apply",
+        help="have the daemon reload its resources (root)",
+        description="Have the daemon reload the resources it was started with: all valid, or nothing changes and every "
+        "problem is printed (exit code 2).",
+    )
+    apply.set_defaults(command=_lazy("daemon", "apply"))
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -13,15 +13,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Final
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from clrk import __version__
 from clrk.core.resources import MAX_BODY_BYTES, Agent
-from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_summary
+from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_summary, exporter_document
 from clrk.gateway.admin.invocations import Recall, await_outcome
+from clrk.gateway.admin.listings import encode_lines, follow_lines, list_invocations
+from clrk.gateway.admin.page.health import HealthSource
 from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
+from clrk.gateway.agent_status import AgentStatusSource
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.store import StoreError, TraceStore
 
@@ -32,26 +34,33 @@ _FLUSH_S: Final = 1.0
 _DEFAULT_TAIL: Final = 1000
 _MAX_NAMED: Final = 4  # invocations that an ambiguous beginning is answered with
 _ID_PREFIX: Final = re.compile(r"[0-9a-f-]{1,36}")
-_ENCODER: Final = msgspec.json.Encoder()
 
 
 def build_admin_app(
-    *, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask, recall: Recall = lambda _: None
+    *,
+    store: TraceStore,
+    catalogue: AgentCatalogue,
+    run_task: RunTask,
+    health: HealthSource,
+    states: AgentStatusSource,
+    recall: Recall = lambda _: None,
 ) -> web.Application:
     """Return the application for the unix socket.
 
     Shape: run_task(request, namespace, name) answers `POST /v1/agents/{namespace}/{name}/run` exactly as the ingress
     answers an invocation; recall returns what the gateway remembers of one, without it the store alone is asked.
     """
-    api = _AdminApi(store, catalogue, run_task, recall)
+    api = _AdminApi(store=store, catalogue=catalogue, run_task=run_task, health=health, states=states, recall=recall)
     app = web.Application(middlewares=[_problems], client_max_size=MAX_BODY_BYTES)
     app.router.add_get("/v1/status", api.status)
     app.router.add_get("/v1/agents", api.agents)
     app.router.add_get("/v1/agents/{namespace}/{name}", api.agent)
+    app.router.add_get("/v1/agents/{namespace}/{name}/invocations", api.agent_invocations)
     app.router.add_get("/v1/agents/{namespace}/{name}/logs", api.logs)
     app.router.add_post("/v1/agents/{namespace}/{name}/run", api.run)
     app.router.add_get("/v1/traces", api.traces)
     app.router.add_get("/v1/traces/{invocation}", api.trace)
+    app.router.add_get("/v1/invocations", api.invocations)
     app.router.add_get("/v1/invocations/{invocation}", api.invocation)
     return app
 
@@ -94,37 +103,68 @@ def _problem(status: int, detail: str, headers: dict[str, str] | None = None) ->
 class _AdminApi:
     """The handlers."""
 
-    def __init__(self, store: TraceStore, catalogue: AgentCatalogue, run_task: RunTask, recall: Recall) -> None:
+    def __init__(
+        self,
+        *,
+        store: TraceStore,
+        catalogue: AgentCatalogue,
+        run_task: RunTask,
+        health: HealthSource,
+        states: AgentStatusSource,
+        recall: Recall,
+    ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._run_task = run_task
+        self._health = health
+        self._states = states
         self._recall = recall
 
     async def status(self, _request: web.Request) -> web.Response:
-        cursors, last_seq = {}, 0
-        if readable := await self._store.flush(_FLUSH_S):
-            cursors, last_seq = await self._store.cursors(), await self._store.last_seq()
+        writable = await self._store.flush(_FLUSH_S)
+        health = await self._health.health()
+        agents = len(self._catalogue.all())
         body = {
             "version": __version__,
-            "agents": len(self._catalogue.all()),
+            "ready": health.ready,
+            "startedTimeUnixNano": health.started_ns,
+            "agents": agents,
+            "configuration": {
+                "generation": health.generation,
+                "agents": agents,
+                "refusals": health.refusals,
+                "problems": health.reload_problems,
+            },
+            "sandboxes": health.counters.sandboxes,
+            "kernel": health.counters.values,
             "store": {
                 "path": str(self._store.path),
-                "writable": readable,
-                "lastSeq": last_seq,
+                "writable": writable,
+                "lastSeq": await self._store.last_seq() if writable else 0,
                 "queuedBytes": self._store.queued_bytes,
                 "counters": dict(self._store.counters),
             },
-            "exporters": [
-                {"name": name, "exportedSeq": seq, "behind": last_seq - seq} for name, seq in sorted(cursors.items())
-            ],
+            "exporters": [exporter_document(exporter) for exporter in health.exporters],
         }
         return web.json_response(body)
 
     async def agents(self, _request: web.Request) -> web.Response:
-        return web.json_response({"items": [agent_summary(agent) for agent in self._catalogue.all()]})
+        agents = self._catalogue.all()
+        return web.json_response({"items": [agent_summary(one, self._states.agent_status(one)) for one in agents]})
 
     async def agent(self, request: web.Request) -> web.Response:
-        return web.json_response(agent_detail(self._find(request)))
+        agent = self._find(request)
+        return web.json_response(agent_detail(agent, self._states.agent_status(agent)))
+
+    async def invocations(self, request: web.Request) -> web.Response:
+        await self._store.flush(_FLUSH_S)
+        return web.json_response(await list_invocations(self._store, request.query))
+
+    async def agent_invocations(self, request: web.Request) -> web.Response:
+        """Those of an agent that is gone from the configuration stay readable."""
+        agent = f"{request.match_info['namespace']}/{request.match_info['name']}"
+        await self._store.flush(_FLUSH_S)
+        return web.json_response(await list_invocations(self._store, {**request.query, "agent": agent}))
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         return await self._run_task(request, request.match_info["namespace"], request.match_info["name"])
@@ -137,11 +177,12 @@ class _AdminApi:
         await self._store.flush(_FLUSH_S)
         if prefix := request.query.get("invocation", ""):
             invocation = await self._resolve(prefix)
+        if request.query.get("follow") == "true":
+            return await _ndjson(request, follow_lines(self._store, agent, invocation, int(tail)), at_once=True)
         lines = await self._store.logs(agent, invocation_id=invocation, tail=int(tail))
 
         async def chunks() -> AsyncIterator[bytes]:
-            for line in lines:
-                yield _ENCODER.encode(line) + b"\n"
+            yield encode_lines(lines)
 
         return await _ndjson(request, chunks())
 
@@ -203,13 +244,17 @@ def _number(request: web.Request, name: str, default: float, maximum: float) -> 
     return float(raw)
 
 
-async def _ndjson(request: web.Request, chunks: AsyncIterator[bytes]) -> web.StreamResponse:
-    """Stream lines. The first is read before the head goes out, so that a store error is a status and not a cut."""
-    first: bytes | None = await anext(chunks, None)
+async def _ndjson(request: web.Request, chunks: AsyncIterator[bytes], *, at_once: bool = False) -> web.StreamResponse:
+    """Stream lines. The first is read before the head goes out, so that a store error is a status and not a cut.
+
+    Shape: at_once sends the head now, where the first line may be hours away.
+    """
+    first: bytes | None = b"" if at_once else await anext(chunks, None)
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
     if first is not None:
-        await response.write(first)
+        if first:
+            await response.write(first)
         try:
             async for chunk in chunks:
                 await response.write(chunk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from clrk.gateway.cli import terminal
@@ -35,31 +35,49 @@ def list_agents(admin: Admin, args: argparse.Namespace) -> int:
     if not items:
         terminal.error("no agents; declare one in /etc/clrk and reload with SIGHUP")
         return 0
-    columns = ["NAMESPACE", "NAME", "KIND", "REVISION", "GATEWAY", "DELIVERY", "TIMEOUT"]
-    keys = ("namespace", "name", "kind", "revision", "egressGateway", "delivery")
-    rows = [[*(item[key] for key in keys), _timeout(item)] for item in items]
-    if any(item["maxConcurrent"] for item in items):  # else the column would only push the lines past 80
-        columns.append("CONCURRENT")
-        for row, item in zip(rows, items, strict=True):
-            row.append(_max_concurrent(item))
+    columns = ["NAMESPACE", "NAME", "KIND", "REVISION", "TIMEOUT", "STATE"]
+    keys = ("namespace", "name", "kind", "revision")
+    rows = [[*(item[key] for key in keys), _timeout(item), show_state(item)] for item in items]
     terminal.write_table(columns, rows)
     return 0
 
 
 def _timeout(agent: dict[str, Any]) -> str:
-    return f"{agent['timeoutSeconds']:g}s"
+    return f"{agent['timeoutSeconds']:g}s" if "timeoutSeconds" in agent else ""
 
 
-def _max_concurrent(agent: dict[str, Any]) -> str:
-    return str(agent["maxConcurrent"] or "unlimited")
+def show_state(agent: dict[str, Any]) -> str:
+    """Return how an agent stands, in a few words."""
+    if agent["kind"] != "TaskAgent":
+        restarts = agent.get("restarts")
+        last = agent.get("lastExit")
+        return str(agent.get("state", "")) + (f", {restarts} restarts, last: {last}" if restarts else "")
+    limit = f"/{agent['maxConcurrent']}" if agent["maxConcurrent"] else ""
+    words = [f"{agent['running']}{limit} running"]
+    if agent["warmPoolSize"]:
+        words.append(f"{agent['warm']}/{agent['warmPoolSize']} warm")
+    if agent["nextFireTimeUnixNano"] is not None:
+        words.append(f"next {_moment(agent['nextFireTimeUnixNano'])}")
+    if agent["skippedFires"]:
+        words.append(f"{agent['skippedFires']} skipped")
+    return ", ".join(words)
+
+
+def _moment(time_ns: int) -> str:
+    return f"{datetime.fromtimestamp(time_ns / 1e9, UTC):%Y-%m-%dT%H:%MZ}"
 
 
 def get_agent(admin: Admin, args: argparse.Namespace) -> int:
     """Print one agent, without the values of its environment."""
     agent = admin.get("agents", *agent_key(args.name))
     if args.output == "table":
-        facts = {key: value for key, value in agent.items() if key not in ("spec", "labels", "timeoutSeconds")}
-        facts |= {"timeout": _timeout(agent), "maxConcurrent": _max_concurrent(agent)}
+        facts = {
+            key: _moment(value) if key.endswith("TimeUnixNano") and value else value
+            for key, value in agent.items()
+            if key not in ("spec", "labels", "timeoutSeconds") and value is not None
+        }
+        if agent["kind"] == "TaskAgent":
+            facts |= {"timeout": _timeout(agent), "maxConcurrent": agent["maxConcurrent"] or "unlimited"}
         template = agent["spec"]["template"]["spec"]
         facts["command"] = json.dumps(template["command"] + template["args"])
         limits = agent["spec"]["resources"]
@@ -72,27 +90,31 @@ def get_agent(admin: Admin, args: argparse.Namespace) -> int:
 
 def show_logs(admin: Admin, args: argparse.Namespace) -> int:
     """Print what an agent wrote: text on a terminal, NDJSON into a pipe."""
-    target, invocation = _log_target(args.name)
+    target, invocation = split_target(args.name)
     query = {"tail": str(args.tail)} | ({"invocation": invocation} if invocation else {})
+    if args.follow:
+        query["follow"] = "true"
     found = False
     as_json = args.output == "json" or (args.output is None and not sys.stdout.isatty())
-    for raw in admin.lines("agents", *agent_key(target), "logs", query=query):
+    for raw in admin.lines("agents", *agent_key(target), "logs", query=query, has_end=not args.follow):
         found = True
-        if as_json:
-            sys.stdout.write(raw.decode() + "\n")
-            continue
-        entry = json.loads(raw)
-        moment = datetime.fromtimestamp(entry["time_unix_nano"] / 1e9).astimezone()
-        sys.stdout.write(
-            f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d} {entry['invocation_id'][:SHORT_ID]}"
-            f" {entry['stream']:6} {terminal.printable(entry['line'])}\n"
-        )
+        sys.stdout.write((raw.decode() if as_json else _log_text(json.loads(raw))) + "\n")
+        if args.follow:
+            sys.stdout.flush()
     if not found:
         terminal.error(f"no lines of {args.name}: it wrote none, or there is no such agent (`clrk agents list`)")
     return 0
 
 
-def _log_target(text: str) -> tuple[str, str]:
+def _log_text(entry: dict[str, Any]) -> str:
+    moment = datetime.fromtimestamp(entry["time_unix_nano"] / 1e9).astimezone()
+    return (
+        f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d} {entry['invocation_id'][:SHORT_ID]}"
+        f" {entry['stream']:6} {terminal.printable(entry['line'])}"
+    )
+
+
+def split_target(text: str) -> tuple[str, str]:
     """Split NAME, NS/NAME, NAME/INVOCATION or NS/NAME/INVOCATION. An invocation id, or 8 digits of it, is hex and -."""
     head, slash, last = text.rpartition("/")
     if slash and len(last) >= 8 and set(last) <= set("0123456789abcdef-"):

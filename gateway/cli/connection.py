@@ -63,17 +63,19 @@ class Admin:
         with self._open(segments, query) as response:
             return json.loads(response.read())
 
-    def lines(self, *segments: str, query: Mapping[str, str] | None = None) -> Iterator[bytes]:
-        """Yield the lines of an NDJSON stream, without their newlines."""
-        with self._open(segments, query) as response:
+    def lines(self, *segments: str, query: Mapping[str, str] | None = None, has_end: bool = True) -> Iterator[bytes]:
+        """Yield the lines of an NDJSON stream, without their newlines; one without an end may be silent for hours."""
+        with self._open(segments, query, _ANSWER_TIMEOUT_S if has_end else None) as response:
             try:
                 for line in response:
                     yield line.rstrip(b"\n")
             except (OSError, http.client.HTTPException) as exc:
                 raise CommandError(f"the daemon broke off: {type(exc).__name__}") from exc
 
-    def _open(self, segments: tuple[str, ...], query: Mapping[str, str] | None) -> http.client.HTTPResponse:
-        connection = AdminConnection(self.path)
+    def _open(
+        self, segments: tuple[str, ...], query: Mapping[str, str] | None, timeout_s: float | None = _ANSWER_TIMEOUT_S
+    ) -> http.client.HTTPResponse:
+        connection = AdminConnection(self.path, timeout_s)
         try:
             connection.request("GET", url_path(*segments) + (f"?{urlencode(query)}" if query else ""))
             response = connection.getresponse()

@@ -11,9 +11,10 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from clrk.gateway.cli import terminal
-from clrk.gateway.cli.agents import SHORT_ID
+from clrk.gateway.cli.agents import SHORT_ID, agent_key, split_target
 from clrk.gateway.cli.connection import Admin
 from clrk.gateway.cli.facts import SpanFacts, show_cost, show_duration, show_time
+from clrk.gateway.cli.tree import show_trace
 
 _WIDE_ENOUGH: Final = 120
 _MIN_TITLE: Final = 20
@@ -44,6 +45,16 @@ def list_traces(admin: Admin, args: argparse.Namespace) -> int:
     if len(spans) == limit:
         terminal.error(f"only the newest {limit} are shown; see more with --limit, or all with --json")
     return 0
+
+
+def list_agent_traces(admin: Admin, args: argparse.Namespace) -> int:
+    """Print the calls of one agent, or, when an invocation is named, its tree."""
+    target, args.invocation = split_target(args.name)
+    if args.invocation:
+        return show_trace(admin, args)
+    agent_key(target)  # says what is wrong with it
+    args.agent = target
+    return list_traces(admin, args)
 
 
 def _query(args: argparse.Namespace) -> dict[str, str]:

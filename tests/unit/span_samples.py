@@ -4,7 +4,11 @@ import time
 
 from clrk.core.ids import SandboxId, new_invocation_id, new_span_id, new_trace_id
 from clrk.core.resources import EgressGateway, GatewayConfig, RuntimeSpec, TaskAgent
+from clrk.gateway.agent_states import AgentStates
+from clrk.gateway.health import Health, RuntimeNews
+from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry import attributes as attr
+from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import Component, Identity, SpanKind, Status, StatusCode, TraceContext
 
 MS = 1_000_000
@@ -49,6 +53,37 @@ def identity(name="support", namespace="default", invocation_id=None, gateway_na
         egress_gateway=gateway_name,
         context=TraceContext(trace_id or new_trace_id(), new_span_id()),
     )
+
+
+class Running:
+    """Counts invocations in flight, as Invocations does."""
+
+    def __init__(self):
+        self.counts = {}
+
+    def running(self, namespace, agent):
+        return self.counts.get((namespace, agent), 0)
+
+
+def admin_sources(telemetry, news=None, running=None):
+    """Return what build_admin_app needs beside store, catalogue and run_task."""
+    news = news or RuntimeNews()
+    states = AgentStates(running or Running(), lambda: news.counters.warm_agents)
+    return {"health": Health(news, telemetry, lambda: True), "states": states}
+
+
+def invocation_record(who, **more):
+    """Return the record of an invocation that has ended well."""
+    now_ns = time.time_ns()
+    facts = {
+        "phase": Phase.SUCCEEDED, "created_ns": now_ns - 2_000 * MS, "started_ns": now_ns - 1_900 * MS,
+        "ended_ns": now_ns - 500 * MS, "trigger": "http", "caller": "203.0.113.7:40000", "exit_code": 0, "status": 200,
+    } | more  # fmt: skip
+    return InvocationRecord(
+        invocation_id=who.invocation_id, namespace=who.agent_namespace, agent=who.agent_name,
+        revision=who.agent_revision, trace_id=who.context.trace_id, dispatch_span_id=new_span_id(),
+        run_span_id=who.context.span_id, **facts,
+    )  # fmt: skip
 
 
 def record(telemetry, who, name="GET tools.internal", *, start_ns=None, length_ns=5 * MS, error="", **more):

@@ -7,16 +7,29 @@ import pty
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import yaml
 from aiohttp import web
-from span_samples import agent, config, gateway, identity, record, record_invocation
+from span_samples import (
+    Running,
+    admin_sources,
+    agent,
+    config,
+    gateway,
+    identity,
+    invocation_record,
+    record,
+    record_invocation,
+)
 
+from clrk.core.messages import Counters
 from clrk.gateway.admin.app import build_admin_app
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.cli.terminal import printable
+from clrk.gateway.health import RuntimeNews
+from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry.pipeline import Telemetry
 
 COMMAND = [sys.executable, "-P", "-m", "clrk.gateway.client_cli"]
@@ -48,6 +61,8 @@ class Daemon:
     telemetry: Telemetry
     requests: list
     answer: object = None
+    news: RuntimeNews = field(default_factory=RuntimeNews)
+    running: Running = field(default_factory=Running)
 
     async def clrk(self, *arguments, **more):
         return await run(self.path, *arguments, **more)
@@ -64,7 +79,10 @@ async def daemon(tmp_path):
         return await this.answer(request)
 
     catalogue = AgentTable(config([gateway()], [agent(), agent("orders", "team-b")]))
-    app = build_admin_app(store=telemetry.store, catalogue=catalogue, run_task=run_task)
+    app = build_admin_app(
+        store=telemetry.store, catalogue=catalogue, run_task=run_task,
+        **admin_sources(telemetry, this.news, this.running),
+    )  # fmt: skip
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     await web.UnixSite(runner, this.path).start()
@@ -98,7 +116,7 @@ def answering(daemon, body=b"", *, status=200, phase="Succeeded", exit_code=0, h
 async def test_agents_list_and_get_in_every_form(daemon):
     table = await daemon.clrk("agents", "list")
     assert table.code == 0
-    assert re.search(r"default +support +TaskAgent +[0-9a-f]{12} +default +Stdin +100s\n", table.out)
+    assert re.search(r"default +support +TaskAgent +[0-9a-f]{12} +100s +0 running\n", table.out)
     assert "\x1b" not in table.out
     assert max(map(len, table.out.splitlines())) <= 80
     listed = json.loads((await daemon.clrk("agents", "list", "-o", "json")).out)
@@ -108,7 +126,129 @@ async def test_agents_list_and_get_in_every_form(daemon):
     assert one["spec"]["template"]["spec"]["command"] == ["/bin/agent"]
     facts = (await daemon.clrk("agents", "get", "support")).out
     assert re.search(r"command +\[\"/bin/agent\"\]\n", facts)
-    assert re.search(r"maxConcurrent +unlimited\ntimeout +100s\n", facts)
+    assert re.search(r"maxConcurrent +unlimited\n", facts)
+    assert re.search(r"timeout +100s\n", facts)
+
+
+async def test_agents_list_says_how_they_stand(daemon):
+    daemon.running.counts["default", "support"] = 3
+    assert re.search(r"support .* 100s +3 running\n", (await daemon.clrk("agents", "list")).out)
+    assert json.loads((await daemon.clrk("agents", "get", "support", "-o", "json")).out)["running"] == 3
+
+
+# --- invocations ----------------------------------------------------------------------------------------------------
+
+
+async def test_invocations_in_every_form_the_newest_last(daemon):
+    first, second = identity(), identity()
+    daemon.telemetry.record_invocation(invocation_record(first, created_ns=time.time_ns() - 7_200 * 10**9))
+    failed = invocation_record(second, phase=Phase.FAILED, exit_code=3, message="it exited with code 3", trigger="cron")
+    daemon.telemetry.record_invocation(failed)
+    record_invocation(daemon.telemetry, second)
+    done = await daemon.clrk("agents", "invocations", "support")
+    head, *lines = done.out.splitlines()
+    assert head.split() == "TIME INVOCATION TRIGGER CALLER PHASE DURATION CALLS IN OUT COST DENIED".split()
+    assert re.search(
+        rf"{second.invocation_id[:13]} +cron +203.0.113.7:40000 +Failed \(3\) +1.5 ?s +2 +320 +85 +", lines[1]
+    )
+    assert first.invocation_id[:13] in lines[0]
+    printed = (await daemon.clrk("agents", "invocations", "default/support", "-o", "json")).out.splitlines()
+    assert [json.loads(line)["invocation"] for line in printed] == [first.invocation_id, second.invocation_id]
+    item = json.loads(printed[1])
+    assert (item["phase"], item["exitCode"], item["inputTokens"], item["denials"]) == ("Failed", 3, 320, 1)
+    assert item["costUsd"] == pytest.approx(0.0022)
+    assert yaml.safe_load((await daemon.clrk("agents", "invocations", "support", "-o", "yaml")).out)[1] == item
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--phase", "Failed"], 1),
+        (["--phase", "Succeeded"], 1),
+        (["--trigger", "cron"], 1),
+        (["--denied"], 1),
+        (["--model", "claude-*"], 1),
+        (["--min-input-tokens", "321"], 0),
+        (["--since", "1h"], 1),
+        (["--until", "1h"], 1),
+        (["--limit", "1"], 1),
+        ([], 2),
+    ],
+)
+async def test_filters_of_invocations(daemon, arguments, found):
+    old, new = identity(), identity()
+    daemon.telemetry.record_invocation(invocation_record(old, created_ns=time.time_ns() - 7_200 * 10**9))
+    daemon.telemetry.record_invocation(invocation_record(new, phase=Phase.FAILED, trigger="cron"))
+    record_invocation(daemon.telemetry, new)
+    done = await daemon.clrk("agents", "invocations", "support", "-o", "json", *arguments)
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == found
+
+
+async def test_all_invocations_are_fetched_page_by_page(daemon):
+    start_ns = time.time_ns()
+    for number in range(2100):
+        daemon.telemetry.record_invocation(invocation_record(identity(), created_ns=start_ns + number // 2))
+    done = await daemon.clrk("agents", "invocations", "support", "-o", "json")
+    ids = [json.loads(line)["invocation"] for line in done.out.splitlines()]
+    assert len(ids) == len(set(ids)) == 2100
+    table = await daemon.clrk("agents", "invocations", "support")
+    assert len(table.out.splitlines()) == 51
+    assert "only the newest 50 are shown" in table.err
+
+
+@pytest.mark.parametrize("arguments", [["--phase", "Fine"], ["--limit", "0"], ["--since", "soon"]])
+async def test_a_filter_that_can_not_be_used(daemon, arguments):
+    done = await daemon.clrk("agents", "invocations", "support", *arguments)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"clrk: {arguments[0][2:]}") or arguments[1] in done.err
+
+
+async def test_a_hostile_caller_does_not_speak_to_the_terminal(daemon):
+    daemon.telemetry.record_invocation(invocation_record(identity(), caller=HOSTILE, trigger=HOSTILE))
+    done = await daemon.clrk("agents", "invocations", "support")
+    assert len(done.out.splitlines()) == 2
+    assert "\x1b" not in done.out
+    assert "\u202e" not in done.out
+
+
+async def test_traces_of_an_agent_and_of_one_invocation(daemon):
+    who = identity()
+    record_invocation(daemon.telemetry, who)
+    record_invocation(daemon.telemetry, identity("orders", "team-b"))
+    listed = await daemon.clrk("agents", "traces", "support", "--json", "--denied")
+    assert [json.loads(line)["attributes"]["invocation.id"] for line in listed.out.splitlines()] == [who.invocation_id]
+    tree = (await daemon.clrk("agents", "traces", f"support/{who.invocation_id}")).out
+    assert tree == (await daemon.clrk("trace", who.invocation_id)).out
+
+
+# --- the daemon -----------------------------------------------------------------------------------------------------
+
+
+async def test_status_says_what_was_dropped_and_what_was_refused(daemon):
+    daemon.news.counters = Counters({"stamp_push_failed": 2, "fine": 0}, {"running": 3, "warm": 1})
+    daemon.news.take(7)
+    daemon.news.refuse(["a.yaml:3: TaskAgent/a: spec.timeot: unknown field"])
+    daemon.telemetry.store.counters["dropped_log_lines"] += 4
+    out = (await daemon.clrk("status")).out
+    for line in (
+        r"sandboxes +3 running, 1 warm", r"configuration +generation 7", r"dropped +dropped_log_lines 4",
+        r"reload refused +a\.yaml:3: TaskAgent/a", r"kernel stamp_push_failed +2",
+    ):  # fmt: skip
+        assert re.search(line, out), line
+    assert "kernel fine" not in out
+    told = json.loads((await daemon.clrk("status", "-o", "json")).out)
+    assert (told["ready"], told["configuration"]["refusals"]) == (True, 1)
+
+
+async def test_apply_without_a_daemon_that_holds_the_lock(daemon, tmp_path):
+    done = await daemon.clrk("apply")
+    assert done.code == 1
+    assert "runtime.lock" in done.err
+    (tmp_path / "runtime.lock").write_text("1\n")
+    done = await daemon.clrk("apply")
+    assert done.code == 1
+    assert "no daemon holds" in done.err
 
 
 @pytest.mark.parametrize("name", ["nobody", "a/b/c", "/", "", "default/../support", HOSTILE])
@@ -348,6 +488,27 @@ async def test_a_failure_is_said_once_and_points_to_its_cause(daemon):
     assert done.err.count("exited with code 3") == 1
     assert f"clrk agents logs support/{who.invocation_id[:13]}`" in done.err
     assert (await daemon.clrk("agents", "run-task", "support", "-q")).err == "clrk: the agent exited with code 3\n"
+
+
+async def test_logs_follow_both_streams_until_the_invocation_has_ended(daemon):
+    who = identity()
+    daemon.telemetry.record_invocation(invocation_record(who, phase=Phase.RUNNING, ended_ns=0))
+    daemon.telemetry.record_log(who, "stderr", b"before", time.time_ns())
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "agents", "logs", "-f", f"support/{who.invocation_id}",
+        env={"PATH": os.environ["PATH"], "CLRK_ADMIN_SOCKET": daemon.path}, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(30):
+        assert json.loads(await process.stdout.readline())["line"] == "before"
+        daemon.telemetry.record_log(identity(), "stdout", b"of another invocation", time.time_ns())
+        daemon.telemetry.record_log(who, "stdout", b"after", time.time_ns())
+        entry = json.loads(await process.stdout.readline())
+        assert (entry["stream"], entry["line"]) == ("stdout", "after")
+        daemon.telemetry.record_log(who, "stderr", b"last words", time.time_ns())
+        daemon.telemetry.record_invocation(invocation_record(who))
+        assert json.loads(await process.stdout.readline())["line"] == "last words"
+        assert await process.stdout.read() == b""
+        assert await process.wait() == 0
 
 
 async def test_logs_of_an_agent_without_lines_say_so_on_stderr(daemon):

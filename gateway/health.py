@@ -1,0 +1,58 @@
+"""How the daemon stands, put together from what the runtime last said and what telemetry knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from clrk.core.messages import Counters
+from clrk.gateway.admin.page.health import DaemonHealth, ExporterHealth
+from clrk.gateway.telemetry.pipeline import Telemetry
+
+
+@dataclass(slots=True)
+class RuntimeNews:
+    """What the runtime said last: the kernel's counters, and what became of reloads."""
+
+    counters: Counters = field(default_factory=lambda: Counters({}))
+    generation: int = 0
+    refusals: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def refuse(self, problems: list[str]) -> None:
+        """Note a reload that changed nothing."""
+        self.refusals += 1
+        self.problems = problems
+
+    def take(self, generation: int) -> None:
+        """Note a configuration that is in force."""
+        self.generation = generation
+        self.problems = []
+
+
+class Health:
+    """Implements HealthSource."""
+
+    def __init__(self, news: RuntimeNews, telemetry: Telemetry, ready: Callable[[], bool]) -> None:
+        self._news = news
+        self._telemetry = telemetry
+        self._ready = ready
+        self._started_ns = time.time_ns()
+
+    async def health(self) -> DaemonHealth:
+        """Return it as it is now. Raises: StoreError."""
+        return DaemonHealth(
+            ready=self._ready(),
+            started_ns=self._started_ns,
+            counters=self._news.counters,
+            generation=self._news.generation,
+            refusals=self._news.refusals,
+            reload_problems=self._news.problems,
+            exporters=await self._exporters(),
+        )
+
+    async def _exporters(self) -> list[ExporterHealth]:
+        store = self._telemetry.store
+        last = await store.last_seq()
+        return [ExporterHealth(name, "", last - seq) for name, seq in sorted((await store.cursors()).items())]
