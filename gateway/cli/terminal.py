@@ -5,30 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
+
+from clrk.gateway.printable import printable as printable  # noqa: PLC0414 - for those who have the terminal at hand
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _WIDE: Final = 200  # columns when nobody looks: files and pipes do not wrap
-# Cc control, Cf format (bidi overrides, zero width), Cs surrogates, Co private use, Zl and Zp line ends.
-_UNPRINTABLE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-
-
-def printable(value: object) -> str:
-    """Return text without control characters, escape sequences, bidi overrides or line ends: they show as `\\x1b`."""
-    text = str(value)
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        character if unicodedata.category(character) not in _UNPRINTABLE else _escaped(character) for character in text
-    )
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def console() -> Console:
