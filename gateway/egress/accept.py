@@ -288,6 +288,7 @@ class Acceptor:
             agent.reset()
             return
         call.peer = upstream.peer
+        spans.begin_tcp(call)
         error, message = None, ""
         try:
             await tunnel(agent, upstream, admission)

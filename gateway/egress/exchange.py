@@ -34,6 +34,7 @@ from clrk.gateway.egress.tcp import tunnel
 from clrk.gateway.egress.upload import AgentGoneError, Upload
 from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.interpret import ResponseHead
+from clrk.gateway.telemetry import attributes as attr
 
 _REPEATABLE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 MAX_INTERIM: Final = 64  # responses before the final one: an endless row of them would be no answer, at full speed
@@ -92,6 +93,7 @@ class Exchange:
         try:
             await self._talk(admitted, upload, upstream, repeatable=repeatable)
         except _DeadPooledError:
+            self._call.attributes[attr.HTTP_REQUEST_RESEND_COUNT] = 1
             await self._talk(admitted, upload, await self._exit.upstream.dial(admitted.target), repeatable=False)
 
     async def _talk(self, admitted: Admitted, upload: Upload, upstream: Channel, *, repeatable: bool) -> None:
@@ -104,6 +106,7 @@ class Exchange:
             response = None
             try:
                 self._sent_at = self._loop.time()
+                self._exit.spans.begin_http(self._call, admitted.head)
                 upload.send_head(upstream)
                 if not upload.done:
                     sending = spawn(upload.run(upstream), name="egress-upload")
@@ -137,6 +140,7 @@ class Exchange:
             while (found := reader.feed(data)) is not None:
                 head, data = found
                 response = parse_response(head)
+                self._call.attributes[attr.NETWORK_PROTOCOL_VERSION] = f"1.{response.minor}"
                 if response.status >= 200 or (response.status == 101 and admitted.upgrade):
                     upstream.unread(data)
                     return response

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
-from clrk.core.ids import SpanId, new_span_id
+from clrk.core.ids import SpanId, TraceId, new_span_id
 from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.interpret import Facts, RequestHead
 from clrk.gateway.telemetry import attributes as attr
@@ -27,6 +27,7 @@ from clrk.gateway.telemetry.spans import (
 )
 
 MAX_URL_SIZE: Final = 4096
+_TCP: Final[dict[str, AttributeValue]] = {attr.NETWORK_TRANSPORT: "tcp"}
 _KNOWN_METHODS: Final = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY".split())
 # semconv 1.41.1, url.full: values of these are to be redacted; the second line is what LLM and tool APIs use.
 _SECRET_QUERY: Final = re.compile(
@@ -52,13 +53,19 @@ class Destination:
 
 @dataclass(slots=True)
 class Call:
-    """One span in the making. peer is the upstream that we connected to, None before that."""
+    """One span in the making.
+
+    Shape: peer is the upstream that we connected to, None before that; trace_id None is the run's trace; begun says
+    that the store knows of the span already.
+    """
 
     flow: FlowRecord
     destination: Destination
     start_ns: int
     span_id: SpanId = field(default_factory=new_span_id)
     parent_span_id: str | None = None
+    trace_id: TraceId | None = None
+    begun: bool = False
     peer: tuple[str, int] | None = None
     request_bytes: int = 0
     response_bytes: int = 0
@@ -106,6 +113,15 @@ class EgressSpans:
         self.identity = identity
         self._recorder = recorder
 
+    def begin_http(self, call: Call, head: RequestHead) -> None:
+        """The request is about to go upstream, as HTTP/1.1; call has request_attributes and its peer."""
+        call.attributes[attr.NETWORK_PROTOCOL_VERSION] = "1.1"
+        self._begin(call, http_span_name(head), {})
+
+    def begin_tcp(self, call: Call) -> None:
+        """The tunnel is about to carry bytes."""
+        self._begin(call, attr.SPAN_EGRESS_TCP, dict(_TCP))
+
     def http(
         self,
         call: Call,
@@ -131,7 +147,7 @@ class EgressSpans:
 
     def tcp(self, call: Call, error: str | None = None, message: str = "") -> None:
         """One tunnel."""
-        self._record(call, attr.SPAN_EGRESS_TCP, {attr.NETWORK_TRANSPORT: "tcp"}, error, message)
+        self._record(call, attr.SPAN_EGRESS_TCP, dict(_TCP), error, message)
 
     def denied(self, call: Call, reason: str, message: str, rule: str = "") -> None:
         """A connection or request that policy, or the gateway's own rules, refused."""
@@ -149,24 +165,27 @@ class EgressSpans:
         found: dict[str, AttributeValue] = {attr.CLRK_PROXY_ERROR_CODE: code}
         self._record(call, attr.SPAN_EGRESS_PROXY_MALFORMED, found, code, f"stamp refused: {code}")
 
+    def _begin(self, call: Call, name: str, found: dict[str, AttributeValue]) -> None:
+        """Let the span outlive this process: what an upstream may see from now on has a span."""
+        if call.begun:  # sent again on another connection
+            return
+        call.begun = True
+        self._recorder.begin(
+            self.identity,
+            component=Component.GATEWAY,
+            name=name,
+            kind=SpanKind.CLIENT,
+            start_ns=call.start_ns,
+            span_id=call.span_id,
+            parent_span_id=call.parent_span_id,
+            trace_id=call.trace_id,
+            attributes=_attributes(call, found),
+        )
+
     def _record(self, call: Call, name: str, found: dict[str, AttributeValue], error: str | None, message: str) -> None:
-        flow, destination = call.flow, call.destination
-        address, port = call.peer or (str(destination.address), destination.port)
-        base: dict[str, AttributeValue] = {
-            attr.PROCESS_PID: flow.tgid,
-            attr.PROCESS_EXECUTABLE_NAME: flow.comm.decode("utf-8", "replace"),
-            attr.NETWORK_PEER_ADDRESS: address,
-            attr.NETWORK_PEER_PORT: port,
-            attr.CLRK_DST_NAME: destination.host,
-            attr.CLRK_REQ_BYTES: call.request_bytes,
-            attr.CLRK_RESP_BYTES: call.response_bytes,
-            attr.SERVER_ADDRESS: destination.host,
-            attr.SERVER_PORT: destination.port,
-        }
-        base.update(found)
-        base.update(call.attributes)
+        attributes = _attributes(call, found)
         if error is not None:
-            base[attr.ERROR_TYPE] = error
+            attributes[attr.ERROR_TYPE] = error
         self._recorder.record(
             self.identity,
             component=Component.GATEWAY,
@@ -174,8 +193,28 @@ class EgressSpans:
             kind=SpanKind.CLIENT,
             start_ns=call.start_ns,
             end_ns=time.time_ns(),
-            attributes=base,
+            attributes=attributes,
             status=UNSET if error is None else Status(StatusCode.ERROR, message),
             span_id=call.span_id,
             parent_span_id=call.parent_span_id,
+            trace_id=call.trace_id,
         )
+
+
+def _attributes(call: Call, found: dict[str, AttributeValue]) -> dict[str, AttributeValue]:
+    flow, destination = call.flow, call.destination
+    address, port = call.peer or (str(destination.address), destination.port)
+    attributes: dict[str, AttributeValue] = {
+        attr.PROCESS_PID: flow.tgid,
+        attr.PROCESS_EXECUTABLE_NAME: flow.comm.decode("utf-8", "replace"),
+        attr.NETWORK_PEER_ADDRESS: address,
+        attr.NETWORK_PEER_PORT: port,
+        attr.CLRK_DST_NAME: destination.host,
+        attr.CLRK_REQ_BYTES: call.request_bytes,
+        attr.CLRK_RESP_BYTES: call.response_bytes,
+        attr.SERVER_ADDRESS: destination.host,
+        attr.SERVER_PORT: destination.port,
+    }
+    attributes.update(found)
+    attributes.update(call.attributes)
+    return attributes

@@ -14,6 +14,7 @@ from opentelemetry.semconv._incubating.attributes import (
     gen_ai_attributes,
     host_attributes,
     jsonrpc_attributes,
+    log_attributes,
     mcp_attributes,
     openai_attributes,
     process_attributes,
@@ -95,6 +96,16 @@ CLRK_BUDGET_DAILY_USED: Final = "clrk.budget.daily_used"
 CLRK_BUDGET_DAILY_MAX: Final = "clrk.budget.daily_max"
 CLRK_BUDGET_ROUTE: Final = "clrk.budget.route"
 
+# --- Of metrics and log records only --------------------------------------------------------------------------------
+LOG_IOSTREAM: Final = log_attributes.LOG_IOSTREAM  # stdout or stderr
+GEN_AI_TOKEN_TYPE: Final = gen_ai_attributes.GEN_AI_TOKEN_TYPE  # input or output
+METRIC_OVERFLOW: Final = "otel.metric.overflow"  # bool: stands for attributes beyond the cap (metrics SDK spec)
+CLRK_SANDBOX_STATE: Final = "clrk.sandbox.state"  # core.messages.Counters
+CLRK_KERNEL_COUNTER: Final = "clrk.kernel.counter"
+CLRK_DROP_REASON: Final = "clrk.drop.reason"
+CLRK_EXPORTER: Final = "clrk.exporter"  # namespace/name of an EgressGateway, or environment
+CLRK_EXPORT_SIGNAL: Final = "clrk.export.signal"  # traces, logs or metrics
+
 # --- Process and network --------------------------------------------------------------------------------------------
 PROCESS_PID: Final = process_attributes.PROCESS_PID  # int
 PROCESS_EXECUTABLE_NAME: Final = process_attributes.PROCESS_EXECUTABLE_NAME
@@ -115,6 +126,7 @@ DNS_QUESTION_NAME: Final = "dns.question.name"  # semconv 1.41.1, registry/attri
 # --- HTTP (Stable) --------------------------------------------------------------------------------------------------
 HTTP_REQUEST_METHOD: Final = http_attributes.HTTP_REQUEST_METHOD
 HTTP_REQUEST_METHOD_ORIGINAL: Final = http_attributes.HTTP_REQUEST_METHOD_ORIGINAL
+HTTP_REQUEST_RESEND_COUNT: Final = http_attributes.HTTP_REQUEST_RESEND_COUNT  # int, only when sent again
 HTTP_RESPONSE_STATUS_CODE: Final = http_attributes.HTTP_RESPONSE_STATUS_CODE  # int
 HTTP_ROUTE: Final = http_attributes.HTTP_ROUTE
 URL_FULL: Final = url_attributes.URL_FULL
