@@ -18,11 +18,12 @@ from clrk.core.messages import StartFailure
 from clrk.core.resources import MAX_BODY_BYTES
 from clrk.gateway.dispatch import Dispatch
 from clrk.gateway.envelope import agent_source, response_event, to_structured
-from clrk.gateway.invocation import Invocation, StartRefused
+from clrk.gateway.invocation import Invocation
 from clrk.gateway.media import STRUCTURED_EVENT, prefers_structured
 from clrk.gateway.metadata import PostedAnswer
-from clrk.gateway.outcome import Outcome, Phase
+from clrk.gateway.outcome import CALLER_GONE, Outcome, Phase
 from clrk.gateway.problem import SERVER, Problem
+from clrk.gateway.sandbox_run import StartRefused
 
 _SLOW_CALLER_S: Final = 60.0  # beyond the agent's timeout, for a caller that reads slowly
 _PIECE_SIZE: Final = 65_536  # of a whole answer: what is not yet sent stays here once, not in each connection's buffer
@@ -39,6 +40,7 @@ class Answer:
         self._invocation = invocation
         self._agent = dispatch.target.agent
         self._accept = ",".join(request.headers.getall("Accept", []))
+        self._verdict = CALLER_GONE  # of a run that is stopped before its answer is whole
         self._told = False  # the caller has its answer, or as much of one as there will be
 
     async def send(self) -> web.StreamResponse:
@@ -53,7 +55,7 @@ class Answer:
             raise _start_problem(refused) from refused
         if self._invocation.order.metadata_mode:
             response = await self._paced(await self._posted())
-        elif self._wraps(self._content_type) or self._request.method == "HEAD":
+        elif self._collects:
             response = await self._paced(await self._collected())
         else:
             response = await self._streamed()
@@ -63,7 +65,7 @@ class Answer:
     def close(self) -> None:
         """Stop the run unless the caller has its answer, and let go of stdout."""
         if not self._told:
-            self._invocation.cancel()
+            self._invocation.cancel(self._verdict)
         self._invocation.release_stdout()
 
     # --- Stdin mode -------------------------------------------------------------------------------------------------
@@ -90,16 +92,35 @@ class Answer:
             self._cut_off()
         return response
 
+    @property
+    def _collects(self) -> bool:
+        """Say whether nothing is told before the agent has ended: a failure then is a status, not a cut."""
+        return (
+            not self._agent.spec.streaming.enabled
+            or self._wraps(self._content_type)  # its JSON needs its end
+            or self._request.method == "HEAD"  # it has no body
+        )
+
     async def _collected(self) -> web.Response:
-        """Answer as a whole: for a CloudEvent, whose JSON needs its end, and for HEAD, which has no body."""
-        received, wraps = bytearray(), self._wraps(self._content_type)
+        """Answer as a whole."""
+        received, size, wraps = bytearray(), 0, self._wraps(self._content_type)
+        keeps = wraps or self._request.method != "HEAD"
         while chunk := await self._read_stdout():
-            if wraps:
+            size += len(chunk)
+            if keeps and size > MAX_BODY_BYTES:
+                raise self._too_large()
+            if keeps:
                 self._invocation.charge(len(chunk))
                 received += chunk
-            if len(received) > MAX_BODY_BYTES:
-                raise Problem(502, f"the agent's answer is over {MAX_BODY_BYTES} bytes; ask for it without wrapping")
-        return self._whole(200, self._content_type, bytes(received), await self._success())
+        response = self._whole(200, self._content_type, bytes(received), await self._success())
+        if not keeps:
+            response.headers["Content-Length"] = str(size)  # as GET would have it (RFC 9110, section 8.6)
+        return response
+
+    def _too_large(self) -> Problem:
+        message = f"the agent's answer is over {MAX_BODY_BYTES} bytes, too large to be sent as a whole"
+        self._verdict = self._dispatch.outcome = Outcome(Phase.FAILED, message=message)
+        return Problem(502, message)
 
     async def _read_stdout(self) -> bytes:
         stdout = self._invocation.stdout

@@ -1,19 +1,25 @@
-"""One inbound request as a span: `ingress.dispatch` (CONTRACT section 13; semconv 1.41.1, HTTP server)."""
+"""What an invocation looks like from outside: the span `ingress.dispatch` and the first state of its record.
+
+The same for every way in (CONTRACT section 13; semconv 1.41.1, HTTP server): an Origin says what is particular to a
+request, and a schedule has an empty one.
+"""
 
 from __future__ import annotations
 
 import socket
 import struct
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from aiohttp import web
 
 from clrk.core.ids import InvocationId, SandboxId, SpanId, new_span_id, new_trace_id
 from clrk.core.resources import TaskAgent
-from clrk.gateway.outcome import Outcome
+from clrk.gateway.outcome import Outcome, Phase
 from clrk.gateway.telemetry import attributes as attr
+from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import (
     UNSET,
     AttributeValue,
@@ -25,7 +31,7 @@ from clrk.gateway.telemetry.spans import (
     StatusCode,
     TraceContext,
 )
-from clrk.gateway.trace_context import parse_trace_context
+from clrk.gateway.trace_context import parse_baggage, parse_trace_context
 
 _METHODS: Final = frozenset("GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH QUERY".split())
 _PEER_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -33,37 +39,47 @@ _PEER_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The agent a request is for, and how it was named.
+    """The agent to invoke, and how it was named.
 
     Shape: route is the http.route template, "" where the path does not name the agent. path is what the event says
     instead of the request's own path, "" for that one.
     """
 
     agent: TaskAgent
-    route: str
-    trigger: str
+    route: str = ""
+    trigger: str = "http"
     path: str = ""
 
 
-class Dispatch:
-    """The facts of one request, collected on the way and recorded once."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asked, and how.
 
-    def __init__(self, request: web.BaseRequest, target: Target, invocation_id: InvocationId) -> None:
-        caller = parse_trace_context(
-            request.headers.getall("traceparent", []), request.headers.getall("tracestate", [])
-        )
+    Shape: caller is what the record keeps, "" for nobody. context is the trace to continue, None for a new one.
+    attributes are those of the span that are known from the start. answered says whether somebody waits for an answer.
+    """
+
+    caller: str = ""
+    context: TraceContext | None = None
+    baggage: str = ""
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    answered: bool = False
+
+
+class Dispatch:
+    """The facts of one invocation, collected on the way and recorded once."""
+
+    def __init__(self, origin: Origin, target: Target, invocation_id: InvocationId) -> None:
         self.invocation_id = invocation_id
         self.target = target
         self.span_id = new_span_id()
+        self.start_ns = time.time_ns()
         self.status: int | None = None
         self.response_bytes = 0
         self.disconnected = False
         self.outcome: Outcome | None = None
-        self._request = request
-        self._parent = caller.span_id if caller else ""
-        self._start_ns = time.time_ns()
-        self._caller = _caller_attributes(request)
-        agent = target.agent
+        self._origin = origin
+        agent, context = target.agent, origin.context
         self.identity = Identity(
             invocation_id=invocation_id,
             agent_kind=agent.kind,
@@ -73,45 +89,71 @@ class Dispatch:
             agent_revision=agent.revision,
             sandbox_id=SandboxId(""),
             egress_gateway=f"{agent.metadata.namespace}/{agent.gateway_name}",
-            context=TraceContext(
-                caller.trace_id if caller else new_trace_id(),
-                new_span_id(),
-                caller.flags if caller else 1,
-                caller.tracestate if caller else "",
-            ),
+            context=TraceContext(new_trace_id(), new_span_id(), baggage=origin.baggage)
+            if context is None
+            else replace(context, span_id=new_span_id(), baggage=origin.baggage),
+        )
+
+    def identify(self, caller_fields: tuple[tuple[str, str], ...]) -> None:
+        """Say who the caller is (CONTRACT section 12); before anything runs."""
+        self.identity = replace(self.identity, caller_fields=caller_fields)
+
+    def pending(self) -> InvocationRecord:
+        """Return the record of an invocation of which nothing has happened yet."""
+        identity = self.identity
+        return InvocationRecord(
+            invocation_id=self.invocation_id,
+            namespace=identity.agent_namespace,
+            agent=identity.agent_name,
+            revision=identity.agent_revision,
+            trigger=self.target.trigger,
+            phase=Phase.PENDING,
+            trace_id=identity.context.trace_id,
+            dispatch_span_id=self.span_id,
+            run_span_id=identity.context.span_id,
+            created_ns=self.start_ns,
+            caller=self._origin.caller,
+        )
+
+    def begin(self, recorder: Recorder) -> None:
+        """Note that the invocation was admitted; `record` ends what this begins."""
+        recorder.begin(
+            self.identity,
+            component=Component.INGRESS,
+            name=attr.SPAN_INGRESS_DISPATCH,
+            kind=SpanKind.SERVER,
+            start_ns=self.start_ns,
+            span_id=SpanId(self.span_id),
+            parent_span_id=self._parent_span_id,
+            attributes=self._first_attributes(),
         )
 
     def record(self, recorder: Recorder) -> None:
-        """Record the span; the request is over."""
+        """Record the span; the answer is out, or there will be none."""
         recorder.record(
             self.identity,
             component=Component.INGRESS,
             name=attr.SPAN_INGRESS_DISPATCH,
             kind=SpanKind.SERVER,
-            start_ns=self._start_ns,
+            start_ns=self.start_ns,
             end_ns=time.time_ns(),
             attributes=self._attributes(),
             status=self._span_status(),
             span_id=SpanId(self.span_id),
-            parent_span_id=self._parent,
+            parent_span_id=self._parent_span_id,
         )
 
+    @property
+    def _parent_span_id(self) -> str:
+        return self._origin.context.span_id if self._origin.context is not None else ""
+
+    def _first_attributes(self) -> dict[str, AttributeValue]:
+        return {attr.CLRK_TRIGGER: self.target.trigger, **self._origin.attributes}
+
     def _attributes(self) -> dict[str, AttributeValue]:
-        request = self._request
-        known = request.method in _METHODS
-        attributes: dict[str, AttributeValue] = {
-            attr.CLRK_TRIGGER: self.target.trigger,
-            attr.HTTP_REQUEST_METHOD: request.method if known else "_OTHER",
-            attr.URL_SCHEME: "http",
-            attr.URL_PATH: split_target(request)[0],
-            attr.NETWORK_PROTOCOL_VERSION: f"{request.version.major}.{request.version.minor}",
-            attr.CLRK_RESP_BYTES: self.response_bytes,
-            **self._caller,
-        }
-        if not known:
-            attributes[attr.HTTP_REQUEST_METHOD_ORIGINAL] = request.method
-        if self.target.route:
-            attributes[attr.HTTP_ROUTE] = self.target.route
+        attributes = self._first_attributes()
+        if self._origin.answered:
+            attributes[attr.CLRK_RESP_BYTES] = self.response_bytes
         if self.status is not None:
             attributes[attr.HTTP_RESPONSE_STATUS_CODE] = self.status
         if self.outcome is not None:
@@ -125,18 +167,44 @@ class Dispatch:
             return "client_disconnected"
         if self.status is not None and self.status >= 500:
             return str(self.status)
-        return "truncated" if self._truncated else None
+        if not self._failed:
+            return None
+        return "truncated" if self._origin.answered or self.outcome is None else self.outcome.phase.value.lower()
 
     @property
-    def _truncated(self) -> bool:
-        return self.outcome is not None and not self.outcome.succeeded and self.status is not None and self.status < 400
+    def _failed(self) -> bool:
+        """Say whether the run failed without a status that says so: the caller has half an answer, or nobody asked."""
+        if self.outcome is None or self.outcome.succeeded:
+            return False
+        return self.status < 400 if self.status is not None else not self._origin.answered
 
     def _span_status(self) -> Status:
         if self.disconnected:
             return Status(StatusCode.ERROR, "the caller went away")
-        if self._truncated or (self.status is not None and self.status >= 500):
+        if self._failed or (self.status is not None and self.status >= 500):
             return Status(StatusCode.ERROR, self.outcome.message if self.outcome is not None else "")
         return UNSET
+
+
+def http_origin(request: web.BaseRequest, route: str, *, joins_trace: bool = True) -> Origin:
+    """Return the origin of a request; without joins_trace the caller's trace context does not count."""
+    context = parse_trace_context(request.headers.getall("traceparent", []), request.headers.getall("tracestate", []))
+    caller, peer = _peer(request)
+    known = request.method in _METHODS
+    attributes: dict[str, AttributeValue] = {
+        attr.HTTP_REQUEST_METHOD: request.method if known else "_OTHER",
+        attr.URL_SCHEME: "http",
+        attr.URL_PATH: split_target(request)[0],
+        attr.NETWORK_PROTOCOL_VERSION: f"{request.version.major}.{request.version.minor}",
+        **peer,
+    }
+    if not known:
+        attributes[attr.HTTP_REQUEST_METHOD_ORIGINAL] = request.method
+    if route:
+        attributes[attr.HTTP_ROUTE] = route
+    if not joins_trace:
+        return Origin(caller, attributes=attributes, answered=True)
+    return Origin(caller, context, parse_baggage(request.headers.getall("baggage", [])), attributes, answered=True)
 
 
 def split_target(request: web.BaseRequest) -> tuple[str, str]:
@@ -147,21 +215,25 @@ def split_target(request: web.BaseRequest) -> tuple[str, str]:
     return path, query
 
 
-def _caller_attributes(request: web.BaseRequest) -> dict[str, AttributeValue]:
+def _peer(request: web.BaseRequest) -> tuple[str, dict[str, AttributeValue]]:
     """Say who called: an address and port, or, on the admin socket, the uid and pid that the kernel vouches for."""
     transport = request.transport
-    peer = transport.get_extra_info("peername") if transport is not None else None
-    local = transport.get_extra_info("sockname") if transport is not None else None
-    attributes: dict[str, AttributeValue] = {}
+    if transport is None:
+        return "", {}
+    peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    caller, attributes = "", dict[str, AttributeValue]()
     if isinstance(peer, tuple):
-        attributes |= {attr.CLIENT_ADDRESS: str(peer[0]), attr.CLIENT_PORT: int(peer[1])}
+        host, port = str(peer[0]), int(peer[1])
+        caller = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        attributes |= {attr.CLIENT_ADDRESS: host, attr.CLIENT_PORT: port}
     if isinstance(local, tuple):
         attributes |= {attr.SERVER_ADDRESS: str(local[0]), attr.SERVER_PORT: int(local[1])}
-    sock = transport.get_extra_info("socket") if transport is not None else None
+    sock = transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         pid, uid, _ = _PEER_CREDENTIALS.unpack(raw)
+        caller = f"uid {uid}"
         attributes |= {attr.NETWORK_TRANSPORT: "unix", attr.CLRK_CALLER_UID: uid}
         if pid:  # 0: a process that the gateway's pid namespace can not see
             attributes[attr.CLRK_CALLER_PID] = pid
-    return attributes
+    return caller, attributes

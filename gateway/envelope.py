@@ -42,7 +42,11 @@ _CHARSETS: Final = frozenset(
 
 
 class EnvelopeError(ClrkError):
-    """The caller's request makes no event; answered with 400. The message may be shown to the caller."""
+    """The caller's request makes no event; answered with status. The message may be shown to the caller."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,16 @@ class EventContext:
     path: str
     query: str
     time: datetime
+    identity: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a caller's request says, however it says it: its attributes, the type of its data ("": none), the data."""
+
+    attributes: dict[str, str]
+    content_type: str
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +89,22 @@ class Event:
         return self.attributes.get("datacontenttype", "application/octet-stream")
 
 
-def event_attributes(headers: Sequence[tuple[str, str]], context: EventContext) -> dict[str, str]:
-    """Return the event's attributes for a request with these headers.
-
-    Raises: EnvelopeError for a malformed ce-* header.
-    """
-    given = _caller_attributes(headers)
-    subject = given.pop("subject", context.trigger)
+def event_attributes(received: Received, context: EventContext, fallback_id: str = "") -> dict[str, str]:
+    """Return the attributes of the event that the agent gets. fallback_id: see request_id."""
+    given = dict(received.attributes)
     attributes = {
         "specversion": SPEC_VERSION,
-        "id": given.pop("id", None) or _fallback_id(headers) or context.invocation_id,
+        "id": given.pop("id", "") or fallback_id or context.invocation_id,
         "source": given.pop("source", agent_source(context.namespace, context.agent)),
         "type": given.pop("type", DEFAULT_TYPE),
-        "time": given.pop("time", None) or rfc3339(context.time),
-        "subject": subject,
-        "datacontenttype": _content_type(headers),
+        "time": given.pop("time", "") or rfc3339(context.time),
+        "subject": given.pop("subject", context.trigger),
+        "datacontenttype": received.content_type,
         "traceparent": context.traceparent,
         "tracestate": context.tracestate,
         "invocationid": context.invocation_id,
         "clrkrevision": context.revision,
+        "clrkidentity": msgspec.json.encode(dict(context.identity)).decode() if context.identity else "",
         "httpmethod": context.method,
         "httpurl": context.path,
         "httpquery": context.query,
@@ -108,7 +119,7 @@ def check_body(content_type: str, body: bytes) -> None:
     """
     media = parse_media_type(content_type)
     if body and media is not None and media.is_json:
-        _compact_json(body)
+        compact_json(body)
 
 
 def to_structured(event: Event) -> bytes:
@@ -158,27 +169,41 @@ def rfc3339(moment: datetime) -> str:
 # --- from headers ---------------------------------------------------------------------------------------------------
 
 
-def _caller_attributes(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
+def caller_attributes(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return what the ce-* headers say, without what a caller can not set.
+
+    Raises: EnvelopeError for a malformed one.
+    """
     found: dict[str, str] = {}
     for header, raw in headers:
         name = header.lower().removeprefix("ce-")
-        if name == header.lower() or name in _OURS or name in _FACTS:
+        if name == header.lower() or not is_callers(name):
             continue
         if not _NAME.fullmatch(name) or name == "data":
             raise EnvelopeError(f"{header}: an attribute is named with a-z, 0-9 and -, and not `data`")
         if name in found:
             raise EnvelopeError(f"{header}: given more than once")
-        found[name] = _attribute_value(header, name, raw)
+        found[name] = checked_value(header, name, _decode_header_value(header, raw))
     return found
 
 
-def _attribute_value(header: str, name: str, raw: str) -> str:
-    value = _decode_header_value(header, raw)
+def is_callers(name: str) -> bool:
+    """Say whether the attribute is a caller's to set; one that is not is passed over in silence."""
+    return name not in _OURS and name not in _FACTS
+
+
+def checked_value(where: str, name: str, value: str) -> str:
+    """Return the value of an attribute as the event has it; times are in UTC.
+
+    Raises: EnvelopeError that names where.
+    """
     if name in _NON_EMPTY and not value:
-        raise EnvelopeError(f"{header}: must not be empty")
+        raise EnvelopeError(f"{where}: must not be empty")
+    if _FORBIDDEN.search(value) or any(ord(char) & 0xFFFE == 0xFFFE for char in value):
+        raise EnvelopeError(f"{where}: control characters and noncharacters are not allowed")
     if name in ("source", "dataschema") and _NOT_IN_URI.search(value):
-        raise EnvelopeError(f"{header}: not a URI reference")
-    return _utc_time(header, value) if name == "time" else value
+        raise EnvelopeError(f"{where}: not a URI reference")
+    return _utc_time(where, value) if name == "time" else value
 
 
 def _decode_header_value(header: str, raw: str) -> str:
@@ -194,12 +219,9 @@ def _decode_header_value(header: str, raw: str) -> str:
     if _BROKEN_PERCENT.search(text):
         raise EnvelopeError(f"{header}: % must be followed by two hex digits; write a percent sign as %25")
     try:
-        value = re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes.fromhex(m[1].decode()), text.encode()).decode()
+        return re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes.fromhex(m[1].decode()), text.encode()).decode()
     except UnicodeDecodeError:
         raise EnvelopeError(f"{header}: percent-encoded bytes are not UTF-8") from None
-    if _FORBIDDEN.search(value) or any(ord(char) & 0xFFFE == 0xFFFE for char in value):
-        raise EnvelopeError(f"{header}: control characters and noncharacters are not allowed")
-    return value
 
 
 def _utc_time(header: str, value: str) -> str:
@@ -217,7 +239,8 @@ def _utc_time(header: str, value: str) -> str:
         raise EnvelopeError(f"{header}: no such time in UTC") from None
 
 
-def _fallback_id(headers: Sequence[tuple[str, str]]) -> str:
+def request_id(headers: Sequence[tuple[str, str]]) -> str:
+    """Return the event's id where the caller's event has none: X-Clrk-Execution-ID, X-Request-Id, or ""."""
     for wanted in ("x-clrk-execution-id", "x-request-id"):
         for name, value in headers:
             if name.lower() == wanted and (text := value.strip(" \t")) and re.fullmatch(r"[\x20-\x7e]+", text):
@@ -225,17 +248,27 @@ def _fallback_id(headers: Sequence[tuple[str, str]]) -> str:
     return ""
 
 
-def _content_type(headers: Sequence[tuple[str, str]]) -> str:
-    value = next((value for name, value in headers if name.lower() == "content-type"), "").strip(" \t")
-    if value and not re.fullmatch(r"[\x20-\x7e]+", value):
+def content_type_of(headers: Sequence[tuple[str, str]]) -> str:
+    """Return the request's Content-Type, "" when it has none.
+
+    Raises: EnvelopeError when it is not printable, or there are several.
+    """
+    values = [value.strip(" \t") for name, value in headers if name.lower() == "content-type"]
+    if len(values) > 1:
+        raise EnvelopeError("Content-Type: given more than once")
+    if values and values[0] and not re.fullmatch(r"[\x20-\x7e]+", values[0]):
         raise EnvelopeError("Content-Type: not printable ASCII")
-    return value
+    return values[0] if values else ""
 
 
 # --- to JSON and headers --------------------------------------------------------------------------------------------
 
 
-def _compact_json(body: bytes) -> bytes:
+def compact_json(body: bytes) -> bytes:
+    """Return JSON text without white space between its tokens, which are kept to the letter.
+
+    Raises: EnvelopeError with the position.
+    """
     try:
         body.decode()
         return msgspec.json.format(body, indent=-1)
@@ -253,7 +286,7 @@ def _data_member(event: Event) -> bytes:
     media = parse_media_type(event.content_type)
     if media is not None and media.is_json:
         try:
-            return b',"data":' + _compact_json(event.body)
+            return b',"data":' + compact_json(event.body)
         except EnvelopeError:  # an agent's answer is not checked before: what is no JSON travels as bytes
             return _base64_member(event.body)
     if media is not None and media.type == "text":
@@ -266,11 +299,20 @@ def _base64_member(body: bytes) -> bytes:
     return b',"data_base64":"' + base64.b64encode(body) + b'"'
 
 
-def _decode_text(body: bytes, charset: str) -> str | None:
+def text_codec(charset: str) -> str | None:
+    """Return the name of a codec that text in this charset is read and written with; None: it travels as bytes."""
     try:
         codec = codecs.lookup(charset).name
-        return body.decode(codec) if codec in _CHARSETS else None
-    except (LookupError, ValueError):  # ValueError: not that charset, or a NUL in its name
+    except (LookupError, ValueError):  # ValueError: a NUL in its name
+        return None
+    return codec if codec in _CHARSETS else None
+
+
+def _decode_text(body: bytes, charset: str) -> str | None:
+    codec = text_codec(charset)
+    try:
+        return body.decode(codec) if codec is not None else None
+    except ValueError:
         return None
 
 

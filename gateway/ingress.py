@@ -12,21 +12,32 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from clrk.core.ids import new_invocation_id
 from clrk.core.resources import MAX_BODY_BYTES, MAX_TIMEOUT_S, TaskAgent
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.answer import Answer
-from clrk.gateway.dispatch import Dispatch, Target, split_target
-from clrk.gateway.envelope import EnvelopeError, Event, EventContext, check_body, event_attributes
+from clrk.gateway.dispatch import Dispatch, Target, http_origin, split_target
+from clrk.gateway.envelope import (
+    EnvelopeError,
+    Event,
+    EventContext,
+    Received,
+    caller_attributes,
+    event_attributes,
+    request_id,
+)
 from clrk.gateway.invocation import Order
 from clrk.gateway.invocations import Invocations, Slot
-from clrk.gateway.outcome import Outcome, Phase
+from clrk.gateway.outcome import CALLER_GONE, Outcome, Phase
 from clrk.gateway.problem import Problem, read_body
+from clrk.gateway.structured import is_structured, read_binary, read_structured
 from clrk.gateway.telemetry.spans import Recorder
 
 _LOG: Final = logging.getLogger(__name__)
@@ -37,13 +48,33 @@ _LABEL: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 CLI_TRIGGER: Final = "cli"
 
 
+class Headers(Protocol):
+    """What is needed of a request's headers."""
+
+    def getall(self, key: str, default: list[str], /) -> list[str]:
+        """Return every value of a header, whatever its case."""
+
+
+class IdentitySource(Protocol):
+    """Finds out who the caller is (CONTRACT section 12): values of fields. Both raise Problem 400, 401, 413 or 503."""
+
+    async def check_headers(self, agent: TaskAgent, headers: Headers) -> tuple[tuple[str, str], ...]:
+        """Return what needs no body."""
+
+    async def check_body(self, agent: TaskAgent, headers: Headers, body: bytes) -> tuple[tuple[str, str], ...]:
+        """Return what is in the event's data, whose type is the Content-Type."""
+
+
 class Ingress:
     """Answers requests. One per gateway; handle and handle_run_task are aiohttp handlers."""
 
-    def __init__(self, agents: AgentTable, invocations: Invocations, recorder: Recorder) -> None:
+    def __init__(
+        self, agents: AgentTable, invocations: Invocations, recorder: Recorder, identities: IdentitySource
+    ) -> None:
         self._agents = agents
         self._invocations = invocations
         self._recorder = recorder
+        self._identities = identities
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -65,60 +96,66 @@ class Ingress:
         return await self._answer(request, route)
 
     async def _answer(self, request: web.BaseRequest, route: Callable[[], Target]) -> web.StreamResponse:
-        """Every answer carries an invocation id; every request that names an agent leaves a span."""
+        """Every answer carries an invocation id; every request that names an agent leaves a span and a record."""
         self._open += 1
         self._idle.clear()
         try:
-            return await self._answer_target(request, route)
+            return await self._answer_target(request, route())
+        except Problem as problem:  # of route: there is no such agent that it could be kept for
+            return problem.response(new_invocation_id())
         finally:
             self._open -= 1
             if not self._open:
                 self._idle.set()
 
-    async def _answer_target(self, request: web.BaseRequest, route: Callable[[], Target]) -> web.StreamResponse:
+    async def _answer_target(self, request: web.BaseRequest, target: Target) -> web.StreamResponse:
+        origin = http_origin(request, target.route, joins_trace=target.trigger != CLI_TRIGGER)
+        dispatch = Dispatch(origin, target, new_invocation_id())
         try:
-            target = route()
-        except Problem as problem:
-            return problem.response(new_invocation_id())
+            target = replace(target, trigger=_trigger(request, target))
+            dispatch = Dispatch(origin, target, self._invocations.claim_id(_one(request, "X-Clrk-Invocation-ID")))
+            slot = self._invocations.admit(dispatch.pending(), target.agent)
+        except Problem as problem:  # a refused id is somebody else's: this request keeps its own
+            return self._reject(dispatch, problem)
+        dispatch.begin(self._recorder)
         try:
-            dispatch = Dispatch(request, target, self._invocations.claim_id(_one(request, "X-Clrk-Invocation-ID")))
-        except Problem as problem:  # the refused id is somebody else's: this request gets its own
-            dispatch = Dispatch(request, target, new_invocation_id())
-            return self._refuse(dispatch, problem)
-        try:
-            response = await self._invoke(request, dispatch)
+            response = await self._invoke(request, dispatch, slot)
             dispatch.status = response.status
             return response
         except Problem as problem:
-            return self._refuse(dispatch, problem, record=False)
+            dispatch.status = problem.status
+            return problem.response(dispatch.invocation_id)
         except (asyncio.CancelledError, ConnectionError):
             dispatch.disconnected = True
-            dispatch.outcome = dispatch.outcome or Outcome(Phase.CANCELLED)
+            dispatch.outcome = dispatch.outcome or CALLER_GONE
             raise
         except Exception:  # the root of a request: a bug of ours must not leave its caller without an answer
             if dispatch.status is not None:  # headers are out: aiohttp logs it and drops the connection
                 raise
             _LOG.exception("request failed", extra={"invocation_id": dispatch.invocation_id})
-            return self._refuse(dispatch, Problem(500, "the gateway failed; its log says why"), record=False)
+            dispatch.status = 500
+            return Problem(500, "the gateway failed; its log says why").response(dispatch.invocation_id)
         finally:
             dispatch.record(self._recorder)
+            if dispatch.status is not None:
+                self._invocations.told(dispatch.invocation_id, dispatch.status)
 
-    def _refuse(self, dispatch: Dispatch, problem: Problem, *, record: bool = True) -> web.Response:
+    def _reject(self, dispatch: Dispatch, problem: Problem) -> web.Response:
         dispatch.status = problem.status
-        if record:
-            dispatch.record(self._recorder)
+        dispatch.outcome = Outcome(Phase.REJECTED, message=problem.detail)
+        dispatch.record(self._recorder)
+        self._invocations.reject(dispatch.pending(), problem.detail, problem.status)
         return problem.response(dispatch.invocation_id)
 
-    async def _invoke(self, request: web.BaseRequest, dispatch: Dispatch) -> web.StreamResponse:
-        invocations, target = self._invocations, dispatch.target
-        slot = invocations.admit(dispatch.invocation_id, target.agent, target.trigger)
+    async def _invoke(self, request: web.BaseRequest, dispatch: Dispatch, slot: Slot) -> web.StreamResponse:
+        invocations, agent = self._invocations, dispatch.target.agent
         try:
-            timeout_s = _timeout(request, target)
+            timeout_s = _timeout(request, dispatch.target)
             event = await self._read_event(request, dispatch, slot)
             order = Order(
                 identity=dispatch.identity,
-                agent=target.agent,
-                gateway=self._agents.gateway_of(target.agent),
+                agent=agent,
+                gateway=self._agents.gateway_of(agent),
                 event=event,
                 dispatch_span_id=dispatch.span_id,
                 timeout_s=timeout_s,
@@ -127,8 +164,7 @@ class Ingress:
         except BaseException as exc:
             slot.release()
             slot.answered()
-            phase = Phase.REJECTED if isinstance(exc, Problem) else Phase.CANCELLED
-            dispatch.outcome = Outcome(phase, message=exc.detail if isinstance(exc, Problem) else "")
+            dispatch.outcome = _outcome_before_start(exc)
             invocations.finish(dispatch.invocation_id, dispatch.outcome)
             raise
         answer = Answer(request, dispatch, invocation)
@@ -140,54 +176,48 @@ class Ingress:
             slot.answered()
 
     async def _read_event(self, request: web.BaseRequest, dispatch: Dispatch, slot: Slot) -> Event:
-        target, metadata = dispatch.target, dispatch.target.agent.metadata
-        path, query = (target.path, "") if target.path else split_target(request)
-        context = dispatch.identity.context
-        try:
-            attributes = event_attributes(
-                tuple(request.headers.items()),
-                EventContext(
-                    namespace=metadata.namespace,
-                    agent=metadata.name,
-                    revision=dispatch.identity.agent_revision,
-                    invocation_id=dispatch.invocation_id,
-                    trigger=target.trigger,
-                    traceparent=context.traceparent,
-                    tracestate=context.tracestate,
-                    method=request.method,
-                    path=path,
-                    query=query,
-                    time=datetime.now(UTC),
-                ),
-            )
-            await _continue(request)
-            body = await read_body(
-                request, limit=MAX_BODY_BYTES, idle_s=_BODY_IDLE_S, total_s=_BODY_TOTAL_S, charge=slot.charge
-            )
-            check_body(attributes.get("datacontenttype", ""), body)
-        except EnvelopeError as exc:
-            raise Problem(400, str(exc)) from exc
-        return Event(attributes, body)
+        """Read the event that the agent will get. A caller who is not who he must be, need not send its body."""
+        agent = dispatch.target.agent
+        head = _read_head(request)
+        dispatch.identify(await self._identities.check_headers(agent, request.headers))
+        received = await _read_body(request, head, slot)
+        data_type = CIMultiDict({"Content-Type": received.content_type} if received.content_type else {})
+        found = await self._identities.check_body(agent, data_type, received.body)
+        dispatch.identify(dispatch.identity.caller_fields + found)
+        path, query = (dispatch.target.path, "") if dispatch.target.path else split_target(request)
+        identity = dispatch.identity
+        context = EventContext(
+            namespace=agent.metadata.namespace,
+            agent=agent.metadata.name,
+            revision=identity.agent_revision,
+            invocation_id=dispatch.invocation_id,
+            trigger=dispatch.target.trigger,
+            traceparent=identity.context.traceparent,
+            tracestate=identity.context.tracestate,
+            method=request.method,
+            path=path,
+            query=query,
+            time=datetime.now(UTC),
+            identity=identity.caller_fields,
+        )
+        return Event(event_attributes(received, context, request_id(tuple(request.headers.items()))), received.body)
 
     # --- which agent ------------------------------------------------------------------------------------------------
 
     def _route(self, request: web.BaseRequest) -> Target:
-        trigger = _one(request, "X-Clrk-Trigger") or "http"
-        if not _TRIGGER.fullmatch(trigger):
-            raise Problem(400, "X-Clrk-Trigger: a-z, 0-9 and -, a letter first, at most 32 characters")
         named = _one(request, "X-Clrk-TaskAgent")
         if named is not None:
             namespace, _, name = named.rpartition("/")
             if not _LABEL.fullmatch(name) or not _LABEL.fullmatch(namespace or "default"):
                 raise Problem(400, "X-Clrk-TaskAgent: write namespace/name")
-            return Target(self._find(namespace or "default", name), "", trigger)
+            return Target(self._find(namespace or "default", name))
         segments = split_target(request)[0].split("/")
         if len(segments) < 3 or segments[1] != "agents" or not segments[2]:
             raise Problem(400, "no agent named: use /agents/NAME, /agents/NAMESPACE/NAME or X-Clrk-TaskAgent")
         if len(segments) > 3 and self._agents.find(segments[2], segments[3]) is not None:
-            return Target(self._find(segments[2], segments[3]), "/agents/{namespace}/{name}", trigger)
+            return Target(self._find(segments[2], segments[3]), "/agents/{namespace}/{name}")
         if self._agents.find("default", segments[2]) is not None:
-            return Target(self._find("default", segments[2]), "/agents/{name}", trigger)
+            return Target(self._find("default", segments[2]), "/agents/{name}")
         raise Problem(404, "no such agent on this host")
 
     def _find(self, namespace: str, name: str) -> TaskAgent:
@@ -208,6 +238,60 @@ def _one(request: web.BaseRequest, header: str) -> str | None:
     if len(values) > 1:
         raise Problem(400, f"{header}: given more than once")
     return values[0] if values else None
+
+
+def _trigger(request: web.BaseRequest, target: Target) -> str:
+    """Return the trigger that the request names; run-task has its own."""
+    trigger = _one(request, "X-Clrk-Trigger") if target.trigger != CLI_TRIGGER else None
+    if trigger and not _TRIGGER.fullmatch(trigger):
+        raise Problem(400, "X-Clrk-Trigger: a-z, 0-9 and -, a letter first, at most 32 characters")
+    return trigger or target.trigger
+
+
+def _outcome_before_start(exc: BaseException) -> Outcome:
+    if isinstance(exc, Problem):
+        return Outcome(Phase.REJECTED, message=exc.detail, has_run=False)
+    if isinstance(exc, asyncio.CancelledError | ConnectionError):
+        return replace(CALLER_GONE, has_run=False)
+    return Outcome(Phase.FAILED, message="the gateway failed", has_run=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    headers: list[tuple[str, str]]
+    attributes: dict[str, str]
+    structured: bool
+
+
+def _read_head(request: web.BaseRequest) -> _Head:
+    """Read what the headers say of the event; nothing of the body is needed for what is wrong here.
+
+    Raises: Problem 400 or 415.
+    """
+    headers = list(request.headers.items())
+    try:
+        return _Head(headers, caller_attributes(headers), is_structured(headers))
+    except EnvelopeError as exc:
+        raise Problem(exc.status, str(exc)) from exc
+
+
+async def _read_body(request: web.BaseRequest, head: _Head, slot: Slot) -> Received:
+    """Read the body.
+
+    Raises: Problem 400, 408, 413, 417 or 503; ConnectionError when the caller has gone.
+    """
+    await _continue(request)
+    body = await read_body(
+        request, limit=MAX_BODY_BYTES, idle_s=_BODY_IDLE_S, total_s=_BODY_TOTAL_S, charge=slot.charge
+    )
+    try:
+        if not head.structured:
+            return read_binary(head.attributes, head.headers, body)
+        received = read_structured(body)
+    except EnvelopeError as exc:
+        raise Problem(exc.status, str(exc)) from exc
+    slot.charge(len(received.body))
+    return received
 
 
 def _timeout(request: web.BaseRequest, target: Target) -> float:

@@ -7,42 +7,33 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from clrk.core.ids import InvocationId, is_invocation_id, new_invocation_id
 from clrk.core.messages import Exited, Removed, Spawned, Started, StartFailed, StopRun
 from clrk.core.resources import TaskAgent
 from clrk.gateway._aio import spawn
 from clrk.gateway.control_client import close_fds
-from clrk.gateway.invocation import Commands, Egress, Invocation, Order, TelemetrySink
+from clrk.gateway.invocation import Invocation, Order
 from clrk.gateway.outcome import Outcome, Phase
 from clrk.gateway.problem import Problem
+from clrk.gateway.sandbox_run import Commands, Egress, TelemetrySink
+from clrk.gateway.telemetry.records import InvocationRecord
 
 _LOG: Final = logging.getLogger(__name__)
-_MAX_HISTORY: Final = 10_000  # finished invocations whose phase is remembered
+_MAX_ENDED: Final = 1000  # records of ended invocations that are at hand before the store has them
 _MAX_HELD_BYTES: Final = 512 * 1024 * 1024  # of bodies and collected answers, all invocations together
 _RETRY_AFTER: Final = {"Retry-After": "1"}
 RunMessage = Started | Spawned | StartFailed | Exited | Removed
 
 
-@dataclass(frozen=True, slots=True)
-class InvocationRecord:
-    """What is known of an invocation without reading traces. Units: CLOCK_REALTIME nanoseconds; 0: not yet."""
-
-    invocation_id: InvocationId
-    namespace: str
-    agent: str
-    trigger: str
-    phase: Phase
-    start_ns: int
-    end_ns: int = 0
-    exit_code: int | None = None
-    message: str = ""
-
-
 class Invocations:
-    """Admits, starts and remembers invocations. seen says whether an id is in the retention window of the store."""
+    """Admits, starts and records invocations. seen says whether an id is in the retention window of the store.
+
+    Every change of a record goes to the telemetry sink; here are those in flight, and the last that have ended.
+    """
 
     def __init__(
         self,
@@ -64,7 +55,8 @@ class Invocations:
         self._idle.set()
         self._live: dict[str, Invocation] = {}
         self._running: Counter[tuple[str, str]] = Counter()
-        self._history: OrderedDict[str, InvocationRecord] = OrderedDict()
+        self._open: dict[str, InvocationRecord] = {}
+        self._ended: OrderedDict[str, InvocationRecord] = OrderedDict()
 
     # --- admission --------------------------------------------------------------------------------------------------
 
@@ -77,32 +69,31 @@ class Invocations:
             return new_invocation_id()
         if not is_invocation_id(wanted):
             raise Problem(400, "X-Clrk-Invocation-ID: not a canonical lower-case UUID")
-        if wanted in self._history or self._seen(wanted):
+        if self.record(wanted) is not None or self._seen(wanted):
             raise Problem(409, f"X-Clrk-Invocation-ID: {wanted} is the id of another invocation")
         return InvocationId(wanted)
 
-    def admit(self, invocation_id: InvocationId, agent: TaskAgent, trigger: str) -> Slot:
-        """Take a slot for one invocation; phase Pending. The slot must be released, or given to `start`.
+    def admit(self, record: InvocationRecord, agent: TaskAgent) -> Slot:
+        """Take a slot for one invocation, whose record is Pending. The slot must be released, or given to `start`.
 
-        Raises: Problem 429 or 503; the invocation is then remembered as Rejected.
+        Raises: Problem 429 or 503; nothing is recorded then.
         """
-        key = (agent.metadata.namespace, agent.metadata.name)
-        record = InvocationRecord(invocation_id, *key, trigger, Phase.PENDING, time.time_ns())
-        self._remember(record)
+        key = agent.key
         limit = agent.spec.max_concurrent
-        refusal = None
         if self._draining:
-            refusal = Problem(503, "this host is draining", {**_RETRY_AFTER, "Connection": "close"})
-        elif limit and self._running[key] >= limit:
-            refusal = Problem(429, f"the agent runs {limit} invocations, its maxConcurrent", _RETRY_AFTER)
-        elif self._running.total() >= self.max_running:
-            refusal = Problem(503, f"the host runs {self.max_running} sandboxes, its maxSandboxes", _RETRY_AFTER)
-        if refusal is not None:
-            self.finish(invocation_id, Outcome(Phase.REJECTED, message=refusal.detail))
-            raise refusal
+            raise Problem(503, "this host is draining", {**_RETRY_AFTER, "Connection": "close"})
+        if limit and self._running[key] >= limit:
+            raise Problem(429, f"the agent runs {limit} invocations, its maxConcurrent", _RETRY_AFTER)
+        if self._running.total() >= self.max_running:
+            raise Problem(503, f"the host runs {self.max_running} sandboxes, its maxSandboxes", _RETRY_AFTER)
         self._running[key] += 1
         self._idle.clear()
+        self._keep(record)
         return Slot(self._hold, self._give_back, lambda: self._release(key))
+
+    def reject(self, record: InvocationRecord, message: str, status: int = 0) -> None:
+        """Record an invocation that was not admitted. status is what its caller was told, 0: there is none."""
+        self._keep(_change(record, phase=Phase.REJECTED, ended_ns=time.time_ns(), message=message, status=status))
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > _MAX_HELD_BYTES:
@@ -126,15 +117,26 @@ class Invocations:
         invocation_id = order.identity.invocation_id
         self._live[invocation_id] = invocation
 
+        if order.identity.caller_fields:
+            self._update(invocation_id, identity=dict(order.identity.caller_fields))
+
         def ended(outcome: Outcome) -> None:
+            self._note_start(invocation)
             slot.release()
             self.finish(invocation_id, outcome)
 
         invocation.on_end = ended
-        if (record := self._history.get(invocation_id)) is not None:
-            self._remember(replace(record, phase=Phase.RUNNING))
+        invocation.started.add_done_callback(lambda _: self._note_start(invocation))
         _ = spawn(self._live_to_the_end(invocation), name=f"invocation {invocation_id}")
         return invocation
+
+    def _note_start(self, invocation: Invocation) -> None:
+        """Record Running. An end that comes in the same turn of the loop comes first: the callback is too late then."""
+        invocation_id, started = invocation.identity.invocation_id, invocation.started
+        record = self._open.get(invocation_id)
+        if record is None or record.phase is not Phase.PENDING or not started.done() or started.exception() is not None:
+            return
+        self._update(invocation_id, phase=Phase.RUNNING, started_ns=time.time_ns())
 
     async def _live_to_the_end(self, invocation: Invocation) -> None:
         try:
@@ -181,39 +183,49 @@ class Invocations:
         if not self._live and not self._running:
             self._idle.set()
 
-    # --- history ----------------------------------------------------------------------------------------------------
+    # --- records ----------------------------------------------------------------------------------------------------
 
     def finish(self, invocation_id: str, outcome: Outcome) -> None:
-        """Remember how an admitted invocation ended."""
-        record = self._history.get(invocation_id)
-        if record is not None:
-            self._remember(
-                replace(
-                    record,
-                    phase=outcome.phase,
-                    end_ns=time.time_ns(),
-                    exit_code=outcome.exit_code,
-                    message=outcome.message,
-                )
+        """Record how an admitted invocation ended; the first word counts."""
+        if invocation_id in self._open:
+            self._update(
+                invocation_id,
+                phase=outcome.phase,
+                ended_ns=time.time_ns(),
+                exit_code=outcome.exit_code,
+                exit_reason=outcome.exit_reason,
+                message=outcome.message,
             )
 
-    def record(self, invocation_id: str) -> InvocationRecord | None:
-        """Return what is known of an invocation, or None when it is too long ago or never was."""
-        return self._history.get(invocation_id)
+    def told(self, invocation_id: str, status: int) -> None:
+        """Record the HTTP status that the caller got."""
+        self._update(invocation_id, status=status)
 
-    def records(self, namespace: str, agent: str) -> list[InvocationRecord]:
-        """Return the invocations of an agent that are remembered, the latest first."""
-        found = [entry for entry in self._history.values() if (entry.namespace, entry.agent) == (namespace, agent)]
-        return found[::-1]
+    def record(self, invocation_id: str) -> InvocationRecord | None:
+        """Return the record, or None when it is too long ago, in which case the store has it, or never was."""
+        return self._open.get(invocation_id) or self._ended.get(invocation_id)
 
     def running(self, namespace: str, agent: str) -> int:
         """Return how many invocations of an agent are in flight."""
         return self._running[namespace, agent]
 
-    def _remember(self, record: InvocationRecord) -> None:
-        self._history[record.invocation_id] = record
-        while len(self._history) > _MAX_HISTORY:
-            self._history.popitem(last=False)
+    def _update(self, invocation_id: str, **changes: Any) -> None:
+        if (record := self.record(invocation_id)) is not None:
+            self._keep(_change(record, **changes))
+
+    def _keep(self, record: InvocationRecord) -> None:
+        if record.phase.ended:
+            self._open.pop(record.invocation_id, None)
+            self._ended[record.invocation_id] = record
+            while len(self._ended) > _MAX_ENDED:
+                self._ended.popitem(last=False)
+        else:
+            self._open[record.invocation_id] = record
+        self._telemetry.record_invocation(record)
+
+
+def _change(record: InvocationRecord, **changes: Any) -> InvocationRecord:
+    return msgspec.structs.replace(record, **changes)
 
 
 class Slot:

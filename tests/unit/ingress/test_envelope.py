@@ -15,8 +15,12 @@ from clrk.gateway.envelope import (
     EnvelopeError,
     Event,
     EventContext,
+    Received,
+    caller_attributes,
     check_body,
+    content_type_of,
     event_attributes,
+    request_id,
     response_event,
     rfc3339,
     to_binary_headers,
@@ -39,7 +43,8 @@ CONTEXT = EventContext(
 
 
 def attributes(*headers, **changes):
-    return event_attributes(headers, dataclasses.replace(CONTEXT, **changes))
+    received = Received(caller_attributes(headers), content_type_of(headers))
+    return event_attributes(received, dataclasses.replace(CONTEXT, **changes), request_id(headers))
 
 
 def structured(body, content_type=None):
@@ -309,7 +314,7 @@ def test_binary_headers_come_back_as_they_were(extensions, body):
     sent = Event(attributes() | extensions, body)
     headers = to_binary_headers(sent)
     assert all(re.fullmatch(r"[\x20-\x7e]*", value) for _, value in headers)
-    received = event_attributes([(n, v) for n, v in headers if n.startswith("ce-x")], CONTEXT)
+    received = attributes(*[(n, v) for n, v in headers if n.startswith("ce-x")])
     assert received == {**attributes(), **extensions}
 
 

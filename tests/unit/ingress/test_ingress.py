@@ -404,6 +404,8 @@ async def test_stderr_goes_to_the_logs_in_bounded_lines(gateway):
     lines = await gateway.runtime.app._parts.telemetry.store.logs(
         "default/stderrflood", invocation_id=invocation_id, tail=100
     )
+    assert [line.line for line in lines if line.stream == "stdout"] == ["out"]
+    lines = [line for line in lines if line.stream != "stdout"]
     assert {line.stream for line in lines} == {"stderr"}
     assert max(len(line.line) for line in lines) <= 16_384
     assert "".join(line.line for line in lines) == "x" * 300_000 + "ok"

@@ -64,8 +64,8 @@ async def test_an_answer_that_nobody_reads_is_charged_until_it_is_dropped(postin
     monkeypatch.setattr("clrk.gateway.answer._SLOW_CALLER_S", 0.5)
     invocations = posting.runtime.app._parts.invocations
     with await unread(posting, b"GET /agents/big HTTP/1.1\r\nHost: x\r\nX-Clrk-Timeout: 2\r\n\r\n") as caller:
-        await posting.runtime.until(lambda: invocations._history and not posting.runtime.runs)
-        invocation_id = next(iter(invocations._history))
+        await posting.runtime.until(lambda: (invocations._open or invocations._ended) and not posting.runtime.runs)
+        invocation_id = next(iter([*invocations._open, *invocations._ended]))
         await posting.runtime.until(lambda: invocations._held_bytes == 0)
         received = b""
         while data := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(caller, 1 << 20), 10):
