@@ -12,11 +12,11 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -P -m pytest -o cache_dir=$(CACHE)/pytest
 # Through src/, where a relative import has its true name: at the top level ruff would take `runtime` for the package.
 PY_PATHS := src $(foreach part,runtime ebpf gateway netns,src/clrk/$(part)/) tests examples setup.py
-C_FILES := $(shell find ebpf src/clrk/core examples tests -name '*.[ch]' ! -name '_stamp.c' 2>/dev/null)
+C_FILES := $(shell find ebpf runtime src/clrk/core examples tests -name '*.[ch]' ! -name '_stamp.c' 2>/dev/null)
 C_WARNINGS := -Wall -Wextra -Werror -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wundef \
 	-Wpointer-arith -Wwrite-strings -Wformat=2 -Wvla
 
-.PHONY: help setup demo test check lint lint-c type arch unit kernel e2e bench fmt clean need-venv need-root
+.PHONY: help setup demo test check lint lint-c type arch unit kernel e2e bench soak fmt clean need-venv need-root
 
 help: ## Show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,7 +38,7 @@ lint: need-venv ## ruff: style, imports, security, formatting
 
 lint-c: need-venv ## clang-format, and gcc and clang with warnings as errors, for the C sources
 	@$(BIN)/clang-format --dry-run -Werror $(C_FILES)
-	@for compiler in gcc clang; do for file in ebpf/csrc/*.c; do \
+	@for compiler in gcc clang; do for file in ebpf/csrc/*.c runtime/csrc/*.c; do \
 		$$compiler -std=gnu11 -O2 $(C_WARNINGS) -Isrc/clrk/core -Iebpf/csrc -fsyntax-only "$$file"; done; done
 
 type: need-venv ## mypy, strict
@@ -59,13 +59,16 @@ e2e: need-venv need-root ## Tests with the real daemon and real agents (root)
 bench: setup need-root ## Measure, as ratios in alternation; the figures of docs/benchmarks.md (root)
 	@$(BIN)/python -P tests/bench/run.py
 
+soak: setup need-root ## 2,000 invocations, ten at a time, with everything failing at random; all accounted for (root, minutes)
+	@PYTHONPATH=tests/e2e $(BIN)/python -P tests/e2e/soak.py $(SOAK)
+
 fmt: need-venv ## Format Python and C
 	@$(BIN)/ruff check --cache-dir $(CACHE)/ruff --fix $(PY_PATHS)
 	@$(BIN)/ruff format --cache-dir $(CACHE)/ruff $(PY_PATHS)
 	@$(BIN)/clang-format -i $(C_FILES)
 
 clean: ## Remove .output, .venv and everything built
-	@rm -rf $(OUT) .venv build dist src/*.egg-info ebpf/_stamp.c ebpf/_stamp*.o ebpf/_stamp*.so
+	@rm -rf $(OUT) .venv build dist src/*.egg-info ebpf/_stamp.c ebpf/_stamp*.o ebpf/_stamp*.so runtime/_launch
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 need-venv:
