@@ -33,6 +33,7 @@ packages() {
 		libcap-dev|test -e /usr/include/sys/capability.h
 		bubblewrap|command -v bwrap
 		util-linux|command -v unshare
+		e2fsprogs|test -x /usr/sbin/mkfs.ext4 || command -v mkfs.ext4
 		procps|command -v ps
 		iproute2|command -v ip
 		curl|command -v curl
@@ -115,11 +116,11 @@ wanted_stamp() {
 		printf '%s\n' "$ROOT"
 		"$PYTHON" --version
 		cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT/packaging/setup.sh" "$ROOT/src/clrk/core/wire.h"
-		find "$ROOT/ebpf" -type f \( -name _build.py -o -path '*/csrc/*' \) ! -name '*.o' -print0 | sort -z | xargs -0r cat
+		find "$ROOT/ebpf" "$ROOT/runtime/csrc" -type f \( -name _build.py -o -path '*/csrc/*' \) ! -name '*.o' -print0 | sort -z | xargs -0r cat
 	} | sha256sum | cut -d' ' -f1
 }
 
-venv_works() { "$VENV/bin/python" -I -c 'import clrk, clrk.ebpf._stamp, pytest, mcp, bcc, seccomp, prctl' 2>>"$LOGS/imports.log"; }
+venv_works() { test -x "$ROOT/runtime/_launch" && "$VENV/bin/python" -I -c 'import clrk, clrk.ebpf._stamp, pytest, mcp, bcc, seccomp, prctl' 2>>"$LOGS/imports.log"; }
 
 install_venv() {
 	local stamp
@@ -172,7 +173,7 @@ make_readable() {
 hand_over() {
 	local made=("$VENV" "$ROOT/.output")
 	[ "$(id -u)" -eq 0 ] && [ "$(stat -c %u "$ROOT")" -ne 0 ] || return 0
-	made+=("$ROOT"/src/*.egg-info "$ROOT"/ebpf/_stamp*)
+	made+=("$ROOT"/src/*.egg-info "$ROOT"/ebpf/_stamp* "$ROOT/runtime/_launch")
 	for path in "${made[@]}"; do
 		[ ! -e "$path" ] || chown -R --reference="$ROOT" "$path"
 	done

@@ -1,17 +1,18 @@
-"""The command line of one run: bwrap's view of the file system, then the final drop to the agent's uid.
+"""The command line of one run: bwrap's view of the file system, then the launcher that becomes the agent.
 
 Theory of operation. bwrap starts as root inside the sandbox's cgroup and network namespace. It makes the mount, pid,
 ipc, uts and cgroup namespaces, builds the root from read-only binds of the top-level folders, keeps three
-capabilities, loads the seccomp filter and executes setpriv, which changes uid, gid and groups, empties the bounding
-set and executes the agent. Its options travel in a memfd: other users of the host can read a command line, and the
-agent's environment may hold secrets.
+capabilities, loads the seccomp filter and executes the launcher (csrc/launch.c), which changes uid, gid and groups,
+empties the bounding set, and waits on ORDER_FD for the environment before it executes the agent. bwrap's options
+travel in a memfd, since command lines are public on the host; nothing in them is of an invocation, so a sandbox can be
+prepared before there is one.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -26,27 +27,15 @@ OPTIONS_FD: Final = 3
 SECCOMP_FD: Final = 4
 PASSWD_FD: Final = 5
 GROUP_FD: Final = 6
+ORDER_FD: Final = 7  # csrc/launch.c
+MAX_ENVIRONMENT_BYTES: Final = 1 << 20  # csrc/launch.c
 
-_DROP_DIR: Final = "/run/clrk"
+_LAUNCH_DIR: Final = "/run/clrk"
 _CPUS: Final = "/sys/devices/system/cpu"  # programs count CPUs there
 _TMP: Final = "/tmp"  # noqa: S108 - here and below: the sandbox's own
 _SHM: Final = "/dev/shm"  # noqa: S108
 _VAR_TMP: Final = "/var/tmp"  # noqa: S108
 _DEFAULT_ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin", "HOME": _TMP}
-
-# The loader and the C library obey these before the drop, as root: they are set after it, by env, on a command line
-# that every user of the host can read. Hence names and not prefixes where users have names of their own:
-# LANGSMITH_API_KEY, LD_SDK_KEY. Sources: ld.so(8), glibc's elf/dl-support.c, gettext(3).
-_LOADER_NAMES: Final = frozenset(
-    {"LANG", "LANGUAGE", "NLSPATH", "LOCPATH", "TZDIR", "GCONV_PATH", "GETCONF_DIR"}
-    | {f"LD_{name}" for name in (
-        "ASSUME_KERNEL", "AUDIT", "BIND_NOT", "BIND_NOW", "DEBUG", "DEBUG_OUTPUT", "DYNAMIC_WEAK", "HWCAP_MASK",
-        "LIBRARY_PATH", "ORIGIN_PATH", "POINTER_GUARD", "PREFER_MAP_32BIT_EXEC", "PRELOAD", "PROFILE",
-        "PROFILE_OUTPUT", "SHOW_AUXV", "TRACE_LOADED_OBJECTS", "TRACE_PRELINKING", "USE_LOAD_BIAS", "VERBOSE", "WARN",
-    )}
-)  # fmt: skip
-_LOADER_PREFIXES: Final = ("GLIBC_", "MALLOC_", "LC_")
-_BUILT_IN_LOCALES: Final = ("C", "POSIX", "C.UTF-8")  # nothing is loaded for these; the usual value of LANG
 
 # Made anew in every sandbox, or kernel interfaces. /sys stays out but for the CPU topology.
 _OWN_IN_SANDBOX: Final = frozenset({"proc", "sys", "dev", "run", "tmp", "etc"})
@@ -72,38 +61,45 @@ class Run:
     group: bytes
 
 
-def plan_run(template: TemplateSpec, view: HostView, *, uid: int, memory: int, environment: Mapping[str, str]) -> Run:
-    """Compose one run of an agent.
+def plan_run(template: TemplateSpec, view: HostView, *, uid: int, memory: int, state_path: str | None = None) -> Run:
+    """Compose one run of an agent, but for its environment.
 
-    Shape: environment is what the agent gets beside PATH, HOME and the CA variables, which it may override.
+    Shape: state_path is where the agent has its state, if it has one: what the spawner puts at view.state_point.
     Units: memory in bytes; /tmp and /dev/shm may each take half of it.
     Raises: HostError when the rootfs can not be listed, a mount's source is missing, or a string holds NUL.
     """
-    merged = _DEFAULT_ENVIRONMENT | ca_environment() | dict(environment)
-    early = {name: value for name, value in merged.items() if not _is_for_loader(name, value)}
-    late = [f"{name}={value}" for name, value in merged.items() if name not in early]
+    mounts = list(template.mounts)
+    if state_path is not None:
+        mounts.append(Mount(host_path=str(view.state_point), path=state_path, read_only=False))
     options = [
         *_namespace_options(),
-        *_file_options(template, view, memory),
-        *_environment_options(early),
+        *_file_options(template, view, memory, mounts),
+        "--clearenv",
         "--chdir", template.workdir,
         "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP",
         "--seccomp", str(SECCOMP_FD),
     ]  # fmt: skip
-    tool = [f"{_DROP_DIR}/{view.drop.loader}", "--inhibit-cache", "--library-path", _DROP_DIR]
-    drop = [
-        *tool, f"{_DROP_DIR}/setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups",
-        "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs", "--",
-    ]  # fmt: skip
-    after_drop = [*tool, f"{_DROP_DIR}/env", *late] if late else []
-    argv = (BWRAP, "--args", str(OPTIONS_FD), "--", *drop, *after_drop, *template.command, *template.args)
+    launch = (f"{_LAUNCH_DIR}/launch", str(uid))
+    argv = (BWRAP, "--args", str(OPTIONS_FD), "--", *launch, *template.command, *template.args)
     if any("\0" in text for text in (*options, *argv)):
-        raise HostError("a NUL character in the command, environment or mounts of the agent")
+        raise HostError("a NUL character in the command or mounts of the agent")
     return Run(argv, b"\0".join(os.fsencode(text) for text in options) + b"\0", _passwd(uid), _group(uid))
 
 
-def _is_for_loader(name: str, value: str) -> bool:
-    return (name in _LOADER_NAMES or name.startswith(_LOADER_PREFIXES)) and value not in _BUILT_IN_LOCALES
+def encode_environment(template: TemplateSpec, environment: Mapping[str, str]) -> bytes:
+    """Compose what the launcher reads from ORDER_FD.
+
+    Shape: environment is what the agent gets beside PATH, HOME and the CA variables, which it may override, and PWD.
+    Raises: HostError when it is over MAX_ENVIRONMENT_BYTES or holds NUL.
+    """
+    merged = _DEFAULT_ENVIRONMENT | ca_environment() | dict(environment) | {"PWD": template.workdir}
+    words = [f"{name}={value}" for name, value in merged.items()]
+    if any("\0" in word for word in words):
+        raise HostError("a NUL character in the environment of the agent")
+    raw = b"".join(os.fsencode(word) + b"\0" for word in words)
+    if len(raw) > MAX_ENVIRONMENT_BYTES:
+        raise HostError(f"the environment of the agent has {len(raw)} bytes; at most {MAX_ENVIRONMENT_BYTES} fit")
+    return len(raw).to_bytes(4, "little") + raw
 
 
 def _namespace_options() -> list[str]:
@@ -114,29 +110,28 @@ def _namespace_options() -> list[str]:
     ]  # fmt: skip
 
 
-def _file_options(template: TemplateSpec, view: HostView, memory: int) -> list[str]:
+def _file_options(template: TemplateSpec, view: HostView, memory: int, mounts: Sequence[Mount]) -> list[str]:
     half = str(max(1 << 20, memory // 2))
     return [
-        *_rootfs_options(template, view),
+        *_rootfs_options(template, view, tuple(os.path.normpath(mount.path) for mount in mounts)),
         "--ro-bind", str(view.etc_for(template.rootfs)), "/etc",
         "--perms", "0644", "--ro-bind-data", str(PASSWD_FD), "/etc/passwd",
         "--perms", "0644", "--ro-bind-data", str(GROUP_FD), "/etc/group",
-        *_parent_options(f"{_DROP_DIR}/setpriv"), "--ro-bind", str(view.drop.directory), _DROP_DIR,
+        *_parent_options(f"{_LAUNCH_DIR}/launch"), "--ro-bind", str(view.launcher), _LAUNCH_DIR,
         "--proc", "/proc", "--dev", "/dev",
         "--perms", "1777", "--size", half, "--tmpfs", _SHM,
         "--perms", "1777", "--size", half, "--tmpfs", _TMP,
         *_parent_options(_CPUS), "--ro-bind-try", _CPUS, _CPUS,
-        *(word for mount in template.mounts for word in _mount_options(mount)),
+        *(word for mount in mounts for word in _mount_options(mount)),
         *(word for path in view.hidden for word in _hide_options(str(path), template)),
         "--remount-ro", "/",
     ]  # fmt: skip
 
 
-def _rootfs_options(template: TemplateSpec, view: HostView) -> Iterator[str]:
+def _rootfs_options(template: TemplateSpec, view: HostView, points: tuple[str, ...]) -> Iterator[str]:
     """Bind each top-level folder that others may enter; folders that only root can read are absent, not just closed."""
     rootfs = template.rootfs
     is_host = os.path.realpath(rootfs) == "/"
-    points = tuple(os.path.normpath(mount.path) for mount in template.mounts)
     for entry in _list_folder(rootfs, f"rootfs {rootfs}"):
         if (
             entry.name in _OWN_IN_SANDBOX
@@ -215,12 +210,6 @@ def _hide_options(path: str, template: TemplateSpec) -> Iterator[str]:
             shown.append(os.path.normpath(f"{mount.path}/{os.path.relpath(path, source)}"))
     for place in shown if Path(path).is_dir() else ():
         yield from ("--perms", "0000", "--tmpfs", place)
-
-
-def _environment_options(environment: Mapping[str, str]) -> Iterator[str]:
-    yield "--clearenv"
-    for name, value in environment.items():
-        yield from ("--setenv", name, value)
 
 
 def _passwd(uid: int) -> bytes:

@@ -37,6 +37,7 @@ from clrk.runtime.control_channel import ChannelClosedError, ControlChannel
 from clrk.runtime.environment import build_environment
 from clrk.runtime.pool import PoolExhaustedError, SandboxPool
 from clrk.runtime.sandbox import Sandbox, SandboxExit
+from clrk.runtime.state_volume import StateFullError
 
 _LOG: Final = logging.getLogger(__name__)
 _HOST_IS_FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN})
@@ -66,12 +67,23 @@ class Runs:
     """All runs that exist, by run id."""
 
     def __init__(self, pool: SandboxPool, resources: Resources, *, max_runs: int) -> None:
-        self.resources = resources  # what the next run begins with
         self._pool = pool
+        self._resources = resources  # what the next run begins with
+        pool.set_agents(resources.agents.values())
         self._max_runs = max_runs
         self._runs: dict[str, _Run] = {}
         self._tasks: dict[asyncio.Task[None], _Run] = {}
         self.draining = False
+
+    @property
+    def resources(self) -> Resources:
+        """What the next run begins with, and what the pool prepares sandboxes for."""
+        return self._resources
+
+    @resources.setter
+    def resources(self, resources: Resources) -> None:
+        self._resources = resources
+        self._pool.set_agents(resources.agents.values())
 
     def start(self, request: StartRun, channel: ControlChannel) -> None:
         """Begin a run; its messages go to channel. A second one with the same id is refused and changes nothing."""
@@ -139,7 +151,7 @@ class Runs:
     async def _live_admitted(self, run: _Run) -> None:
         acquire_start_ns = time.time_ns()
         try:
-            sandbox = await self._pool.acquire()
+            sandbox = await self._pool.acquire(run.agent)
         except PoolExhaustedError as exc:
             await self._fail(run, StartFailure.POOL_EXHAUSTED, str(exc))
             return
@@ -232,7 +244,9 @@ class Runs:
 
 
 def start_failure(exc: BaseException | None) -> StartFailure:
-    """Tell a host that is full, which passes (503), from a sandbox that can not be (502)."""
+    """Tell a full state (507) and a host that is full, which passes (503), from a sandbox that can not be (502)."""
+    if isinstance(exc, StateFullError):
+        return StartFailure.STATE_FULL
     while exc is not None:
         if isinstance(exc, OSError) and exc.errno in _HOST_IS_FULL:
             return StartFailure.POOL_EXHAUSTED

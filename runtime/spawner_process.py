@@ -20,6 +20,8 @@ import msgspec
 from clrk.core import control
 from clrk.core.errors import ProtocolError
 
+from .state_mount import attach_state
+
 _HIGH_FD: Final = 64  # above every fd number that a run gets
 _NO_FD_ABOVE: Final = 2**31 - 1
 _NETNS_AND_STDIO: Final = 4
@@ -52,12 +54,15 @@ class ReserveRequest(msgspec.Struct, frozen=True, tag=True):
 class SpawnRequest(msgspec.Struct, frozen=True, tag=True):
     """Have a reserved process exec. Comes with fds: network namespace, stdin, stdout, stderr, those from 3 on.
 
-    Shape: argv[0] is a path. environment is that of argv[0], complete.
+    Shape: argv[0] is a path. environment is that of argv[0], complete. With a state_target, the last fd is a detached
+        mount: it goes there, in a mount namespace of the process's own, with its files owned by state_uid.
     """
 
     pid: int
     argv: list[bytes]
     environment: dict[bytes, bytes]
+    state_target: bytes = b""
+    state_uid: int = 0
     request_id: int = 0
 
 
@@ -90,8 +95,9 @@ class SpawnStep(enum.IntEnum):
     LIMITS = 2
     REQUEST = 3
     NAMESPACE = 4
-    FDS = 5
-    EXEC = 6
+    STATE = 5
+    FDS = 6
+    EXEC = 7
 
 
 class SpawnFailed(msgspec.Struct, frozen=True, tag=True):
@@ -303,6 +309,9 @@ def _run_child(request: ReserveRequest, link: socket.socket) -> None:
         step = SpawnStep.NAMESPACE
         if _LIBC.setns(fds[0], _CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "setns")
+        if order.state_target:
+            step = SpawnStep.STATE
+            attach_state(fds.pop(), order.state_target, order.state_uid)
         step = SpawnStep.FDS
         link = _arrange_fds(fds[1:], link)
         step = SpawnStep.EXEC

@@ -1,4 +1,4 @@
-"""What a sandbox sees of the host's files: a sanitised /etc with the gateway's CA, and the tools of the final drop.
+"""What a sandbox sees of the host's files: a sanitised /etc with the gateway's CA, and the launcher of its agent.
 
 Prepared once for each start of the daemon, under the run folder, in a folder that only root can enter: bwrap, as root,
 binds parts of it into sandboxes.
@@ -11,7 +11,6 @@ import shutil
 import stat
 import subprocess
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -45,34 +44,28 @@ _BUNDLE_PATHS: Final = (
 )
 
 # Not for agents although the world may read it: the operator's configuration, names of host users, the host's identity;
-# and a library, of an image for one, that the dynamic loader would load into the drop while that is root.
+# and libraries that the dynamic loader would put into every program.
 _ABSENT: Final = frozenset(
     {"clrk", "passwd", "passwd-", "group", "group-", "machine-id", "hostname", "fstab", "ssh", "subuid", "subgid"}
     | {"ld.so.preload"}
 )
 
-_DROP_TOOLS: Final = ("setpriv", "env")
+LAUNCHER: Final = Path(__file__).with_name("_launch")  # built from csrc/launch.c by setup.py
 _OTHERS_READ: Final = stat.S_IROTH
 _OTHERS_ENTER: Final = stat.S_IROTH | stat.S_IXOTH
 
 
 @dataclass(frozen=True, slots=True)
-class DropTools:
-    """Host copies of setpriv and env with their libraries: they run before and at the drop, whatever the rootfs holds.
+class HostView:
+    """The prepared files. `etc_for` adds to them, once for each other rootfs.
 
-    Shape: directory is on the host; loader is the file name of the dynamic loader in it.
+    Shape: launcher is a folder with the one program `launch`. state_point is an empty folder: where a run's own mount
+        namespace has the agent's state.
     """
 
     directory: Path
-    loader: str
-
-
-@dataclass(frozen=True, slots=True)
-class HostView:
-    """The prepared files. `etc_for` adds to them, once for each other rootfs."""
-
-    directory: Path
-    drop: DropTools
+    launcher: Path
+    state_point: Path
     hidden: tuple[PurePosixPath, ...]
     ca_cert_pem: str = field(repr=False)
     _etc: dict[str, Path] = field(default_factory=dict, repr=False)
@@ -92,9 +85,12 @@ class HostView:
             if directory.exists():
                 shutil.rmtree(directory)
             directory.mkdir(mode=0o700)
-            drop = _copy_drop_tools(directory / "drop")
+            launcher, state_point = directory / "launcher", directory / "state"
+            launcher.mkdir(mode=0o755)
+            _copy_executable(LAUNCHER, launcher / "launch")
+            state_point.mkdir(mode=0o700)
             paths = tuple(PurePosixPath(os.path.realpath(path)) for path in hidden)
-            view = cls(directory, drop, paths, ca_cert_pem)
+            view = cls(directory, launcher, state_point, paths, ca_cert_pem)
             view.etc_for("/")
         except OSError as exc:
             raise HostError(f"prepare {directory}: {exc}") from exc
@@ -208,33 +204,9 @@ def _add_to_hashed_folder(root: Path, folder: str, ca_cert_pem: str) -> None:
         link.symlink_to("clrk-ca.pem")
 
 
-def _copy_drop_tools(target: Path) -> DropTools:
-    target.mkdir(mode=0o755)
-    loader = ""
-    for name in _DROP_TOOLS:
-        tool = shutil.which(name)
-        if tool is None:
-            raise HostError(f"{name} is not installed; apt-get install util-linux coreutils")
-        _copy_executable(Path(tool), target / name)
-        for library in _libraries(tool):
-            _copy_executable(library, target / library.name)
-            if library.name.startswith("ld-"):
-                loader = library.name
-    if not loader:
-        raise HostError("ldd names no dynamic loader of setpriv")
-    return DropTools(target, loader)
-
-
-def _libraries(tool: str) -> Iterator[Path]:
-    """Yield the shared libraries and the loader of a host program, from the lines `name => /path (address)` of ldd."""
-    listing = subprocess.run(["ldd", tool], capture_output=True, text=True, check=False, timeout=10)
-    for line in listing.stdout.splitlines():
-        for word in line.split():
-            if word.startswith("/"):
-                yield Path(word)
-
-
 def _copy_executable(source: Path, target: Path) -> None:
-    if not target.exists():
-        shutil.copyfile(source, target)
-        target.chmod(0o755)
+    """Raises: HostError when it was not built."""
+    if not source.exists():
+        raise HostError(f"{source} is not built; run packaging/setup.sh")
+    shutil.copyfile(source, target)
+    target.chmod(0o755)

@@ -6,7 +6,8 @@ import asyncio
 import os
 import re
 import subprocess
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,17 +100,26 @@ async def read_all(fd: int) -> str:
 
 
 @asynccontextmanager
-async def running_host(*, ready: int = 1, max_sandboxes: int = 64, layout: HostLayout = LAYOUT) -> AsyncIterator[Host]:
+async def running_host(
+    *,
+    ready: int = 1,
+    max_sandboxes: int = 64,
+    layout: HostLayout = LAYOUT,
+    state_dir: str = "/nonexistent",
+    clock: Callable[[], float] = time.monotonic,
+) -> AsyncIterator[Host]:
     spawner = Spawner.start()
     try:
         cgroups = Cgroups.open(layout)
         view = HostView.prepare(layout, ca_cert_pem="-----BEGIN CERTIFICATE-----\nours\n-----END CERTIFICATE-----\n")
         stamp = RecordingRegistry()
         spec = RuntimeSpec(
-            uid_range=UidRange(start=FIRST_UID, count=1000), limits=HostLimits(max_sandboxes=max_sandboxes)
+            uid_range=UidRange(start=FIRST_UID, count=1000),
+            limits=HostLimits(max_sandboxes=max_sandboxes),
+            state_dir=state_dir,
         )
         pool = SandboxPool(
-            layout=layout, spec=spec, cgroups=cgroups, spawner=spawner, view=view, stamp=stamp, ready=ready
+            layout=layout, spec=spec, cgroups=cgroups, spawner=spawner, view=view, stamp=stamp, ready=ready, clock=clock
         )
         await pool.start()
         try:

@@ -51,7 +51,7 @@ async def test_warm_cold_and_exhausted() -> None:
     async with running_host(ready=1, max_sandboxes=2) as host:
         first = await host.pool.acquire()
         second = await host.pool.acquire()
-        assert first.warm
+        assert not first.warm  # made ahead, but for nobody in particular
         assert {first.sandbox_id, second.sandbox_id} & set(os.listdir(host.cgroups.v2_dir)) == {
             first.sandbox_id, second.sandbox_id,
         }  # fmt: skip

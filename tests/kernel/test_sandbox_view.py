@@ -398,7 +398,7 @@ async def test_secrets_are_not_on_any_command_line(host: Host) -> None:
         spawned = await sandbox.spawn(agent=agent, environment=secrets)
         assert await asyncio.to_thread(wait_readable, stdout) == b"hunter2\n"
         family = subprocess.run(["ps", "-ww", "-eo", "args="], capture_output=True, text=True, check=True).stdout
-        assert f"--reuid {sandbox.uid}" in family
+        assert f"/run/clrk/launch {sandbox.uid}" in family
         assert "hunter2" not in family
         assert b"hunter2" not in Path(f"/proc/{spawned.pid}/environ").read_bytes()
         for fd in (stdin, stdout, stderr):

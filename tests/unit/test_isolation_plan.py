@@ -12,7 +12,7 @@ import pytest
 from clrk.core.errors import HostError
 from clrk.core.layout import HostLayout
 from clrk.core.resources import Mount, TemplateSpec
-from clrk.runtime.isolation import Run, plan_run
+from clrk.runtime.isolation import MAX_ENVIRONMENT_BYTES, Run, encode_environment, plan_run
 from clrk.runtime.view import CA_BUNDLE, CA_VARIABLES, HostView
 
 CA = "-----BEGIN CERTIFICATE-----\nours\n-----END CERTIFICATE-----\n"
@@ -59,8 +59,15 @@ def options_of(run: Run) -> list[str]:
     return run.options[:-1].decode().split("\0")
 
 
-def plan(view: HostView, template: TemplateSpec, **environment: str) -> Run:
-    return plan_run(template, view, uid=UID, memory=512 * 2**20, environment=environment)
+def plan(view: HostView, template: TemplateSpec) -> Run:
+    return plan_run(template, view, uid=UID, memory=512 * 2**20)
+
+
+def environment_of(template: TemplateSpec, **environment: str) -> dict[str, str]:
+    order = encode_environment(template, environment)
+    assert int.from_bytes(order[:4], "little") == len(order) - 4
+    assert order.endswith(b"\0")
+    return dict(word.split("=", 1) for word in order[4:-1].decode().split("\0"))
 
 
 def has(options: list[str], *words: str) -> bool:
@@ -109,9 +116,9 @@ def test_only_root_can_enter_the_view(view: HostView) -> None:
     assert view.directory.stat().st_mode & 0o077 == 0
 
 
-def test_the_drop_brings_its_own_loader_and_libraries(view: HostView) -> None:
-    names = {path.name for path in view.drop.directory.iterdir()}
-    assert {"setpriv", "env", "libc.so.6", view.drop.loader} <= names
+def test_the_launcher_depends_on_nothing_of_the_rootfs(view: HostView) -> None:
+    assert [path.name for path in view.launcher.iterdir()] == ["launch"]
+    assert b"/ld-linux" not in (view.launcher / "launch").read_bytes()  # static: no interpreter is named
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -179,36 +186,34 @@ def test_a_mount_inside_a_hidden_folder_is_the_operators_word(view: HostView, tm
     assert has(options, "--ro-bind", str(tmp_path / "state/agent"), "/data")
 
 
-def test_the_environment_is_in_the_options_and_not_in_the_command_line(view: HostView) -> None:
-    run = plan(view, TemplateSpec(command=["x"]), TOKEN="hunter2", PATH="/mine")
-    options = options_of(run)
-    assert has(options, "--setenv", "TOKEN", "hunter2")
-    assert has(options, "--setenv", "PATH", "/mine")
-    assert not [word for word in run.argv if "hunter2" in word]
-    for name in CA_VARIABLES:
-        assert has(options, "--setenv", name, CA_BUNDLE)
+def test_the_environment_is_the_agents_alone(view: HostView) -> None:
+    template = TemplateSpec(command=["x"], workdir="/work")
+    environment = environment_of(template, TOKEN="hunter2", PATH="/mine", LD_PRELOAD="/x.so", PWD="/elsewhere", E="")
+    assert environment == {
+        "TOKEN": "hunter2", "PATH": "/mine", "LD_PRELOAD": "/x.so", "PWD": "/work", "E": "", "HOME": "/tmp",
+        **dict.fromkeys(CA_VARIABLES, CA_BUNDLE),
+    }  # fmt: skip
+    run = plan(view, template)
+    assert "--setenv" not in options_of(run)  # bwrap and the launcher have none at all
 
 
-def test_what_the_loader_obeys_is_set_after_the_drop(view: HostView) -> None:
-    run = plan(view, TemplateSpec(command=["agent"]), LD_PRELOAD="/x.so", LANG="C.UTF-8", LC_ALL="xx")
-    options = options_of(run)
-    assert "LD_PRELOAD" not in options
-    assert "LC_ALL" not in options
-    assert has(options, "--setenv", "LANG", "C.UTF-8")
-    words = list(run.argv)
-    assert words.index("--no-new-privs") < words.index("LD_PRELOAD=/x.so") < words.index("agent")
-    plain = plan(view, TemplateSpec(command=["agent"]))
-    assert "/run/clrk/env" not in plain.argv
+def test_an_environment_over_the_launchers_buffer_is_refused(view: HostView) -> None:
+    template = TemplateSpec(command=["x"])
+    fixed = len(encode_environment(template, {"A": ""})) - 4
+    assert len(encode_environment(template, {"A": "x" * (MAX_ENVIRONMENT_BYTES - fixed)})) == MAX_ENVIRONMENT_BYTES + 4
+    with pytest.raises(HostError, match="at most 1048576 fit"):
+        encode_environment(template, {"A": "x" * (MAX_ENVIRONMENT_BYTES - fixed + 1)})
 
 
-def test_the_drop_names_everything(view: HostView) -> None:
+def test_the_launcher_gets_the_uid_and_the_command(view: HostView) -> None:
     words = list(plan(view, TemplateSpec(command=["agent", "-c"], args=["--flag"])).argv)
-    drop = words[words.index("/run/clrk/setpriv") :]
-    assert drop == [
-        "/run/clrk/setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups",
-        "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs", "--",
-        "agent", "-c", "--flag",
-    ]  # fmt: skip
+    assert words[words.index("--") + 1 :] == ["/run/clrk/launch", str(UID), "agent", "-c", "--flag"]
+
+
+def test_state_is_a_writable_mount_from_the_runs_own_namespace(view: HostView) -> None:
+    run = plan_run(TemplateSpec(command=["x"]), view, uid=UID, memory=2**29, state_path="/var/clrk/state")
+    assert has(options_of(run), "--bind", str(view.state_point), "/var/clrk/state")
+    assert list(view.state_point.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -224,9 +229,9 @@ def test_nul_is_refused(view: HostView, template: TemplateSpec) -> None:
         plan(view, template)
 
 
-def test_nul_in_the_environment_is_refused(view: HostView) -> None:
+def test_nul_in_the_environment_is_refused() -> None:
     with pytest.raises(HostError, match="NUL"):
-        plan(view, TemplateSpec(command=["x"]), A="x\0--bind\0/\0/")
+        encode_environment(TemplateSpec(command=["x"]), {"A": "x\0B=y"})
 
 
 def test_a_rootfs_that_is_not_there_is_named(view: HostView) -> None:
