@@ -261,6 +261,7 @@ class _Parts:
         return parts
 
     async def _recall_fires(self, agent: TaskAgent) -> list[InvocationRecord]:
+        await self.telemetry.flush()  # at a first start there is no store before
         wanted = InvocationFilter(agent="/".join(agent.key), trigger=CRON_TRIGGER)
         found = await self.telemetry.store.list_invocations(wanted, limit=_MAX_RECALLED)
         return [entry.record for entry in found if not entry.record.caller]  # a caller may name its trigger `cron`
