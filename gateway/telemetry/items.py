@@ -97,8 +97,16 @@ class Barrier:
     done: Future[None]
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Every invocation that is not over ended with the gateway that ran it. Units: CLOCK_REALTIME nanoseconds."""
+
+    ended_ns: int
+
+
 Journaled = SpanItem | BeginItem | LogItem | MetricsItem | InvocationItem
-Item = SpanItem | LogItem | MetricsItem | InvocationItem | CursorItem | Barrier
+JOURNALED: Final = (SpanItem, LogItem, MetricsItem, InvocationItem)
+Item = SpanItem | LogItem | MetricsItem | InvocationItem | CursorItem | Barrier | Lost
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final[msgspec.msgpack.Decoder[Journaled]] = msgspec.msgpack.Decoder(Journaled)
@@ -114,9 +122,9 @@ def decode(payload: bytes) -> Journaled:
     return _DECODER.decode(payload)
 
 
-def is_agents_own(record: SpanRecord) -> bool:
+def is_agents_own(item: SpanItem) -> bool:
     """Say whether an agent reported the span itself: then nothing is concluded from it."""
-    return record.resource.get(attr.CLRK_COMPONENT) == Component.AGENT.value
+    return item.otlp is not None or item.record.resource.get(attr.CLRK_COMPONENT) == Component.AGENT.value
 
 
 def size_bytes(item: Item) -> int:

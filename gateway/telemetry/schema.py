@@ -163,6 +163,11 @@ UPSERT_APPLIED: Final = (
     "INSERT INTO journal_applied (only, segment, offset) VALUES (1, ?, ?)"
     " ON CONFLICT DO UPDATE SET segment = excluded.segment, offset = excluded.offset"
 )
+SELECT_APPLIED: Final = "SELECT segment, offset FROM journal_applied"
+END_UNFINISHED: Final = (
+    "UPDATE invocations SET phase = 'Failed', message = ?, ended_ns = max(created_ns, started_ns, ?)"
+    " WHERE phase IN ('Pending', 'Running')"
+)
 UPSERT_COUNTER: Final = f"{_insert('counters', 'name', 'value')} ON CONFLICT DO UPDATE SET value = excluded.value"
 
 _ENCODER: Final = msgspec.json.Encoder()
@@ -198,7 +203,7 @@ def prepare(connection: sqlite3.Connection) -> None:
 def span_row(item: SpanItem) -> Row:
     """Return the values of INSERT_SPAN. What an agent says of its own models and denials is not found by those."""
     record, attributes = item.record, item.record.attributes
-    own = not is_agents_own(record)
+    own = not is_agents_own(item)
     tokens = attributes.get(attr.GEN_AI_USAGE_INPUT_TOKENS)
     system = _text(attributes, attr.GEN_AI_SYSTEM) or _text(attributes, attr.GEN_AI_PROVIDER_NAME)
     model = _text(attributes, attr.GEN_AI_REQUEST_MODEL) or _text(attributes, attr.GEN_AI_RESPONSE_MODEL)

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeVar, overload
 
 from clrk.core.errors import ClrkError
 from clrk.gateway.telemetry import invocation_query, outbox, query
-from clrk.gateway.telemetry.items import Barrier, CursorItem, InvocationItem, LogItem, MetricsItem, SpanItem
+from clrk.gateway.telemetry.items import Barrier, BeginItem, CursorItem, InvocationItem, LogItem, MetricsItem, SpanItem
 from clrk.gateway.telemetry.outbox import Signal, Stored, StoredLog, StoredMetrics
 from clrk.gateway.telemetry.query import LogLine, Position, SpanFilter, StoredSpan
 from clrk.gateway.telemetry.records import InvocationFilter, InvocationPosition, InvocationRecord, InvocationSummary
@@ -70,6 +70,10 @@ class TraceStore:
         if self._writer.put(SpanItem(record, gateway, sampled, otlp)):
             self.counters["spans"] += 1
 
+    def begin_span(self, record: SpanRecord, *, gateway: str, sampled: bool = True) -> None:
+        """Note durably that a span has begun; add_span with the same span_id ends it."""
+        self._writer.begin(BeginItem(record, gateway, sampled))
+
     def add_log(self, item: LogItem) -> None:
         """Keep a log line, like add_span."""
         if self._writer.put(item):
@@ -99,6 +103,14 @@ class TraceStore:
     def set_retention(self, retention_s: float) -> None:
         """Change the retention; the next purge follows it."""
         self._writer.retention_s = retention_s
+
+    def set_exporters(self, names: frozenset[str]) -> None:
+        """Say which exporters are at work: what leaves the store before they sent it is counted.
+
+        Shape: an exporter with the name of a gateway (namespace/name) sends what belongs to that gateway, one with
+        another name all that belongs to gateways without an exporter of their own.
+        """
+        self._writer.exporters = names
 
     async def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Wait until everything added so far is visible; False when the disk does not follow in time."""
@@ -130,6 +142,11 @@ class TraceStore:
     def queued_bytes(self) -> int:
         """Estimate of the memory that waits for the disk."""
         return self._writer.queued_bytes
+
+    @property
+    def journal_bytes(self) -> int:
+        """Size of the journal on the disk."""
+        return self._writer.journal_bytes
 
     @property
     def committed(self) -> asyncio.Event:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from clrk.gateway.telemetry import attributes as attr
-from clrk.gateway.telemetry.items import is_agents_own
+from clrk.gateway.telemetry.items import SpanItem, is_agents_own
 from clrk.gateway.telemetry.schema import is_denied
 from clrk.gateway.telemetry.spans import AttributeValue, SpanKind, SpanRecord, StatusCode
 
@@ -53,10 +53,11 @@ class Totals:
     def __init__(self) -> None:
         self.sums: dict[str, Sum] = {}
 
-    def add(self, record: SpanRecord) -> None:
+    def add(self, item: SpanItem) -> None:
         """Count a span, unless it is an agent's own or belongs to no invocation."""
+        record = item.record
         invocation_id = record.attributes.get(attr.INVOCATION_ID)
-        if not isinstance(invocation_id, str) or not invocation_id or is_agents_own(record):
+        if not isinstance(invocation_id, str) or not invocation_id or is_agents_own(item):
             return
         total = self.sums.setdefault(invocation_id, Sum(record.start_time_unix_nano))
         total.start_ns = min(total.start_ns, record.start_time_unix_nano)

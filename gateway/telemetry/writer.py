@@ -1,9 +1,11 @@
 """The one thread that writes the embedded store.
 
-Theory of operation: producers append to a bounded queue and go on; the thread takes what is there, writes it in one
-transaction, and reports the commit. Nothing here can slow or break a call:
-- queue full: the item is dropped and counted;
-- disk full, file not writable: the batch is kept and tried again every second, while the queue fills and then drops;
+Theory of operation: producers append to the journal and to a bounded queue, and go on; the thread takes what is there,
+writes it in one transaction together with how far the journal is applied, and reports the commit. It begins with what a
+predecessor left in the journal (recovery.py). Nothing here can slow or break a call:
+- queue full: the item waits in the journal, from where the thread reads on when it is through with the queue;
+- journal full or not writable as well: the item is dropped and counted;
+- disk full, file not writable: the batch is kept and tried again every second, while the queue fills;
 - an item that SQLite will not take: dropped and counted, the rest of the batch is written;
 - a damaged file (or one of another version): moved aside, a new one opened; what it held is lost, not what comes.
 """
@@ -12,48 +14,53 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Final
-
-import msgspec
+from typing import Final, NamedTuple
 
 from clrk.gateway.telemetry import schema
 from clrk.gateway.telemetry.items import (
+    JOURNALED,
     Barrier,
-    CursorItem,
-    InvocationItem,
+    BeginItem,
     Item,
-    LogItem,
-    MetricsItem,
+    Lost,
     SpanItem,
+    encode,
+    is_agents_own,
     size_bytes,
 )
-from clrk.gateway.telemetry.totals import ADD_TOTALS, Totals
+from clrk.gateway.telemetry.journal import Journal, Position
+from clrk.gateway.telemetry.query import reader
+from clrk.gateway.telemetry.recovery import Recovery, read, take
+from clrk.gateway.telemetry.store_file import ITEM_ERRORS, StoreFile
 
 _log = logging.getLogger(__name__)
 
 MAX_QUEUE_BYTES: Final = 64 * 2**20
+JOURNAL_FOLDER: Final = "journal"
 _BATCH: Final = 2000
+_COALESCE_S: Final = 0.02  # one transaction for what comes together; the journal has it meanwhile
 _RETRY_S: Final = 1.0
 _PURGE_EVERY_S: Final = 60.0
-_PURGE_CHUNK: Final = 5000
 
-# Bind errors (an int over 64 bits, a lone surrogate): the item's fault, not the file's.
-_ITEM_ERRORS: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError,
-                       OverflowError, ValueError, TypeError, msgspec.MsgspecError)  # fmt: skip
-_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+class _Queued(NamedTuple):
+    """An item in the queue; position is where the journal has it, for a barrier the last position before it."""
+
+    item: Item
+    size: int
+    position: Position | None
 
 
 class StoreWriter(threading.Thread):
-    """Owns the read-write connection. Methods may be called from any thread.
+    """Owns the read-write connection and the journal. Methods may be called from any thread.
 
-    Side effects: creates `path` (mode 0600) and SQLite's -wal and -shm beside it; on_commit runs in this thread.
+    Side effects: creates `path` (mode 0600), SQLite's -wal and -shm and the journal's folder beside it; on_commit runs
+    in this thread.
     """
 
     def __init__(
@@ -67,35 +74,82 @@ class StoreWriter(threading.Thread):
     ) -> None:
         super().__init__(name="clrk-trace-store", daemon=True)
         self.retention_s = retention_s
+        self.exporters: frozenset[str] = frozenset()
         self.counters: collections.Counter[str] = collections.Counter()
-        self._path = path
+        self._file = StoreFile(path, self.counters)
         self._max_file_bytes = max_file_bytes
         self._max_queue_bytes = max_queue_bytes
         self._on_commit = on_commit
-        self._queue: collections.deque[tuple[Item, int]] = collections.deque()
+        self._queue: collections.deque[_Queued] = collections.deque()
         self._queued_bytes = 0
+        self._hurry = False
+        self._journal = Journal(path.parent / JOURNAL_FOLDER, self.counters, above=_applied_segment(path))
+        self._applied = self._last = self._journal.start
+        self._behind = False  # the queue was full: what came then is in the journal only
+        self._held: list[_Queued] = []  # barriers that wait for what is in the journal only
         self._wake = threading.Condition()
         self._stopping = False
-        self._connection: sqlite3.Connection | None = None
+
+    # --- any thread -------------------------------------------------------------------------------------------------
 
     def put(self, item: Item) -> bool:
-        """Queue an item; False when it was dropped because the queue is full or closed. Never blocks on the disk."""
-        size = size_bytes(item)
+        """Keep an item; False when it was dropped. Never waits for the store.
+
+        When this returns True for a journaled item, the end of this process does not lose it any more, unless the
+        journal counted an error.
+        """
+        try:
+            payload = encode(item) if isinstance(item, JOURNALED) else None
+            size = size_bytes(item)
+        except ITEM_ERRORS as exc:
+            return self._refuse(exc)
         with self._wake:
+            position = self._journal.append(payload) if payload is not None and not self._stopping else None
+            if position is not None:
+                self._last = position
+                if isinstance(item, SpanItem) and not is_agents_own(item):
+                    self._journal.end_of(item.record.span_id)
+            elif isinstance(item, Barrier):
+                position = self._last
+            if size and (self._behind or self._queued_bytes + size > self._max_queue_bytes) and position is not None:
+                self._behind = True
+                return True
             if self._stopping or (size and self._queued_bytes + size > self._max_queue_bytes):
                 self.counters["dropped_queue_full"] += 1
                 if isinstance(item, Barrier):
                     item.done.set_result(None)
                 return False
-            self._queue.append((item, size))
+            self._queue.append(_Queued(item, size, position))
             self._queued_bytes += size
-            self._wake.notify()
+            if isinstance(item, Barrier):
+                self._hurry = True
+            if self._hurry or len(self._queue) in (1, _BATCH):
+                self._wake.notify()
         return True
+
+    def begin(self, item: BeginItem) -> bool:
+        """Note in the journal that a span has begun; False when the journal could not take it, which is counted."""
+        try:
+            payload = encode(item)
+        except ITEM_ERRORS as exc:
+            return self._refuse(exc)
+        with self._wake:
+            return not self._stopping and self._journal.begin(item.record.span_id, payload) is not None
+
+    def _refuse(self, exc: Exception) -> bool:
+        self.counters["dropped_bad_item"] += 1
+        _log.warning("trace store: item refused: %s", type(exc).__name__)
+        return False
 
     @property
     def queued_bytes(self) -> int:
         """Estimate of the memory that waits for the disk."""
         return self._queued_bytes
+
+    @property
+    def journal_bytes(self) -> int:
+        """Size of the journal on the disk."""
+        return self._journal.size_bytes
 
     def stop(self) -> None:
         """Write what is queued, once, and end. Join the thread afterwards."""
@@ -103,151 +157,140 @@ class StoreWriter(threading.Thread):
             self._stopping = True
             self._wake.notify()
 
+    # --- this thread ------------------------------------------------------------------------------------------------
+
     def run(self) -> None:
-        """Write batches until stopped."""
+        """Recover, then write batches until stopped."""
         next_purge = 0.0
-        while batch := self._take():
-            while not self._write(batch):
-                self._release_barriers(batch)
-                with self._wake:
-                    if self._stopping:
-                        self.counters["dropped_at_close"] += len(batch)
-                        break
-                    self._wake.wait_for(lambda: self._stopping, timeout=_RETRY_S)
-            self._release_barriers(batch)
-            if time.monotonic() >= next_purge:
-                next_purge = time.monotonic() + _PURGE_EVERY_S
-                self._purge()
-        if self._connection is not None:
-            self._connection.close()
+        if self._recover():
+            while (taken := self._take()) is not None and self._persist(*taken):
+                if time.monotonic() >= next_purge:
+                    next_purge = time.monotonic() + _PURGE_EVERY_S
+                    self._file.purge(self.retention_s, self._max_file_bytes, self.exporters, lambda: self._stopping)
+        left = list(self._queue)  # nothing is added any more; what the journal has is for the next start
+        self.counters["dropped_at_close"] += _unjournaled(left)
+        self._release(left, everything=True)
+        self._file.close()
+        self._journal.close()
 
-    def _take(self) -> list[Item]:
-        """Wait for items. Empty only when stopped and drained; an idle minute gives a barrier, so that it can purge."""
+    def _persist(self, batch: list[_Queued], applied: Position | None) -> bool:
+        """Write the batch, however long it takes; False when stopped before the disk took it."""
+        while not self._write([entry.item for entry in batch], applied):
+            self._release(batch, everything=True)
+            if not self._wait_to_retry():
+                self.counters["dropped_at_close"] += _unjournaled(batch)
+                return False
+        self._release(batch)
+        return True
+
+    def _wait_to_retry(self) -> bool:
+        """Wait a moment; False when there will be no other try."""
         with self._wake:
-            self._wake.wait_for(lambda: self._queue or self._stopping, timeout=_PURGE_EVERY_S)
-            batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
-            self._queued_bytes -= sum(size for _, size in batch)
-            if not batch and not self._stopping:
-                return [Barrier(Future())]
-        return [item for item, _ in batch]
+            return not self._wake.wait_for(lambda: self._stopping, timeout=_RETRY_S)
 
-    def _release_barriers(self, batch: list[Item]) -> None:
-        for item in batch:
-            if isinstance(item, Barrier) and not item.done.done():
-                item.done.set_result(None)
+    def _recover(self) -> bool:
+        """Apply the journal of predecessors; False when stopped before the disk took it: it is left for the next."""
+        while True:
+            try:
+                if self._recover_once(self._file.open()):
+                    return True
+            except (sqlite3.Error, OSError) as exc:
+                self._file.failed(exc)
+            with self._wake:
+                waiting = list(self._queue)
+            self._release(waiting, everything=True)
+            if not self._wait_to_retry():
+                return False
 
-    def _write(self, batch: list[Item]) -> bool:
-        """Write the batch in one transaction; False when it must be tried again."""
-        try:
-            connection = self._open()
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")
-                totals = Totals()
-                for item in batch:
-                    self._insert(connection, item, totals)
-                connection.executemany(ADD_TOTALS, [total.row(key) for key, total in totals.sums.items()])
-        except (sqlite3.Error, OSError) as exc:
-            self._failed(exc)
+    def _recover_once(self, connection: sqlite3.Connection) -> bool:
+        applied = Position(*(connection.execute(schema.SELECT_APPLIED).fetchone() or (0, 0)))
+        recovery = Recovery(self._journal, self.counters)
+        for items, position in recovery.batches(applied, _BATCH):
+            if not self._write(items, position):
+                return False
+            self.counters["journal_replayed"] += len(items)
+        lost = recovery.lost(connection)
+        if not self._write([*lost, Lost(recovery.ended_ns)], self._journal.start):
             return False
-        except Exception as exc:  # the root of this thread: a bug of ours must not end all telemetry
-            self.counters["write_failures"] += 1
-            _log.exception("trace store: batch of %d lost: %s", len(batch), type(exc).__name__)
-            self.counters["dropped_bad_item"] += len(batch)
-            return True
+        self.counters["gateway_lost_spans"] += len(lost)
+        return True
+
+    def _take(self) -> tuple[list[_Queued], Position | None] | None:
+        """Wait for items, and say up to where the journal is applied with them. None when stopped and through.
+
+        An idle minute gives an empty batch, so that it can purge.
+        """
+        with self._wake:
+            self._wake.wait_for(lambda: self._queue or self._behind or self._stopping, timeout=_PURGE_EVERY_S)
+            self._wake.wait_for(
+                lambda: self._hurry or self._behind or self._stopping or len(self._queue) >= _BATCH,
+                timeout=_COALESCE_S if self._queue else 0,
+            )
+            batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+            self._queued_bytes -= sum(entry.size for entry in batch)
+            self._hurry = self._hurry and bool(self._queue)
+            if batch or not self._behind:
+                if not batch and self._stopping:
+                    return None
+                positions = [entry.position for entry in batch if entry.size and entry.position is not None]
+                return batch, positions[-1] if positions else None
+        return self._read_on()
+
+    def _read_on(self) -> tuple[list[_Queued], Position | None]:
+        """Return what is in the journal only, behind what is applied."""
+        with self._wake:
+            end, following = self._journal.end, self._journal.next_segment(self._applied.segment)
+        segment, offset = self._applied
+        frames = take(self._journal.frames(segment, offset, end.offset if segment == end.segment else None), _BATCH)
+        if frames:
+            applied = frames[-1][0]
+        else:
+            applied = end if following is None or segment == end.segment else Position(following, 0)
+        with self._wake:
+            if applied == self._journal.end:
+                self._behind = False
+        items = [read(payload, self.counters) for _, payload in frames]
+        return [_Queued(item, 0, applied) for item in items if item and not isinstance(item, BeginItem)], applied
+
+    def _release(self, batch: list[_Queued], *, everything: bool = False) -> None:
+        """Resolve barriers: those before which all is applied, or everything when the disk does not follow."""
+        waiting = [*self._held, *(entry for entry in batch if isinstance(entry.item, Barrier))]
+        self._held = []
+        for entry in waiting:
+            if everything or not self._behind or entry.position is None or entry.position <= self._applied:
+                if isinstance(entry.item, Barrier) and not entry.item.done.done():
+                    entry.item.done.set_result(None)
+            else:
+                self._held.append(entry)
+
+    def _write(self, batch: list[Item], applied: Position | None) -> bool:
+        if not self._file.write(batch, applied):
+            return False
+        if applied is not None:
+            self._delete_applied(applied)
         self._on_commit()
         return True
 
-    def _insert(self, connection: sqlite3.Connection, item: Item, totals: Totals) -> None:
-        try:
-            match item:
-                case SpanItem(record):
-                    connection.execute(schema.INSERT_SPAN, schema.span_row(item))
-                    totals.add(record)
-                case LogItem():
-                    connection.execute(schema.INSERT_LOG, schema.log_row(item))
-                case MetricsItem():
-                    connection.execute(schema.INSERT_METRICS, schema.metrics_row(item))
-                case InvocationItem():
-                    connection.execute(schema.UPSERT_RECORD, schema.record_row(item))
-                case CursorItem(exporter, signal, seq):
-                    connection.execute(schema.UPSERT_CURSOR, (exporter, signal, seq))
-                case Barrier():
-                    pass
-        except _ITEM_ERRORS as exc:
-            self.counters["dropped_bad_item"] += 1
-            _log.warning("trace store: item refused: %s", type(exc).__name__)
-
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is not None:
-            return self._connection
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        try:
-            schema.prepare(connection)
-        except sqlite3.Error:
-            connection.close()
-            raise
-        self._connection = connection
-        return connection
-
-    def _failed(self, exc: Exception) -> None:
-        self.counters["write_failures"] += 1
-        if self._connection is not None:
-            self._connection.close()  # an open transaction is rolled back
-            self._connection = None
-        # A plain DatabaseError without an error code is schema.prepare's word on a foreign version.
-        code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if type(exc) is sqlite3.DatabaseError and code in _DAMAGED:
-            self._move_aside(exc)
-        elif self.counters["write_failures"] % 60 == 1:  # about once a minute while it lasts
-            _log.error("trace store %s: %s; spans wait in memory and are dropped when that is full", self._path, exc)
-
-    def _move_aside(self, exc: Exception) -> None:
-        aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
-        _log.error("trace store %s can not be used (%s); moved to %s, starting an empty one", self._path, exc, aside)
-        self.counters["damaged_files"] += 1
-        for suffix in ("", "-wal", "-shm"):
+    def _delete_applied(self, applied: Position) -> None:
+        self._applied = applied
+        with self._wake:
+            done = self._journal.behind(applied)
+        for path in done:
             try:
-                os.replace(f"{self._path}{suffix}", f"{aside}{suffix}")
-            except FileNotFoundError:
-                continue
-            except OSError as move_exc:
-                _log.error("trace store: move %s%s aside: %s", self._path, suffix, move_exc)
+                path.unlink()
+            except OSError as exc:
+                _log.warning("journal: delete %s: %s", path, exc)
 
-    def _purge(self) -> None:
-        """Delete what is past retention, then the oldest spans while the file is over its limit."""
-        oldest_ns = time.time_ns() - int(self.retention_s * 1e9)
-        try:
-            connection = self._open()
-            self._purge_before(connection, "spans", "start_ns", oldest_ns)
-            self._purge_before(connection, "logs", "time_ns", oldest_ns)
-            while self._file_bytes(connection) > self._max_file_bytes and not self._stopping:
-                if not self._drop_oldest(connection):
-                    break
-            connection.execute("PRAGMA incremental_vacuum(10000)").fetchall()
-        except (sqlite3.Error, OSError) as exc:
-            self._failed(exc)
 
-    def _purge_before(self, connection: sqlite3.Connection, table: str, column: str, oldest_ns: int) -> None:
-        # In chunks, each its own transaction: the queue is served again soon, and the WAL stays small.
-        old = f"SELECT seq FROM {table} WHERE {column} < ? LIMIT {_PURGE_CHUNK}"  # noqa: S608 - fixed names
-        while not self._stopping:
-            if connection.execute(f"DELETE FROM {table} WHERE seq IN ({old})", (oldest_ns,)).rowcount < _PURGE_CHUNK:  # noqa: S608
-                return
+def _unjournaled(entries: list[_Queued]) -> int:
+    return sum(1 for entry in entries if entry.size and entry.position is None)
 
-    def _drop_oldest(self, connection: sqlite3.Connection) -> bool:
-        removed = 0
-        for table in ("spans", "logs"):
-            sql = f"DELETE FROM {table} WHERE seq IN (SELECT seq FROM {table} ORDER BY seq LIMIT {_PURGE_CHUNK})"  # noqa: S608
-            removed += connection.execute(sql).rowcount
-        self.counters["dropped_disk_limit"] += removed
-        _log.warning("trace store: over %d bytes, %d oldest entries removed", self._max_file_bytes, removed)
-        return removed > 0
 
-    @staticmethod
-    def _file_bytes(connection: sqlite3.Connection) -> int:
-        pages, free, size = (
-            connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
+def _applied_segment(path: Path) -> int:
+    """Return the highest journal segment that the store knows of: new ones get higher numbers, whatever was deleted."""
+    try:
+        with reader(path) as connection:
+            row = connection.execute(schema.SELECT_APPLIED).fetchone()
+    except sqlite3.Error:  # no file yet, one of version 1, or a damaged one: nothing is known
+        return 0
+    return int(row[0]) if row else 0

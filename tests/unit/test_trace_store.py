@@ -1,21 +1,26 @@
 """The embedded store: filters, retention, restart, damage, bounds."""
 
 import asyncio
+import collections
 import json
 import logging
 import os
 import sqlite3
 import time
+from concurrent.futures import Future
 
+import msgspec
 import pytest
 from span_samples import MS, identity, record
 
 from clrk.gateway.telemetry import outbox, query, schema
+from clrk.gateway.telemetry.items import Barrier, CursorItem, LogItem, SpanItem
 from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.spans import SpanKind, SpanRecord
 from clrk.gateway.telemetry.store import StoreError, TraceStore
-from clrk.gateway.telemetry.writer import CursorItem, LogItem, SpanItem, StoreWriter
+from clrk.gateway.telemetry.store_file import StoreFile
+from clrk.gateway.telemetry.writer import StoreWriter
 
 
 @pytest.fixture
@@ -255,44 +260,71 @@ async def test_a_state_folder_that_can_not_be_written_breaks_nothing(tmp_path):
     await store.close()
 
 
-async def test_a_full_disk_is_counted_and_over_when_there_is_room(tmp_path):
-    path, store_errors = tmp_path / "traces.db", []
-    writer = StoreWriter(path, retention_s=86_400, max_file_bytes=2**40, on_commit=lambda: store_errors.append(1))
-    connection = writer._open()
+def test_a_full_disk_is_counted_and_over_when_there_is_room(tmp_path):
+    file = StoreFile(tmp_path / "traces.db", collections.Counter())
+    connection = file.open()
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count = {pages}")  # SQLITE_FULL, as from a disk without room
     big = [LogItem("i", "default", "a", "stdout", time.time_ns(), b"x" * 9000) for _ in range(50)]
-    assert writer._write(big) is False
-    assert writer.counters["write_failures"] == 1
-    assert path.exists()
-    assert writer._write(big) is True  # a fresh connection without the limit
-    with query.reader(path) as reading:
+    assert file.write(big) is False
+    assert file.counters["write_failures"] == 1
+    assert file.path.exists()
+    assert file.write(big) is True  # a fresh connection without the limit
+    with query.reader(file.path) as reading:
         assert len(query.select_logs(reading, agent="default/a")) == 50
-    writer._connection.close()
+    file.close()
 
 
-async def test_the_queue_is_bounded_and_drops_are_counted(tmp_path):
-    writer = StoreWriter(
-        tmp_path / "traces.db", retention_s=1, max_file_bytes=2**40, on_commit=lambda: None, max_queue_bytes=10_000
-    )  # not started: nobody takes from the queue
-    item = LogItem("i", "default", "a", "stdout", 0, b"x" * 1000)
-    taken = [writer.put(item) for _ in range(20)]
+def unstarted(tmp_path):
+    """A writer whose thread does not run: nobody takes from its queue."""
+    return StoreWriter(
+        tmp_path / "traces.db", retention_s=1e10, max_file_bytes=2**40, on_commit=lambda: None, max_queue_bytes=10_000
+    )
+
+
+LINE = LogItem("i", "default", "a", "stdout", 0, b"x" * 1000)
+
+
+def test_the_queue_is_bounded_and_drops_are_counted_when_there_is_no_journal_either(tmp_path):
+    (tmp_path / "journal").write_text("a file where the folder should be")
+    writer = unstarted(tmp_path)
+    taken = [writer.put(LINE) for _ in range(20)]
     assert 0 < sum(taken) < 20
     assert writer.counters["dropped_queue_full"] == 20 - sum(taken)
+    assert writer.counters["journal_errors"] == 20
     assert writer.queued_bytes <= 10_000
     assert writer.put(CursorItem("g", "traces", 1)), "bookkeeping gets through"
 
 
-async def test_an_item_that_sqlite_refuses_does_not_take_the_batch_with_it(tmp_path):
-    writer = StoreWriter(tmp_path / "traces.db", retention_s=1, max_file_bytes=2**40, on_commit=lambda: None)
+def test_what_does_not_fit_in_the_queue_waits_in_the_journal(tmp_path):
+    writer = unstarted(tmp_path)
+    items = [msgspec.structs.replace(LINE, time_ns=number) for number in range(50)]
+    assert all(writer.put(item) for item in items)
+    assert writer.queued_bytes <= 10_000
+    done = Future()
+    writer.put(Barrier(done))
+    writer.start()
+    done.result(timeout=10)
+    with query.reader(tmp_path / "traces.db") as reading:
+        assert [line.time_unix_nano for line in query.select_logs(reading, agent="default/a")] == list(range(50))
+    assert writer.put(msgspec.structs.replace(LINE, time_ns=50)), "from here on through the queue again"
+    writer.stop()
+    writer.join()
+    with query.reader(tmp_path / "traces.db") as reading:
+        assert [line.time_unix_nano for line in query.select_logs(reading, agent="default/a")] == list(range(51))
+    assert writer.counters["dropped_queue_full"] == 0
+
+
+def test_an_item_that_sqlite_refuses_does_not_take_the_batch_with_it(tmp_path):
+    file = StoreFile(tmp_path / "traces.db", collections.Counter())
     good = SpanRecord("a" * 32, "b" * 16, "", "good", SpanKind.CLIENT, 1, 2)
     huge = SpanRecord("a" * 32, "b" * 16, "", "huge", SpanKind.CLIENT, 2**70, 2**70)
     torn = SpanRecord("a" * 32, "b" * 16, "", "\ud800", SpanKind.CLIENT, 1, 2)
-    assert writer._write([SpanItem(good, ""), SpanItem(huge, ""), SpanItem(torn, ""), SpanItem(good, "")])
-    assert writer.counters["dropped_bad_item"] == 2
-    with query.reader(writer._path) as reading:
+    assert file.write([SpanItem(good, ""), SpanItem(huge, ""), SpanItem(torn, ""), SpanItem(good, "")])
+    assert file.counters["dropped_bad_item"] == 2
+    with query.reader(file.path) as reading:
         assert len(outbox.select_after(reading, "traces", 0, 10)) == 2
-    writer._connection.close()
+    file.close()
 
 
 async def test_add_after_close_is_dropped_and_counted(tmp_path):
