@@ -147,6 +147,8 @@ class Answer:
         raise Problem(502, f"no answer was posted: {outcome.result().message}", _exit_code(outcome.result()))
 
     def _answer_of(self, posted: PostedAnswer) -> web.Response:
+        if posted.status == 205:  # it has no content (RFC 9110, section 15.3.6); aiohttp sees to 204 and 304
+            return self._whole(205, posted.content_type or self._content_type, b"", None)
         return self._whole(posted.status, posted.content_type or self._content_type, posted.body, None)
 
     # --- common -----------------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ from aiohttp.web_protocol import RequestHandler
 from clrk.core.ids import new_invocation_id
 from clrk.gateway.problem import Problem
 
-_BUSY: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_BUSY: Final = Problem(503, "too many connections", {"Retry-After": "1", "Connection": "close"})
 
 
 class BoundedServer(web.Server):
     """A web.Server that serves max_connections at a time; others get 503 at once, so that descriptors are left.
 
-    Shape: invocation_id names the answers to what is no HTTP; by default each gets a new id.
+    Shape: invocation_id names the answers to what is no HTTP; by default each gets a new id. handler_cancellation ends
+        a handler whose client has gone; auto_decompress undoes Content-Encoding before the handler reads.
     """
 
     def __init__(
@@ -29,9 +30,12 @@ class BoundedServer(web.Server):
         max_connections: int,
         invocation_id: Callable[[], str] = new_invocation_id,
         keepalive_timeout: float,
+        handler_cancellation: bool = True,
+        auto_decompress: bool = True,
     ) -> None:
         super().__init__(
-            handler, handler_cancellation=True, access_log=None, keepalive_timeout=keepalive_timeout
+            handler, handler_cancellation=handler_cancellation, access_log=None, keepalive_timeout=keepalive_timeout,
+            auto_decompress=auto_decompress,
         )  # fmt: skip
         self._max_connections = max_connections
         self.invocation_id = invocation_id
@@ -39,7 +43,7 @@ class BoundedServer(web.Server):
     def __call__(self) -> Any:
         """Return the protocol of one connection."""
         if len(self.connections) >= self._max_connections:
-            return _Refusal()
+            return _Refusal(self.invocation_id())
         return _Connection(self, loop=self._loop, **self._kwargs)
 
 
@@ -71,7 +75,13 @@ class _Connection(RequestHandler):
 class _Refusal(asyncio.Protocol):
     """Ends a connection that is one too many."""
 
+    def __init__(self, invocation_id: str) -> None:
+        self._invocation_id = invocation_id
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         stream = cast(asyncio.WriteTransport, transport)
-        stream.write(_BUSY)
+        answer = _BUSY.response(self._invocation_id)
+        body = cast(bytes, answer.body)
+        head = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+        stream.write(f"HTTP/1.1 503 {answer.reason}\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         stream.close()

@@ -112,6 +112,8 @@ class Ingress:
         origin = http_origin(request, target.route, joins_trace=target.trigger != CLI_TRIGGER)
         dispatch = Dispatch(origin, target, new_invocation_id())
         try:
+            if request.method == "CONNECT":  # what follows its head is a tunnel, not a body
+                raise Problem(501, "this is no proxy: CONNECT asks for a tunnel", {"Connection": "close"})
             target = replace(target, trigger=_trigger(request, target))
             dispatch = Dispatch(origin, target, self._invocations.claim_id(_one(request, "X-Clrk-Invocation-ID")))
             slot = self._invocations.admit(dispatch.pending(), target.agent)
