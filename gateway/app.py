@@ -37,6 +37,9 @@ from clrk.core.messages import (
 from clrk.core.resources import GatewayConfig, TaskAgent
 from clrk.gateway._aio import spawn
 from clrk.gateway.admin.app import build_admin_app, build_health_app
+from clrk.gateway.admin.page.app import add_page, page_url
+from clrk.gateway.admin.page.token import PageToken
+from clrk.gateway.admin.page.views import PageSources
 from clrk.gateway.agent_states import AgentStates
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.control_client import ControlClient, ControlError, close_fds
@@ -217,6 +220,15 @@ def _max_connections() -> int:
     return max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _CALLERS_SHARE)
 
 
+def _address_of(fd: int) -> tuple[str, int]:
+    sock = socket.socket(fileno=fd)
+    try:
+        host, port = sock.getsockname()[:2]
+        return host, port
+    finally:
+        sock.detach()
+
+
 class _Parts:
     """Everything that exists only with a configuration."""
 
@@ -256,7 +268,7 @@ class _Parts:
     ) -> _Parts:
         telemetry = Telemetry.open(state_dir, config)
         parts = cls(config, telemetry, make_egress(config, fds[ConfigureFd.FLOWS], telemetry), control, news)
-        await parts._listen(fds)
+        await parts._listen(fds, PageToken.of(state_dir))
         parts.scheduler.start(parts.agents.tasks())
         return parts
 
@@ -266,7 +278,8 @@ class _Parts:
         found = await self.telemetry.store.list_invocations(wanted, limit=_MAX_RECALLED)
         return [entry.record for entry in found if not entry.record.caller]  # a caller may name its trigger `cron`
 
-    async def _listen(self, fds: list[int]) -> None:
+    async def _listen(self, fds: list[int], token: PageToken) -> None:
+        listen = _address_of(fds[ConfigureFd.ADMIN_TCP])
         admin = build_admin_app(
             store=self.telemetry.store,
             catalogue=self.agents,
@@ -274,8 +287,10 @@ class _Parts:
             health=self.health,
             states=self.states,
             recall=self.invocations.record,
+            page_url=page_url(listen, token),
         )
         health = build_health_app(lambda: not self.invocations.draining)
+        add_page(health, PageSources(self.telemetry.store, self.agents, self.states, self.health), token, listen[1])
         # A caller that goes away must cancel its handler: that is how its run is stopped.
         ingress = BoundedServer(self.ingress.handle, max_connections=_max_connections(), keepalive_timeout=_KEEPALIVE_S)
         runners = {

@@ -178,6 +178,8 @@ def _add_span_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_daemon(commands: Any) -> None:
+    page = commands.add_parser("page", help="print the address of the page, with its token: open it in a browser")
+    page.set_defaults(command=_lazy("page", "show_page"))
     status = commands.add_parser("status", help="how the daemon stands: store, exporters, drops, sandboxes")
     _add_output(status)
     status.set_defaults(command=_lazy("daemon", "show_status"))

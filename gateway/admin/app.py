@@ -1,4 +1,4 @@
-"""The admin API: HTTP and JSON on the unix socket for `clrk`; on loopback TCP nothing but health.
+"""The admin API: HTTP and JSON on the unix socket for `clrk`; on TCP health, and the page (page/app.py).
 
 Who may open the socket may see every trace and run every agent (group `clrk`); the API itself asks nobody who they are.
 Listings are `{"items": […]}`, streams are NDJSON, errors are problem+json (RFC 9457).
@@ -44,14 +44,21 @@ def build_admin_app(
     health: HealthSource,
     states: AgentStatusSource,
     recall: Recall = lambda _: None,
+    page_url: str = "",
 ) -> web.Application:
     """Return the application for the unix socket.
 
     Shape: run_task(request, namespace, name) answers `POST /v1/agents/{namespace}/{name}/run` exactly as the ingress
-    answers an invocation; recall returns what the gateway remembers of one, without it the store alone is asked.
+    answers an invocation; recall returns what the gateway remembers of one, without it the store alone is asked;
+    page_url opens the page, with its token.
     """
     api = _AdminApi(store=store, catalogue=catalogue, run_task=run_task, health=health, states=states, recall=recall)
     app = web.Application(middlewares=[_problems], client_max_size=MAX_BODY_BYTES)
+
+    async def page(_request: web.Request) -> web.Response:
+        return web.json_response({"url": page_url})
+
+    app.router.add_get("/v1/page", page)
     app.router.add_get("/v1/status", api.status)
     app.router.add_get("/v1/agents", api.agents)
     app.router.add_get("/v1/agents/{namespace}/{name}", api.agent)
@@ -66,7 +73,7 @@ def build_admin_app(
 
 
 def build_health_app(ready: Callable[[], bool]) -> web.Application:
-    """Return the application for the TCP listener: it says whether we live and serve, and nothing else."""
+    """Return the application for the TCP listener: it says whether we live and serve. The page is added to it."""
 
     async def healthz(_request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from clrk.gateway.cli.facts import show_duration
+from clrk.gateway.telemetry import attributes as attr
 
 _HTTP_SIDES: Final = ("request", "response")
+_BODY_KEYS: Final = {side: frozenset({f"http.{side}.body", "body", "content"}) for side in _HTTP_SIDES}
+_IDENTITY: Final = frozenset(
+    {
+        attr.INVOCATION_ID, attr.AGENT_KIND, attr.AGENT_NAMESPACE, attr.AGENT_NAME, attr.AGENT_UID,
+        attr.AGENT_REVISION, attr.CLRK_SANDBOX_ID,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ class Details:
     """Everything of a span that is not in its row."""
 
     attributes: list[tuple[str, Text]]
+    identity: list[tuple[str, Text]]
     attributes_left: int
     captures: list[Capture]
     events: list[Event]
@@ -70,16 +79,24 @@ class Details:
 
 def details_of(span: Mapping[str, Any], limits: Limits) -> Details:
     """Return what is shown of a span's JSON document."""
-    attributes = sorted(span["attributes"].items())
+    everything = sorted(span["attributes"].items())
+    attributes = [pair for pair in everything if not _is_identity(pair[0])]
+    identity = [pair for pair in everything if _is_identity(pair[0])]
     captured = {f"http.{side}.{part}" for side in _HTTP_SIDES for part in ("headers", "body")}
     others = [event for event in span["events"] if event["name"] not in captured]
     return Details(
         attributes=_pairs(attributes[: limits.attributes], limits.value),
+        identity=_pairs(identity[: limits.attributes], limits.value),
         attributes_left=max(0, len(attributes) - limits.attributes),
         captures=[capture for side in _HTTP_SIDES if (capture := _capture(span["events"], side, limits)) is not None],
         events=[_event(event, span["start_time_unix_nano"], limits) for event in others[: limits.attributes]],
         events_left=max(0, len(others) - limits.attributes),
     )
+
+
+def _is_identity(key: str) -> bool:
+    """Say whether every span of an invocation has it: not what one looks for in a call."""
+    return key in _IDENTITY or key.startswith(attr.AGENT_IDENTITY_PREFIX)
 
 
 def _event(event: Mapping[str, Any], start_ns: int, limits: Limits) -> Event:
@@ -108,9 +125,6 @@ def _capture(events: list[dict[str, Any]], side: str, limits: Limits) -> Capture
                 else:
                     facts.append((key, Text.cut(value, limits.value)))
     return Capture(side, headers[: limits.attributes], body, facts) if headers or body or facts else None
-
-
-_BODY_KEYS: Final = {side: frozenset({f"http.{side}.body", "body", "content"}) for side in _HTTP_SIDES}
 
 
 def _pairs(pairs: list[tuple[str, Any]], limit: int) -> list[tuple[str, Text]]:

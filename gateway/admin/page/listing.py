@@ -37,12 +37,12 @@ class Listing:
     @property
     def is_filtered(self) -> bool:
         """Say whether anything is left out."""
-        return bool(self.given)
+        return any(self.given.values())
 
 
 def given_fields(query: Mapping[str, str]) -> dict[str, str]:
-    """Return what the form holds: an empty field of a form is sent as well, and means nothing."""
-    return {name: query[name][:_MAX_TEXT] for name in FIELDS if query.get(name)}
+    """Return what each field of the form holds; an empty one is sent as well, and means nothing."""
+    return {name: query.get(name, "")[:_MAX_TEXT] for name in FIELDS}
 
 
 def parse_listing(query: Mapping[str, str], now_ns: int) -> Listing:

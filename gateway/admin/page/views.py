@@ -113,8 +113,8 @@ class Views:
             older = show_before(rows[PAGE_ROWS - 1]) if len(rows) > PAGE_ROWS else ""
         response = await _html(
             "invocations.html", 400 if mistake else 200, view="Invocations", live=not paged and not mistake,
-            given=given, mistake=mistake, rows=rows[:PAGE_ROWS], older=older, paged=paged, phases=PHASES,
-            triggers=TRIGGERS, agents=self._catalogue.all(),
+            given=given, filtered=any(given.values()), mistake=mistake, rows=rows[:PAGE_ROWS], older=older,
+            paged=paged, phases=PHASES, triggers=TRIGGERS, agents=self._catalogue.all(),
         )  # fmt: skip
         response.headers["ETag"] = tag
         return response
