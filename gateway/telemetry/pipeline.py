@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import logging
 import math
-import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 from urllib.parse import unquote
 
 import msgspec
-from opentelemetry.util.re import parse_env_headers
 
 from clrk import __version__
 from clrk.core.ids import InvocationId, SpanId, TraceId, new_span_id
+from clrk.core.messages import Counters
 from clrk.core.resources import GatewayConfig
-from clrk.gateway._aio import spawn
 from clrk.gateway.telemetry import attributes as attr
-from clrk.gateway.telemetry.export import ExportTarget, ExportTask, traces_url
+from clrk.gateway.telemetry.exporters import Exporters
 from clrk.gateway.telemetry.items import STREAM_OTLP, LogItem, MetricsItem
+from clrk.gateway.telemetry.metrics_meters import Metrics
+from clrk.gateway.telemetry.metrics_prometheus import render
+from clrk.gateway.telemetry.own_spans import OwnSpans
 from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import (
     UNSET,
@@ -47,7 +47,7 @@ _MAX_LOG_LINES: Final = 20_000  # per invocation
 _DAEMON_WINDOW_NS: Final = 60 * 10**9  # a daemon may say that much in each minute
 _MAX_LOG_METERS: Final = 4096
 _INT64: Final = 2**63
-ENVIRONMENT_EXPORT: Final = "environment"  # cursor name of the exporter that OTEL_EXPORTER_OTLP_* asks for
+_EXPORT_GRACE_S: Final = 2.0
 
 
 class Telemetry:
@@ -56,9 +56,11 @@ class Telemetry:
     def __init__(self, store: TraceStore, environment: Mapping[str, str]) -> None:
         self.store = store
         self._base_resource = _base_resource(environment)
-        self._environment = environment
-        self._exports: dict[str, ExportTask] = {}
-        self._stopping: set[asyncio.Task[None]] = set()
+        self.metrics = Metrics(self._base_resource)
+        self._exporters = Exporters(store, self.metrics, environment, self._base_resource)
+        self.metrics.host.drops = lambda: dict(store.counters)
+        self.metrics.host.exports = self._exporters.totals
+        self._own_spans = OwnSpans()
         self._log_meters: collections.OrderedDict[str, list[int]] = collections.OrderedDict()
 
     @classmethod
@@ -67,7 +69,7 @@ class Telemetry:
 
         Never raises for a disk that is full or read-only: the store keeps trying, and counts what it drops.
         """
-        environment = {**os.environ, **{key: str(value) for key, value in config.environment.items()}}
+        environment = {key: str(value) for key, value in config.environment.items()}
         store = TraceStore(state_dir / FILE_NAME, retention_s=config.runtime.retention)
         telemetry = cls(store, environment)
         telemetry.reconfigure(config)
@@ -104,12 +106,12 @@ class Telemetry:
                 events=[SpanEvent(e.name, e.time_unix_nano, clean_attributes(e.attributes)) for e in events],
                 resource=self._resource(component, identity.egress_gateway),
             )
+            self._own_spans.add(record.trace_id, record.span_id)
+            gateway = _gateway_key(identity)
             self.store.add_span(
-                record,
-                invocation_id=identity.invocation_id,
-                gateway=_gateway_key(identity),
-                sampled=identity.context.sampled,
+                record, invocation_id=identity.invocation_id, gateway=gateway, sampled=identity.context.sampled
             )
+            self.metrics.take(record, gateway)
         except Exception:  # the telemetry edge: what a span looked like must never break the call it describes
             self.store.counters["dropped_bad_item"] += 1
             _log.exception("span %.64r could not be recorded", name)
@@ -127,11 +129,40 @@ class Telemetry:
         trace_id: TraceId | None = None,
         attributes: Attributes | None = None,
     ) -> None:
-        """Note that a span has begun; see Recorder."""
+        """Note in the journal that a span has begun; see Recorder. Never raises.
+
+        Cost: one write to a file, some ten microseconds.
+        """
+        try:
+            record = SpanRecord(
+                trace_id=trace_id or identity.context.trace_id,
+                span_id=span_id,
+                parent_span_id=identity.context.span_id if parent_span_id is None else parent_span_id,
+                name=_clean_text(name),
+                kind=kind,
+                start_time_unix_nano=start_ns,
+                end_time_unix_nano=start_ns,
+                attributes=clean_attributes(attributes or {}) | identity_attributes(identity),
+                resource=self._resource(component, identity.egress_gateway),
+            )
+            self._own_spans.add(record.trace_id, record.span_id)
+            self.store.begin_span(record, gateway=_gateway_key(identity), sampled=identity.context.sampled)
+        except Exception:  # the telemetry edge, as in record
+            self.store.counters["dropped_bad_item"] += 1
+            _log.exception("span %.64r could not be begun", name)
 
     def record_invocation(self, record: InvocationRecord) -> None:
         """Keep the record in place of an earlier one of the same invocation. Never raises, never blocks."""
+        self._own_spans.add(record.trace_id, record.dispatch_span_id, record.run_span_id)
         self.store.add_invocation(record)
+
+    def is_own_span(self, trace_id: str, span_id: str) -> bool:
+        """Say whether a span id is that of a span of clrk: an agent's may not take it."""
+        return self._own_spans.has(trace_id, span_id)
+
+    def count_refused(self, signal: str, count: int) -> None:
+        """Count items that an agent's SDK sent and that are not kept. signal: traces, logs or metrics."""
+        self.store.counters[f"refused_agent_{signal}"] += count
 
     def record_agent_span(self, identity: Identity, record: SpanRecord, otlp: bytes) -> None:
         """Keep a span that the agent reported itself. Never raises, never blocks.
@@ -205,33 +236,21 @@ class Telemetry:
     def reconfigure(self, config: GatewayConfig) -> None:
         """Follow a new configuration: retention, and one exporter per EgressGateway that has `otlp`."""
         self.store.set_retention(config.runtime.retention)
-        wanted = self._targets(config)
-        for name, export in list(self._exports.items()):
-            if wanted.get(name) != export.target or name == ENVIRONMENT_EXPORT:
-                self._retire(self._exports.pop(name))
-        configured = frozenset(wanted) - {ENVIRONMENT_EXPORT}
-        for name, target in wanted.items():
-            if name not in self._exports:
-                takes = configured.__contains__ if name != ENVIRONMENT_EXPORT else (lambda key: key not in configured)
-                wants = takes if name == ENVIRONMENT_EXPORT else name.__eq__
-                self._exports[name] = ExportTask(self.store, name, target, wants)
+        self._exporters.reconfigure(config)
+        self.store.set_exporters(self._exporters.names)
 
-    def _retire(self, export: ExportTask) -> None:
-        task = spawn(export.stop(grace_s=0.0), name=f"stop export {export.name}")
-        self._stopping.add(task)
-        task.add_done_callback(self._stopping.discard)
+    def watch_host(self, counters: Callable[[], Counters]) -> None:
+        """Show what the runtime counts, the kernel's counters and sandboxes, as metrics."""
+        self.metrics.host.kernel = lambda: counters().values
+        self.metrics.host.sandboxes = lambda: counters().sandboxes
 
-    def _targets(self, config: GatewayConfig) -> dict[str, ExportTarget]:
-        targets = {
-            f"{gateway.metadata.namespace}/{gateway.metadata.name}": ExportTarget(
-                traces_url(otlp.endpoint), tuple(otlp.headers.items()), otlp.timeout
-            )
-            for gateway in config.gateways
-            if (otlp := gateway.spec.otlp) is not None
-        }
-        if (target := environment_target(self._environment)) is not None:
-            targets[ENVIRONMENT_EXPORT] = target
-        return targets
+    async def export_status(self) -> list[dict[str, Any]]:
+        """Return how each exporter stands with each signal, for `/v1/status`; no credentials."""
+        return await self._exporters.status()
+
+    def render_prometheus(self) -> tuple[bytes, str]:
+        """Return all metrics as Prometheus text, and its Content-Type. Cost: milliseconds; any thread may call it."""
+        return render(self.metrics.read(lambda _gateway: True, with_host=True))
 
     async def flush(self) -> bool:
         """Wait until everything recorded so far is in the store; False when the disk does not follow."""
@@ -240,8 +259,7 @@ class Telemetry:
     async def close(self) -> None:
         """Write everything, give healthy backends a moment to take the rest, end all threads. Idempotent."""
         await self.store.flush()
-        exports, self._exports = list(self._exports.values()), {}
-        await asyncio.gather(*(export.stop() for export in exports), *self._stopping)
+        await self._exporters.close(_EXPORT_GRACE_S)
         await self.store.close()
 
     def _resource(self, component: Component, egress_gateway: str) -> dict[str, AttributeValue]:
@@ -298,26 +316,6 @@ def _clean_text(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates, as surrogateescape makes them
-
-
-def environment_target(environment: Mapping[str, str]) -> ExportTarget | None:
-    """Return the target that the standard variables name, for spans of gateways without `otlp`.
-
-    Source: OpenTelemetry specification, configuration/sdk-environment-variables.md and protocol/exporter.md.
-    """
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none":
-        return None
-    signal = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
-    endpoint = signal or environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
-    if not endpoint:
-        return None
-    protocol = environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
-    if protocol not in (None, "http/protobuf"):
-        _log.error("OTEL_EXPORTER_OTLP_PROTOCOL=%s is not supported: use http/protobuf; nothing is exported", protocol)
-        return None
-    raw = environment.get("OTEL_EXPORTER_OTLP_TRACES_HEADERS") or environment.get("OTEL_EXPORTER_OTLP_HEADERS", "")
-    url = signal or traces_url(endpoint)  # the signal's own variable is taken as it is
-    return ExportTarget(url, tuple(parse_env_headers(raw, liberal=True).items()))
 
 
 def _base_resource(environment: Mapping[str, str]) -> dict[str, AttributeValue]:

@@ -1,232 +1,351 @@
-"""Export against a real OTLP/HTTP receiver on loopback: at least once, in order, never in the way."""
+"""Export to an independent receiver on loopback, over http/protobuf and gRPC: at least once, in order, complete."""
 
 import asyncio
+import json
+import logging
 import socket
 import time
 
+import grpc
 import pytest
-from aiohttp import web
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
+from opentelemetry.proto.logs.v1.logs_pb2 import ResourceLogs
+from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, Span
+from otlp_receiver import Failure, Receiver, any_value, attributes
 from span_samples import config, gateway, identity, record, record_invocation
 
-from clrk.gateway.telemetry import export
+from clrk.core.ids import new_span_id, new_trace_id
+from clrk.gateway.telemetry import export_task
 from clrk.gateway.telemetry.attributes import SCHEMA_URL
-from clrk.gateway.telemetry.export import traces_url
+from clrk.gateway.telemetry.export_target import grpc_authority, signal_url
 from clrk.gateway.telemetry.pipeline import Telemetry
+from clrk.gateway.telemetry.query import SpanFilter
+from clrk.gateway.telemetry.spans import Component, SpanEvent, SpanKind, SpanRecord, Status, StatusCode, TraceContext
 
-
-class Receiver:
-    """Takes traces; answers with `status` while it is set."""
-
-    def __init__(self, port=0):
-        self.requests, self.headers, self.status, self.port = [], [], None, port
-        self.arrived = asyncio.Condition()
-        self.refuse = lambda names: None
-
-    async def __aenter__(self):
-        app = web.Application(client_max_size=2**28)
-        app.router.add_post("/v1/traces", self._traces)
-        self.runner = web.AppRunner(app)
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", self.port)
-        await site.start()
-        self.port = self.runner.addresses[0][1]
-        return self
-
-    async def __aexit__(self, *exc):
-        await self.runner.cleanup()
-
-    async def _traces(self, request):
-        message = ExportTraceServiceRequest.FromString(await request.read())
-        names = [span.name for group in message.resource_spans for s in group.scope_spans for span in s.spans]
-        status = self.refuse(names) or self.status or 200
-        if status == 200:
-            self.requests.append(message)
-        self.headers.append(request.headers)
-        async with self.arrived:
-            self.arrived.notify_all()
-        return web.Response(
-            status=status,
-            body=ExportTraceServiceResponse().SerializeToString(),
-            content_type="application/x-protobuf",
-            headers={"Location": "http://127.0.0.1:1/"} if status == 302 else {},
-        )
-
-    @property
-    def endpoint(self):
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def spans(self):
-        return [span for m in self.requests for r in m.resource_spans for s in r.scope_spans for span in s.spans]
-
-    @property
-    def names(self):
-        return [span.name for span in self.spans]
-
-    async def wait(self, condition):
-        async with asyncio.timeout(20), self.arrived:
-            await self.arrived.wait_for(condition)
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.fixture(autouse=True)
 def fast_backoff(monkeypatch):
-    monkeypatch.setattr(export, "_FIRST_BACKOFF_S", 0.02)
-    monkeypatch.setattr(export, "_BATCH_DELAY_S", 0.01)
+    monkeypatch.setattr(export_task, "_FIRST_BACKOFF_S", 0.02)
+    monkeypatch.setattr(export_task, "_BATCH_DELAY_S", 0.01)
 
 
-def value(any_value):
-    kind = any_value.WhichOneof("value")
-    return [value(v) for v in any_value.array_value.values] if kind == "array_value" else getattr(any_value, kind)
+@pytest.fixture(params=["http/protobuf", "grpc"])
+async def receiver(request):
+    async with Receiver(request.param) as started:
+        yield started
 
 
-def attributes(message):
-    return {pair.key: value(pair.value) for pair in message.attributes}
+def exporting(receiver, name="default", **otlp):
+    return gateway(receiver.endpoint, name=name, protocol=receiver.protocol, **otlp)
 
 
-async def test_spans_arrive_with_ids_kinds_times_types_and_resource(tmp_path):
-    async with Receiver() as receiver:
-        telemetry = Telemetry.open(
-            tmp_path, config([gateway(receiver.endpoint, headers={"Authorization": "Bearer t"}, timeout="3s")])
-        )
-        who = identity()
+def opened(tmp_path, receiver, **otlp):
+    return Telemetry.open(tmp_path, config([exporting(receiver, **otlp)]))
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def stored(telemetry):
+    await telemetry.flush()
+    return [json.loads(span.json) async for page in telemetry.store.spans(SpanFilter()) for span in page]
+
+
+def as_document(span, resource):
+    """A received span in the words of the store's JSON."""
+    return {
+        "trace_id": span.trace_id.hex(),
+        "span_id": span.span_id.hex(),
+        "parent_span_id": span.parent_span_id.hex(),
+        "name": span.name,
+        "kind": Span.SpanKind.Name(span.kind),
+        "start_time_unix_nano": span.start_time_unix_nano,
+        "end_time_unix_nano": span.end_time_unix_nano,
+        "status": {"code": type(span.status).StatusCode.Name(span.status.code), "message": span.status.message},
+        "attributes": attributes(span),
+        "events": [
+            {"name": event.name, "time_unix_nano": event.time_unix_nano, "attributes": attributes(event)}
+            for event in span.events
+        ],
+        "resource": resource,
+    }
+
+
+def received_documents(receiver):
+    return [
+        as_document(span, attributes(group.resource))
+        for group in receiver.groups()
+        for scope in group.scope_spans
+        for span in scope.spans
+    ]
+
+
+async def test_what_arrives_is_what_is_stored_span_by_span(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    for index in range(5):
+        who = identity(name=f"agent-{index}")
         record_invocation(telemetry, who, remote_parent="00f067aa0ba902b7", start_ns=time.time_ns())
-        record(telemetry, who, "odd", error="why", stream=True, ratio=0.5, count=7, tags=["a", "b"])
-        await receiver.wait(lambda: len(receiver.spans) == 6)
-        await telemetry.close()
-    spans = {span.name: span for span in receiver.spans}
-    dispatch = spans["ingress.dispatch"]
-    assert dispatch.trace_id.hex() == who.context.trace_id
-    assert dispatch.parent_span_id.hex() == "00f067aa0ba902b7"
-    assert dispatch.kind == dispatch.SPAN_KIND_SERVER
-    assert spans["invoke_agent support"].kind == dispatch.SPAN_KIND_INTERNAL
-    assert spans["odd"].kind == dispatch.SPAN_KIND_CLIENT
-    assert spans["invoke_agent support"].parent_span_id == dispatch.span_id
-    assert dispatch.end_time_unix_nano - dispatch.start_time_unix_nano == 1_200_000_000
-    assert (spans["odd"].status.code, spans["odd"].status.message) == (spans["odd"].status.STATUS_CODE_ERROR, "why")
-    odd = attributes(spans["odd"])
-    assert (odd["stream"], odd["ratio"], odd["count"], odd["tags"]) == (True, 0.5, 7, ["a", "b"])
-    assert type(odd["count"]) is int
-    assert odd["invocation.id"] == who.invocation_id
-    by_component = {}
-    for message in receiver.requests:
-        for group in message.resource_spans:
-            assert group.schema_url == SCHEMA_URL
-            resource = attributes(group.resource)
-            assert resource["service.name"] == "clrk"
-            assert resource["clrk.egress_gateway"] == "default"
-            for scope in group.scope_spans:
-                assert scope.scope.name == "clrk"
-                by_component.setdefault(resource["clrk.component"], []).extend(s.name for s in scope.spans)
-    assert by_component["ingress"] == ["ingress.dispatch"]
-    assert by_component["runtime"] == ["invoke_agent support"]
-    assert receiver.headers[0]["Authorization"] == "Bearer t"
+        record(
+            telemetry, who, "odd ünïcode \udc80", error="why", stream=True, ratio=0.5, count=7, big=2**62, tags=["a"]
+        )
+        now = time.time_ns()
+        telemetry.record(
+            who, component=Component.GATEWAY, name="with events", kind=SpanKind.PRODUCER, start_ns=now, end_ns=now + 5,
+            attributes={"whole": 1, "half": 1.0}, status=Status(StatusCode.OK),
+            events=[SpanEvent("one", now, {"k": 1, "f": 0.25, "b": False, "l": ["x", "y"]}), SpanEvent("two", now)],
+        )  # fmt: skip
+    await receiver.wait(lambda: len(receiver.spans) >= 35)
+    expected, found = await stored(telemetry), received_documents(receiver)
+    await telemetry.close()
+
+    def key(document):
+        return document["span_id"]
+
+    assert sorted(found, key=key) == sorted(expected, key=key)
+    types = {name: type(value) for document in found for name, value in document["attributes"].items()}
+    assert (types["stream"], types["ratio"], types["count"], types["tags"]) == (bool, float, int, list)
+    assert all(type(doc["attributes"].get("half", 1.0)) is float for doc in found)
+    assert all(group.schema_url == SCHEMA_URL for group in receiver.groups())
+    scopes = {(scope.scope.name, scope.schema_url) for group in receiver.groups() for scope in group.scope_spans}
+    assert scopes == {("clrk", SCHEMA_URL)}
+    remote = {span.name: bool(span.flags & 0x200) for span in receiver.spans}
+    assert {name for name, flag in remote.items() if flag} == {"ingress.dispatch"}
+    assert all(span.flags & 0x101 == 0x101 for span in receiver.spans)
 
 
-async def test_a_dead_backend_slows_nothing_and_gets_everything_later_in_order(tmp_path):
-    with socket.socket() as holder:  # a port that refuses connections
-        holder.bind(("127.0.0.1", 0))
-        port = holder.getsockname()[1]
-    telemetry = Telemetry.open(tmp_path, config([gateway(f"http://127.0.0.1:{port}", timeout="0.2s")]))
+async def test_the_rows_of_a_trace_keep_their_order(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    runs = [identity() for _ in range(8)]
+    for index in range(700):
+        who = runs[index % 8]
+        component = (Component.INGRESS, Component.GATEWAY, Component.RUNTIME)[index % 3]
+        record(telemetry, who, f"s{index:04}", component=component)
+    await receiver.wait(lambda: len(receiver.spans) >= 700)
+    await telemetry.close()
+    for who in runs:
+        names = [span.name for span in receiver.spans if span.trace_id.hex() == who.context.trace_id]
+        assert names == sorted(names)
+        assert len(names) == 700 // 8 + (1 if runs.index(who) < 700 % 8 else 0)
+
+
+async def test_a_dead_backend_slows_nothing_and_gets_everything_later_in_order(tmp_path, receiver):
+    await receiver.stop()
+    telemetry = opened(tmp_path, receiver, timeout="0.2s")
     who = identity()
     begin = time.perf_counter()
     for index in range(1500):
         record(telemetry, who, f"s{index}")
     assert time.perf_counter() - begin < 1.5, "1 ms a span is far over what recording costs"
-    await telemetry.flush()
-    async with asyncio.timeout(20):
-        while not telemetry.store.counters["export_failures"]:
-            committed = telemetry.store.committed
-            record(telemetry, who, "tick")
-            await committed.wait()
-    total = await telemetry.store.last_seq()
-    async with Receiver(port) as receiver:
-        await receiver.wait(lambda: len(set(receiver.names)) >= 1501 and len(receiver.names) >= total)
-        await telemetry.close()
-    numbered = [name for name in receiver.names if name != "tick"]
-    assert numbered == [f"s{index}" for index in range(1500)]
+    await until(lambda: telemetry.store.counters["export_failures"] >= 2)
+    (status,) = [one for one in await telemetry.export_status() if one["signal"] == "traces"]
+    assert (status["name"], status["exportedSeq"], status["behind"]) == ("default/default", 0, 1500)
+    assert status["failures"] >= 2
+    assert status["failingSinceUnixNano"] < time.time_ns()
+    assert status["lastError"]
+    await receiver.start()
+    await receiver.wait(lambda: len(receiver.names) >= 1500)
+    await until(lambda: telemetry.store.counters["exported_spans"] >= 1500)
+    (status,) = [one for one in await telemetry.export_status() if one["signal"] == "traces"]
+    assert (status["behind"], status["failures"], status["lastError"]) == (0, 0, None)
+    await telemetry.close()
+    assert receiver.names == [f"s{index}" for index in range(1500)]
 
 
-async def test_a_hanging_backend_does_not_hold_up_the_end(tmp_path):
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        telemetry = Telemetry.open(tmp_path, config([gateway(endpoint, timeout="60s")]))
-        record(telemetry, identity())
-        loop = asyncio.get_running_loop()
-        silent.setblocking(False)
-        connection, _ = await loop.sock_accept(silent)  # the exporter is in the middle of its request
-        begin = time.perf_counter()
-        await telemetry.close()
-        assert time.perf_counter() - begin < 10
-        connection.close()
+async def test_a_hanging_backend_does_not_hold_up_the_end(tmp_path, receiver):
+    receiver.fail = lambda signal, message: Failure(hang=True)
+    telemetry = opened(tmp_path, receiver, timeout="60s")
+    record(telemetry, identity())
+    await receiver.wait(lambda: receiver.refused)  # the exporter is in the middle of its request
+    begin = time.perf_counter()
+    await telemetry.close()
+    assert time.perf_counter() - begin < 10
 
 
-async def test_after_a_restart_the_rest_is_sent_and_nothing_twice(tmp_path):
-    async with Receiver() as receiver:
-        settings = config([gateway(receiver.endpoint, timeout="0.2s")])
-        first = Telemetry.open(tmp_path, settings)
-        record(first, identity(), "one")
-        await receiver.wait(lambda: receiver.names == ["one"])
-        receiver.status = 503
-        record(first, identity(), "two")
-        async with asyncio.timeout(20), receiver.arrived:
-            await receiver.arrived.wait()
-        await first.close()
-        assert receiver.names == ["one"]
-        receiver.status = None
-        second = Telemetry.open(tmp_path, settings)
-        record(second, identity(), "three")
-        await receiver.wait(lambda: "three" in receiver.names)
-        await second.close()
-        assert receiver.names == ["one", "two", "three"]
+async def test_no_answer_within_the_timeout_is_a_failure_and_sent_again(tmp_path, receiver):
+    receiver.fail = lambda signal, message: Failure(hang=True) if not receiver.refused else None
+    telemetry = opened(tmp_path, receiver, timeout="0.3s")
+    record(telemetry, identity(), "late")
+    await receiver.wait(lambda: receiver.names == ["late"])
+    await telemetry.close()
 
 
-async def test_an_orderly_end_sends_what_was_just_recorded(tmp_path):
-    async with Receiver() as receiver:
-        telemetry = Telemetry.open(tmp_path, config([gateway(receiver.endpoint)]))
-        record(telemetry, identity(), "last words")
-        await telemetry.close()
-        assert receiver.names == ["last words"]
+async def test_after_a_restart_the_rest_is_sent_and_nothing_twice(tmp_path, receiver):
+    first = opened(tmp_path, receiver, timeout="0.2s")
+    record(first, identity(), "one")
+    await until(lambda: first.store.counters["exported_spans"] == 1)
+    receiver.fail = lambda signal, message: Failure()
+    record(first, identity(), "two")
+    await receiver.wait(lambda: receiver.refused)
+    await first.close()
+    assert receiver.names == ["one"]
+    receiver.fail = None
+    second = opened(tmp_path, receiver, timeout="0.2s")
+    record(second, identity(), "three")
+    await receiver.wait(lambda: "three" in receiver.names)
+    await second.close()
+    assert receiver.names == ["one", "two", "three"]
 
 
-async def test_a_span_that_the_backend_refuses_is_skipped_alone(tmp_path):
-    async with Receiver() as receiver:
-        receiver.refuse = lambda names: 400 if "poison" in names else None
-        telemetry = Telemetry.open(tmp_path, config([gateway(receiver.endpoint)]))
+async def test_a_backend_that_is_dead_from_the_beginning_and_over_a_restart_loses_nothing(tmp_path, receiver):
+    await receiver.stop()
+    first = opened(tmp_path, receiver)
+    record(first, identity(), "before")
+    await until(lambda: first.store.counters["export_failures"])
+    await first.close()
+    await receiver.start()
+    second = opened(tmp_path, receiver)
+    await receiver.wait(lambda: receiver.names == ["before"])
+    await second.close()
+
+
+async def test_killed_in_the_middle_it_sends_again_what_was_not_noted(tmp_path, receiver):
+    """Duplicates are allowed, losses are not."""
+    total = 3000
+    first = opened(tmp_path, receiver)
+    who = identity()
+    for index in range(total):
+        record(first, who, f"s{index}")
+    await first.flush()
+    await receiver.wait(lambda: receiver.spans)
+    first.store.set_cursor = lambda *_: None  # what happens from here on is not noted, as after a SIGKILL
+    for export in first._exporters._exports.values():
+        export.rows._task.cancel()
+    await first.store.close()
+    await first.close()
+    second = opened(tmp_path, receiver)
+    await receiver.wait(lambda: len(set(receiver.names)) == total)
+    await second.close()
+    assert set(receiver.names) == {f"s{index}" for index in range(total)}
+    seen = list(dict.fromkeys(receiver.names))
+    assert seen == [f"s{index}" for index in range(total)], "first arrivals are in order"
+    assert len(receiver.names) - total <= 2 * export_task._MAX_ROWS
+
+
+async def test_an_orderly_end_sends_what_was_just_recorded(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    record(telemetry, identity(), "last words")
+    await telemetry.close()
+    assert receiver.names == ["last words"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, INVALID), (413, INVALID), (422, INVALID), (500, grpc.StatusCode.INTERNAL), (500, grpc.StatusCode.UNKNOWN)],
+)
+async def test_a_span_that_the_backend_refuses_is_skipped_alone(tmp_path, receiver, status, code, caplog):
+    def poisoned(signal, message):
+        names = [s.name for group in message.resource_spans for scope in group.scope_spans for s in scope.spans]
+        return Failure(status, code, message="no\nway") if any("poison" in name for name in names) else None
+
+    receiver.fail = poisoned
+    telemetry = opened(tmp_path, receiver)
+    who = identity()
+    for index in range(12):
+        record(telemetry, who, f"poison {index}" if index in (4, 5, 8) else f"s{index}")
+    await receiver.wait(lambda: "s11" in receiver.names)
+    assert [name for name in receiver.names if "poison" not in name] == [
+        f"s{index}" for index in range(12) if index not in (4, 5, 8)
+    ]
+    await until(lambda: telemetry.store.counters["exported_spans"] == 9)
+    (state,) = [one for one in await telemetry.export_status() if one["signal"] == "traces"]
+    assert (state["sent"], state["dropped"], state["failures"]) == (9, 3, 0)
+    await telemetry.close()
+    assert len([line for line in caplog.messages if "for good" in line]) == 1, "said once a burst"
+    assert "no?way" in caplog.text
+
+
+async def test_a_message_over_the_size_limit_is_split_and_a_span_over_it_left_out(tmp_path):
+    async with Receiver("grpc") as receiver:  # its limit is gRPC's own: 4 MiB
+        telemetry = opened(tmp_path, receiver, compression="none")
         who = identity()
-        for index in range(9):
-            record(telemetry, who, "poison" if index == 4 else f"s{index}")
-        await receiver.wait(lambda: "s8" in receiver.names)
-        assert receiver.names == [f"s{index}" for index in range(9) if index != 4]
+        wide = {f"k{index}": "x" * 8000 for index in range(200)}  # 1.6 MB
+        for index in range(6):
+            record(telemetry, who, f"wide{index}", **wide)
+        huge = ResourceSpans()
+        huge.scope_spans.add().spans.add(trace_id=bytes(16), span_id=bytes(8), name="h" * 5_000_000)
+        now = time.time_ns()
+        own = SpanRecord(
+            who.context.trace_id, new_span_id(), "", "huge", SpanKind.INTERNAL, now, now,
+            resource={"clrk.component": "agent"},
+        )  # fmt: skip
+        telemetry.record_agent_span(who, own, huge.SerializeToString())
+        record(telemetry, who, "after")
+        await receiver.wait(lambda: "after" in receiver.names)
+        assert receiver.names == [*(f"wide{index}" for index in range(6)), "after"]
         assert telemetry.store.counters["export_refused_spans"] == 1
         await telemetry.close()
 
 
-@pytest.mark.parametrize("status", [302, 401, 403, 404, 500])
-async def test_an_answer_that_is_no_success_loses_nothing(tmp_path, status):
-    async with Receiver() as receiver:
-        receiver.status = status
-        telemetry = Telemetry.open(tmp_path, config([gateway(receiver.endpoint, timeout="0.5s")]))
-        record(telemetry, identity(), "kept")
-        async with asyncio.timeout(20), receiver.arrived:
-            await receiver.arrived.wait()
-        receiver.status = None
-        await receiver.wait(lambda: receiver.names == ["kept"])
-        await telemetry.close()
+NO_SUCCESS = [
+    (302, grpc.StatusCode.UNIMPLEMENTED), (401, grpc.StatusCode.UNAUTHENTICATED),
+    (403, grpc.StatusCode.PERMISSION_DENIED), (404, grpc.StatusCode.NOT_FOUND),
+    (429, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (500, grpc.StatusCode.INTERNAL), (502, grpc.StatusCode.ABORTED), (503, grpc.StatusCode.UNAVAILABLE),
+    (504, grpc.StatusCode.DEADLINE_EXCEEDED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "code"), NO_SUCCESS)
+async def test_an_answer_that_is_no_success_loses_nothing(tmp_path, receiver, status, code):
+    receiver.fail = lambda signal, message: Failure(status, code)
+    telemetry = opened(tmp_path, receiver, timeout="0.5s")
+    for index in range(3):
+        record(telemetry, identity(), f"kept{index}")
+    await until(lambda: telemetry.store.counters["export_failures"] >= 4)
+    receiver.fail = None
+    await receiver.wait(lambda: receiver.names == ["kept0", "kept1", "kept2"])
+    assert telemetry.store.counters["export_refused_spans"] == 0
+    await telemetry.close()
+
+
+async def test_the_wait_that_a_backend_asks_for_is_kept(tmp_path, receiver):
+    asked, moments = "1" if receiver.protocol != "grpc" else "0.5", []
+
+    def busy(signal, message):
+        moments.append(time.monotonic())
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        return Failure(429, code, retry_after=asked) if len(moments) == 1 else None
+
+    receiver.fail = busy
+    telemetry = opened(tmp_path, receiver)
+    record(telemetry, identity(), "patient")
+    await receiver.wait(lambda: receiver.names == ["patient"])
+    await telemetry.close()
+    assert float(asked) <= moments[1] - moments[0] < float(asked) * 2
+
+
+async def test_a_partial_success_is_counted_and_not_sent_again(tmp_path, receiver, caplog):
+    receiver.fail = lambda signal, message: Failure(rejected=2, message="too old\x1b[31m")
+    telemetry = opened(tmp_path, receiver)
+    with_three = identity()
+    for index in range(3):
+        record(telemetry, with_three, f"s{index}")
+    await until(lambda: telemetry.store.counters["exported_spans"] == 1)
+    assert telemetry.store.counters["export_refused_spans"] == 2
+    receiver.fail = None
+    record(telemetry, with_three, "next")
+    await receiver.wait(lambda: "next" in receiver.names)
+    await telemetry.close()
+    assert receiver.names == ["s0", "s1", "s2", "next"]
+    assert "too old?[31m" in caplog.text
+
+
+# --- who gets what --------------------------------------------------------------------------------------------------
 
 
 async def test_each_gateway_gets_its_own_spans_and_history_is_not_sent(tmp_path):
-    async with Receiver() as first, Receiver() as second:
+    async with Receiver() as first, Receiver("grpc") as second:
         telemetry = Telemetry.open(tmp_path, config())
         record(telemetry, identity(), "history", start_ns=time.time_ns() - 10**9)
         await telemetry.flush()
-        telemetry.reconfigure(config([gateway(first.endpoint), gateway(second.endpoint, name="other")]))
-        record(telemetry, identity(), "a")
+        telemetry.reconfigure(config([exporting(first), exporting(second, name="other")]))
+        # What began before and ends after the configuration is wanted.
+        record(telemetry, identity(), "a", start_ns=time.time_ns() - 10**9, length_ns=2 * 10**9)
         record(telemetry, identity(gateway_name="other"), "b")
         record(telemetry, identity(gateway_name="third"), "c")
         record(telemetry, identity(gateway_name=""), "d")
@@ -236,41 +355,227 @@ async def test_each_gateway_gets_its_own_spans_and_history_is_not_sent(tmp_path)
         assert (first.names, second.names) == (["a"], ["b"])
 
 
-async def test_the_environment_takes_what_no_gateway_exports(tmp_path):
-    async with Receiver() as standard, Receiver() as configured:
-        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": standard.endpoint}
-        telemetry = Telemetry.open(tmp_path, config([gateway(configured.endpoint)], environment=environment))
+async def test_headers_go_to_their_own_backend_and_into_no_log(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    async with Receiver() as first, Receiver("grpc") as second, Receiver() as standard:
+        second.fail = lambda signal, message: Failure(503)
+        environment = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": standard.endpoint,
+            "OTEL_EXPORTER_OTLP_HEADERS": "x-env=s3cret-environment",
+            "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "authorization=Bearer%20s3cret-traces",
+        }
+        gateways = [
+            exporting(first, headers={"Authorization": "Bearer s3cret-first"}),
+            exporting(second, name="other", headers={"Authorization": "Bearer s3cret-second"}),
+        ]
+        telemetry = Telemetry.open(tmp_path, config(gateways, environment=environment))
         record(telemetry, identity(), "a")
-        record(telemetry, identity(gateway_name="plain"), "b")
-        await standard.wait(lambda: standard.names == ["b"])
-        await configured.wait(lambda: configured.names == ["a"])
+        record(telemetry, identity(gateway_name="other"), "b")
+        record(telemetry, identity(gateway_name="plain"), "c")
+        telemetry.record_log(identity(gateway_name="plain"), "stdout", b"line", time.time_ns())
+        await first.wait(lambda: first.names == ["a"])
+        await standard.wait(lambda: standard.names == ["c"] and standard.logs)
+        await second.wait(lambda: second.refused)
+        status = await telemetry.export_status()
+        await telemetry.close()
+        by_backend = {
+            "first": [one.metadata for one in first.requests],
+            "second": [one.metadata for one in second.refused],
+            "standard": [one.metadata for one in standard.requests],
+        }
+    secrets = {
+        backend: {
+            value.split()[-1] for metadata in all_metadata for value in metadata.values() if "s3cret" in str(value)
+        }
+        for backend, all_metadata in by_backend.items()
+    }
+    assert secrets == {
+        "first": {"s3cret-first"}, "second": {"s3cret-second"}, "standard": {"s3cret-traces", "s3cret-environment"},
+    }  # fmt: skip
+    logs = next(one.metadata for one in standard.requests if one.signal == "logs")
+    assert "Authorization" not in logs
+    assert "s3cret" not in caplog.text
+    assert "s3cret" not in json.dumps(status)
+
+
+async def test_unsampled_spans_stay_in_the_store(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    unsampled = identity()
+    object.__setattr__(unsampled, "context", TraceContext(new_trace_id(), new_span_id(), flags=0))
+    record(telemetry, unsampled, "quiet")
+    telemetry.record_log(unsampled, "stdout", b"but said", time.time_ns())
+    record(telemetry, identity(), "loud")
+    await receiver.wait(lambda: receiver.names == ["loud"] and receiver.logs)
+    assert {document["name"] for document in await stored(telemetry)} == {"quiet", "loud"}
+    await telemetry.close()
+    assert (receiver.logs[0].body.string_value, receiver.logs[0].flags) == ("but said", 0)
+
+
+async def test_a_target_that_changes_goes_on_where_the_old_one_stopped(tmp_path):
+    async with Receiver() as old, Receiver("grpc") as new:
+        telemetry = opened(tmp_path, old)
+        record(telemetry, identity(), "one")
+        await until(lambda: telemetry.store.counters["exported_spans"] == 1)
+        telemetry.reconfigure(config([exporting(new)]))
+        record(telemetry, identity(), "two")
+        await new.wait(lambda: new.names == ["two"])
+        telemetry.reconfigure(config())
+        record(telemetry, identity(), "meanwhile")
+        await telemetry.flush()
+        telemetry.reconfigure(config([exporting(old)]))
+        await old.wait(lambda: old.names == ["one", "meanwhile"])
         await telemetry.close()
 
 
-async def test_a_store_that_was_replaced_is_exported_from_its_beginning(tmp_path):
+async def test_a_store_that_was_replaced_is_exported_from_its_beginning(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    for index in range(20):
+        record(telemetry, identity(), f"old{index}")
+    await until(lambda: telemetry.store.counters["exported_spans"] == 20)
+    await telemetry.close()
+    for path in tmp_path.iterdir():
+        if path.name.startswith("traces.db"):
+            path.unlink()
+    telemetry = opened(tmp_path, receiver)
+    record(telemetry, identity(), "new")
+    await receiver.wait(lambda: "new" in receiver.names)
+    await telemetry.close()
+
+
+# --- logs, and what agents send themselves --------------------------------------------------------------------------
+
+
+async def test_lines_of_agents_arrive_as_log_records(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    who, now = identity(), time.time_ns()
+    telemetry.record_log(who, "stdout", "hällo".encode(), now)
+    telemetry.record_log(who, "stderr", b"not utf-8: \xff", now + 1)
+    await receiver.wait(lambda: len(receiver.logs) == 2)
+    await telemetry.close()
+    first, second = receiver.logs
+    assert (first.time_unix_nano, second.time_unix_nano) == (now, now + 1)
+    assert (first.body.string_value, second.body.string_value) == ("hällo", "not utf-8: \ufffd")
+    assert {(log.severity_number, log.severity_text) for log in (first, second)} == {(9, "INFO")}
+    assert (first.trace_id.hex(), first.span_id.hex()) == (who.context.trace_id, who.context.span_id)
+    assert first.flags == 1
+    assert attributes(first) == {
+        "invocation.id": who.invocation_id,
+        "agent.kind": "TaskAgent",
+        "agent.namespace": "default",
+        "agent.name": "support",
+        "agent.uid": who.agent_uid,
+        "agent.revision": who.agent_revision,
+        "clrk.sandbox.id": "deadbeef",
+        "log.iostream": "stdout",
+    }
+    assert attributes(second)["log.iostream"] == "stderr"
+    (group,) = receiver.groups("logs")
+    resource = attributes(group.resource)
+    assert (resource["service.name"], resource["clrk.component"]) == ("clrk", "runtime")
+    assert resource["clrk.egress_gateway"] == "default"
+
+
+async def test_the_remark_that_output_was_cut_is_a_warning(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    who = identity()
+    for _ in range(70):
+        telemetry.record_log(who, "stdout", b"x" * 16_384, time.time_ns())
+    await receiver.wait(lambda: receiver.logs and receiver.logs[-1].severity_text == "WARN")
+    await telemetry.close()
+    assert "log.iostream" not in attributes(receiver.logs[-1])
+
+
+async def test_what_agents_send_goes_out_as_it_came_and_in_its_place(tmp_path, receiver):
+    telemetry = opened(tmp_path, receiver)
+    who, now = identity(), time.time_ns()
+    spans, logs, points = ResourceSpans(), ResourceLogs(), ResourceMetrics()
+    spans.resource.attributes.add(key="service.name").value.string_value = "theirs"
+    span = spans.scope_spans.add().spans.add(
+        trace_id=bytes.fromhex(who.context.trace_id), span_id=b"\1" * 8, name="own"
+    )
+    span.attributes.add(key="nested").value.kvlist_value.values.add(key="k").value.bytes_value = b"\0\xff"
+    span.links.add(trace_id=b"\2" * 16, span_id=b"\3" * 8)
+    logs.scope_logs.add().log_records.add(severity_number=17, severity_text="ERROR").body.double_value = 1.5
+    metric = points.scope_metrics.add().metrics.add(name="theirs.count")
+    metric.sum.data_points.add(as_int=3)
+    own = SpanRecord(
+        who.context.trace_id, "01" * 8, who.context.span_id, "own", SpanKind.INTERNAL, now, now,
+        resource={"clrk.component": "agent"},
+    )  # fmt: skip
+    record(telemetry, who, "before")
+    telemetry.record_agent_span(who, own, spans.SerializeToString())
+    record(telemetry, who, "behind")
+    telemetry.record_agent_log(
+        who, time_ns=now, severity=17, body="1.5", trace_id=who.context.trace_id, span_id="01" * 8,
+        otlp=logs.SerializeToString(),
+    )  # fmt: skip
+    telemetry.record_agent_metrics(who, time_ns=now, otlp=points.SerializeToString())
+    await receiver.wait(lambda: len(receiver.spans) == 3 and receiver.logs and receiver.metrics)
+    assert receiver.names == ["before", "own", "behind"]
+    assert receiver.groups()[1] == spans
+    assert receiver.groups("logs")[0] == logs
+    assert points in receiver.groups("metrics")
+    await telemetry.close()
+
+
+def test_any_value_reads_what_the_tests_compare():
+    value = ResourceSpans().resource.attributes.add(key="k").value
+    value.int_value = 3
+    assert any_value(value) == 3
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("compression", "encoding"), [("gzip", "gzip"), ("none", None)])
+async def test_gzip_when_asked_for(tmp_path, compression, encoding):
     async with Receiver() as receiver:
-        telemetry = Telemetry.open(tmp_path, config([gateway(receiver.endpoint)]))
-        for index in range(20):
-            record(telemetry, identity(), f"old{index}")
-        await receiver.wait(lambda: len(receiver.names) == 20)
-        telemetry.store._writer._path = tmp_path / "new.db"  # as after moving a damaged file aside
-        telemetry.store.path = tmp_path / "new.db"
-        telemetry.store._writer._connection.close()
-        telemetry.store._writer._connection = None
-        record(telemetry, identity(), "new")
-        await receiver.wait(lambda: "new" in receiver.names)
+        telemetry = opened(tmp_path, receiver, compression=compression)
+        record(telemetry, identity(), long="x" * 4000)
+        await receiver.wait(lambda: receiver.spans)
         await telemetry.close()
+        metadata = receiver.requests[0].metadata
+    assert metadata.get("Content-Encoding") == encoding
+    assert metadata["Content-Type"] == "application/x-protobuf"
+    assert metadata["User-Agent"].startswith("clrk/")
+    assert attributes(receiver.spans[0])["long"] == "x" * 4000
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "url"),
+    ("endpoint", "signal", "url"),
     [
-        ("http://c:4318", "http://c:4318/v1/traces"),
-        ("http://c:4318/", "http://c:4318/v1/traces"),
-        ("https://c/otlp", "https://c/otlp/v1/traces"),
-        ("https://c/v1/traces", "https://c/v1/traces"),
-        ("https://c/v1/traces/?k=v", "https://c/v1/traces?k=v"),
+        ("http://c:4318", "traces", "http://c:4318/v1/traces"),
+        ("http://c:4318/", "logs", "http://c:4318/v1/logs"),
+        ("https://c/otlp", "metrics", "https://c/otlp/v1/metrics"),
+        ("https://c/v1/traces", "traces", "https://c/v1/traces"),
+        ("https://c/v1/traces", "logs", "https://c/v1/logs"),
+        ("https://c/v1/traces/?k=v", "traces", "https://c/v1/traces?k=v"),
     ],
 )
-def test_a_base_endpoint_gets_the_path_of_the_signal(endpoint, url):
-    assert traces_url(endpoint) == url
+def test_a_base_endpoint_gets_the_path_of_the_signal(endpoint, signal, url):
+    assert signal_url(endpoint, signal) == url
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "insecure", "authority"),
+    [
+        ("http://c:4317", False, ("c:4317", False)),
+        ("https://c:4317/ignored", False, ("c:4317", True)),
+        ("https://c", True, ("c:443", True)),
+        ("http://[::1]", False, ("[::1]:80", False)),
+        ("c:4317", False, ("c:4317", True)),
+        ("c:4317", True, ("c:4317", False)),
+    ],
+)
+def test_the_forms_of_a_grpc_endpoint(endpoint, insecure, authority):
+    assert grpc_authority(endpoint, insecure=insecure) == authority
+
+
+async def test_nothing_listens_and_nothing_is_said_twice(tmp_path, caplog):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        telemetry = Telemetry.open(tmp_path, config([gateway(f"http://127.0.0.1:{holder.getsockname()[1]}")]))
+        record(telemetry, identity())
+        await until(lambda: telemetry.store.counters["export_failures"] >= 3)
+        await telemetry.close()
+    assert len([line for line in caplog.messages if "failed" in line]) == 1

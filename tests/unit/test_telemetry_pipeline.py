@@ -11,7 +11,7 @@ from clrk import __version__
 from clrk.core.ids import SandboxId
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry import pipeline
-from clrk.gateway.telemetry.pipeline import Telemetry, environment_target
+from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.spans import Component, Identity, SpanEvent, SpanKind, Status, StatusCode
 
@@ -181,31 +181,6 @@ async def test_seen_invocation_answers_at_once_for_what_was_just_recorded(teleme
     assert not telemetry.seen_invocation(who.invocation_id)
     record(telemetry, who)
     assert telemetry.seen_invocation(who.invocation_id)
-
-
-@pytest.mark.parametrize(
-    ("environment", "url"),
-    [
-        ({}, None),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, "http://c:4318/v1/traces"),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318/base/"}, "http://c:4318/base/v1/traces"),
-        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/in"}, "http://c/in"),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_SDK_DISABLED": "true"}, None),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_TRACES_EXPORTER": "none"}, None),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, None),
-    ],
-)
-def test_the_standard_variables_name_a_target(environment, url):
-    target = environment_target(environment)
-    assert (target.url if target else None) == url
-
-
-def test_headers_of_the_environment_are_read_and_never_shown():
-    target = environment_target(
-        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_HEADERS": "Authorization=Bearer%20t0p,x=y"}
-    )
-    assert dict(target.headers) == {"authorization": "Bearer t0p", "x": "y"}
-    assert "t0p" not in repr(target)
 
 
 async def test_close_twice_and_reconfigure_do_no_harm(tmp_path):

@@ -460,12 +460,13 @@ class CaptureBody(Model):
 
 
 class Otlp(Model):
-    """Where telemetry is exported, beside the embedded store."""
+    """Where telemetry is exported, beside the embedded store. Every OTLP server takes gzip."""
 
     endpoint: str
     protocol: Literal["http/protobuf", "grpc"] = "http/protobuf"
     headers: dict[str, str] = Field(default={}, repr=False)
     timeout: Annotated[Seconds, Field(gt=0)] = 10.0
+    compression: Literal["none", "gzip"] = "gzip"
     capture_body: CaptureBody | None = None
 
 
