@@ -20,7 +20,8 @@ class BoundedServer(web.Server):
     """A web.Server that serves max_connections at a time; others get 503 at once, so that descriptors are left.
 
     Shape: invocation_id names the answers to what is no HTTP; by default each gets a new id. handler_cancellation ends
-        a handler whose client has gone; auto_decompress undoes Content-Encoding before the handler reads.
+        a handler whose client has gone; auto_decompress undoes Content-Encoding before the handler reads. For
+        lingering_s the rest of a refused body is read, so that its sender gets to see the answer.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class BoundedServer(web.Server):
         keepalive_timeout: float,
         handler_cancellation: bool = True,
         auto_decompress: bool = True,
+        lingering_s: float = 10.0,
     ) -> None:
         super().__init__(
             handler, handler_cancellation=handler_cancellation, access_log=None, keepalive_timeout=keepalive_timeout,
-            auto_decompress=auto_decompress,
+            auto_decompress=auto_decompress, lingering_time=lingering_s,
         )  # fmt: skip
         self._max_connections = max_connections
         self.invocation_id = invocation_id

@@ -38,6 +38,7 @@ from clrk.gateway import run_spans
 from clrk.gateway._aio import spawn
 from clrk.gateway.control_client import ControlError, close_fds
 from clrk.gateway.metadata import MetadataService
+from clrk.gateway.otlp_receiver import AgentSink, OtlpReceiver
 from clrk.gateway.outcome import Outcome, Phase
 from clrk.gateway.output_log import LogAllowance, OutputLog, log_to_end
 from clrk.gateway.pipes import Pipe
@@ -73,8 +74,8 @@ class Egress(Protocol):
         """Accept on the run's sockets until the result is closed."""
 
 
-class TelemetrySink(Recorder, Protocol):
-    """Spans, log lines and invocation records."""
+class TelemetrySink(Recorder, AgentSink, Protocol):
+    """Spans, log lines and invocation records, and what agents' own SDKs report."""
 
     def record_log(self, identity: Identity, stream: str, line: bytes, time_ns: int) -> None:
         """Keep one line of output."""
@@ -254,7 +255,9 @@ class SandboxRun(ABC):
     async def _open(self, stack: contextlib.AsyncExitStack, started: Started, fds: list[int]) -> None:
         sockets, (stdin, stdout, stderr) = take_fds(fds)
         stack.callback(sockets.close)
-        self._serve_otlp(sockets)
+        receiver = OtlpReceiver(self.identity, self._telemetry)
+        stack.push_async_callback(receiver.close)
+        await receiver.serve(sockets.otlp)
         errors = Pipe(stderr)
         stack.callback(errors.close)
         self._use_stdio(stack, stdin, stdout)
@@ -268,10 +271,6 @@ class SandboxRun(ABC):
         stack.push_async_callback(metadata.close)
         await metadata.serve(sockets.metadata_v4, sockets.metadata_v6)
         self._log_until_closed(stack, "stderr", errors)
-
-    def _serve_otlp(self, sockets: SandboxSockets) -> None:
-        # No OTLP receiver in this version: an SDK that is pointed there is refused at once, not left waiting.
-        sockets.otlp.shutdown(socket.SHUT_RDWR)
 
     # --- output -----------------------------------------------------------------------------------------------------
 
