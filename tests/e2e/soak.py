@@ -315,7 +315,7 @@ def judge(
     for call, invocation in seen.seen.items():
         found = [span["attributes"].get("invocation.id") for span in calls.get(call, [])]
         verdict.expect(found == [invocation], f"call {call} of {invocation}: spans of {found}")
-        # A pooled connection that dies under a safe request: sent again once, and the one span says so (RFC 9110, 9.2.2).
+        # A pooled connection that dies under a safe request: sent again once, and its span says so (RFC 9110, 9.2.2).
         resent = [span["attributes"].get("http.request.resend_count", 0) for span in calls.get(call, [])]
         verdict.expect(
             resent == [seen.twice.count(call)], f"call {call}: resent {resent}, seen {seen.twice.count(call)}"
