@@ -43,6 +43,7 @@ from clrk.gateway.admin.page.views import PageSources
 from clrk.gateway.agent_states import AgentStates
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.control_client import ControlClient, ControlError, close_fds
+from clrk.gateway.daemons import Daemons
 from clrk.gateway.health import Health, RuntimeNews
 from clrk.gateway.http_server import BoundedServer
 from clrk.gateway.identity import Identities
@@ -134,7 +135,8 @@ class App:
             case Started() | Spawned() | StartFailed() | Exited() | Removed():
                 if self._parts is None:
                     raise ProtocolError("control_order", f"{type(message).__name__} before Configure")
-                self._parts.invocations.on_message(message, fds)
+                if not self._parts.daemons.on_message(message, fds):
+                    self._parts.invocations.on_message(message, fds)
 
     def on_gone(self, reason: str) -> None:
         """End: without the runtime there is nothing to serve."""
@@ -174,11 +176,14 @@ class App:
             )  # fmt: skip
             if self._draining:
                 self._parts.invocations.drain()
+                self._parts.daemons.drain()
         else:
             self._parts.reconfigure(config)
         self._news.take(message.generation)
         self._control.send(Ready(PROTOCOL_VERSION, message.generation))
-        _LOG.info("ready: generation %d, %d agents", message.generation, len(config.agents))
+        self._parts.daemons.reconfigure(config)  # from Ready on the runtime starts runs of this generation
+        count = len(config.agents) + len(config.daemons)
+        _LOG.info("ready: generation %d, %d agents", message.generation, count)
 
     def _configuration_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None and not self._over.done():
@@ -187,7 +192,9 @@ class App:
     async def _drain(self, then_exit: bool) -> None:
         if self._parts is not None:
             self._parts.invocations.drain()
+            self._parts.daemons.drain()
             await self._parts.invocations.idle()
+            await self._parts.daemons.idle()
             await self._parts.finish_answers(_DRAIN_ANSWERS_S)
             await self._parts.telemetry.flush()
         self._drained = True
@@ -251,7 +258,10 @@ class _Parts:
         self.ingress = Ingress(self.agents, self.invocations, telemetry, self.identities)
         self.scheduled = ScheduledRuns(self.agents, self.invocations, telemetry)
         self.scheduler = Scheduler(self.scheduled.fire, self._recall_fires)
-        self.states = AgentStates(self.invocations, lambda: news.counters.warm_agents, fires=self.scheduler)
+        self.daemons = Daemons(control, egress, telemetry)
+        self.states = AgentStates(
+            self.invocations, lambda: news.counters.warm_agents, fires=self.scheduler, daemons=self.daemons
+        )
         self.health = Health(news, telemetry, lambda: not self.invocations.draining)
         self._runners: list[web.BaseRunner] = []
 
@@ -267,6 +277,7 @@ class _Parts:
         news: RuntimeNews,
     ) -> _Parts:
         telemetry = Telemetry.open(state_dir, config)
+        telemetry.watch_host(lambda: news.counters)
         parts = cls(config, telemetry, make_egress(config, fds[ConfigureFd.FLOWS], telemetry), control, news)
         await parts._listen(fds, PageToken.of(state_dir))
         parts.scheduler.start(parts.agents.tasks())
@@ -289,7 +300,7 @@ class _Parts:
             recall=self.invocations.record,
             page_url=page_url(listen, token),
         )
-        health = build_health_app(lambda: not self.invocations.draining)
+        health = build_health_app(lambda: not self.invocations.draining, self.telemetry.render_prometheus)
         add_page(health, PageSources(self.telemetry.store, self.agents, self.states, self.health), token, listen[1])
         # A caller that goes away must cancel its handler: that is how its run is stopped.
         ingress = BoundedServer(self.ingress.handle, max_connections=_max_connections(), keepalive_timeout=_KEEPALIVE_S)
@@ -324,6 +335,7 @@ class _Parts:
             async with asyncio.timeout(timeout_s):
                 await self.ingress.idle()
                 await self.scheduled.idle()
+                await self.daemons.idle()
         except TimeoutError:
             _LOG.warning("answers to slow callers are cut off")
 
@@ -331,6 +343,7 @@ class _Parts:
         self.invocations.drain()
         await self.scheduler.close()
         self.invocations.abandon_all()
+        self.daemons.abandon_all()
         await self.finish_answers(_SHUTDOWN_S)
         for runner in self._runners:
             await runner.cleanup()

@@ -176,6 +176,7 @@ class SandboxResolver:
             return
         self._denied.add(name)
         now = time.time_ns()
+        parent = self._identity.call_context()
         self._recorder.record(
             self._identity,
             component=Component.GATEWAY,
@@ -190,6 +191,8 @@ class SandboxResolver:
                 attr.ERROR_TYPE: "name_not_allowed",
             },
             status=Status(StatusCode.ERROR, f"no rule allows {name}"),
+            parent_span_id=parent.span_id,
+            trace_id=parent.trace_id,
         )
 
     def _on_datagrams(self, udp: socket.socket) -> None:

@@ -40,17 +40,18 @@ class PostedAnswer:
 
 
 class MetadataService:
-    """Serves one invocation on the listeners of its sandbox."""
+    """Serves one run on the listeners of its sandbox. A daemon has no event: there is nothing to get or to answer."""
 
     def __init__(
         self,
-        event: Event,
+        event: Event | None,
         *,
         metadata_mode: bool,
         on_answer: Callable[[PostedAnswer], None],
         charge: Callable[[int], None],
     ) -> None:
         self._event = event
+        self._invocation_id = event.attributes["invocationid"] if event is not None else ""
         self._charge = charge
         self._metadata_mode = metadata_mode
         self._on_answer = on_answer
@@ -59,7 +60,7 @@ class MetadataService:
         self._http = BoundedServer(
             self._handle,
             max_connections=_MAX_CONNECTIONS,
-            invocation_id=lambda: event.attributes["invocationid"],
+            invocation_id=lambda: self._invocation_id,
             keepalive_timeout=60,
         )
         self._servers: list[asyncio.Server] = []
@@ -81,7 +82,7 @@ class MetadataService:
         try:
             return await self._route(request)
         except Problem as problem:
-            return problem.response(self._event.attributes["invocationid"])
+            return problem.response(self._invocation_id)
 
     async def _route(self, request: web.BaseRequest) -> web.StreamResponse:
         if "X-Forwarded-For" in request.headers:
@@ -102,20 +103,25 @@ class MetadataService:
                 raise Problem(404, "there are GET /v1/event and POST /v1/response")
 
     async def _get_event(self, request: web.BaseRequest) -> web.StreamResponse:
+        event = self._event
+        if event is None:
+            raise Problem(404, "a DaemonAgent is not invoked: there is no event")
         accept = ",".join(request.headers.getall("Accept", []))
-        if prefers_structured(accept, self._event.content_type):
-            return await _send(request, self._structured_event(), [("Content-Type", STRUCTURED_EVENT)])
-        return await _send(request, self._event.body, to_binary_headers(self._event))
+        if prefers_structured(accept, event.content_type):
+            return await _send(request, self._structured_event(event), [("Content-Type", STRUCTURED_EVENT)])
+        return await _send(request, event.body, to_binary_headers(event))
 
-    def _structured_event(self) -> bytes:
+    def _structured_event(self, event: Event) -> bytes:
         """Return the event's JSON: made once, since an agent may ask on many connections and read none of them."""
         if self._structured is None:
-            made = to_structured(self._event)
+            made = to_structured(event)
             self._charge(len(made))
             self._structured = made
         return self._structured
 
     async def _post_response(self, request: web.BaseRequest) -> web.Response:
+        if self._event is None:
+            raise Problem(409, "a DaemonAgent is not invoked: nobody waits for an answer")
         if not self._metadata_mode:
             raise Problem(409, "this agent's delivery mode is Stdin: the answer is what it writes to stdout")
         if self._answered:

@@ -28,14 +28,13 @@ class Problem(ClrkError):
         self.headers = dict(headers or {})
 
     def response(self, invocation_id: str) -> web.Response:
-        """Return the answer; it names the invocation in the header and in the body."""
+        """Return the answer; it names the invocation in the header and in the body. A daemon has none ("")."""
         title = HTTPStatus(self.status).phrase
         body = {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail}
-        return web.Response(
-            status=self.status,
-            body=json.dumps(body | {"invocation_id": invocation_id}).encode() + b"\n",
-            headers={"Content-Type": PROBLEM_TYPE, "X-Clrk-Invocation-ID": invocation_id, **SERVER} | self.headers,
-        )
+        headers = {"Content-Type": PROBLEM_TYPE, **SERVER} | self.headers
+        if invocation_id:
+            body["invocation_id"] = headers["X-Clrk-Invocation-ID"] = invocation_id
+        return web.Response(status=self.status, body=json.dumps(body).encode() + b"\n", headers=headers)
 
 
 async def read_body(

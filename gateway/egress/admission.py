@@ -84,9 +84,13 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> None:
 
 
 def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext:
-    """Find the span's parent: the agent's own span if it is of this trace, else the run."""
+    """Find the span's parent: the agent's own span if it is of the run's trace, else the run.
+
+    A daemon's calls have no trace in common: its own span is the parent, whatever its trace, else there is none.
+    """
     own = parse_trace_context(request.values("traceparent"), request.values("tracestate"))
-    run = way_out.spans.identity.context
-    parent = own if own is not None and own.trace_id == run.trace_id else run
-    call.parent_span_id = parent.span_id
-    return TraceContext(run.trace_id, call.span_id, parent.flags, parent.tracestate, run.baggage)
+    identity = way_out.spans.identity
+    run = identity.context
+    joins = own is not None and (not identity.invocation_id or own.trace_id == run.trace_id)
+    parent = way_out.spans.place(call, own if joins else None)
+    return TraceContext(parent.trace_id, call.span_id, parent.flags, parent.tracestate, run.baggage)

@@ -35,10 +35,12 @@ def status_of(code: str) -> int:
 def render_problem(
     status: int, reason: str, detail: str, *, invocation_id: str, hint: str = "", head_only: bool = False
 ) -> bytes:
-    """Return a whole response that ends the connection."""
+    """Return a whole response that ends the connection. A daemon has no invocation_id ("")."""
     title = HTTPStatus(status).phrase
     body: dict[str, object] = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    body |= {"reason": reason, "invocation_id": invocation_id}
+    body["reason"] = reason
+    if invocation_id:
+        body["invocation_id"] = invocation_id
     if hint:
         body["add_rule"] = hint
     content = json.dumps(body).encode() + b"\n"
