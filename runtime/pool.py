@@ -73,6 +73,7 @@ class SandboxPool:
             changed=lambda: self._changed, wake=self._wake,
         )  # fmt: skip
         self._helpers: list[asyncio.Task[None]] = []
+        self._leaving: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def start(self) -> None:
@@ -97,7 +98,9 @@ class SandboxPool:
         """
         agents = list(agents)
         self._warm.set_agents(agents)
-        self._states.keep_only(agents)
+        leaving = asyncio.create_task(asyncio.to_thread(self._states.keep_only, agents), name="unmount states")
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     def counts(self) -> dict[str, int]:
         """Return the number of sandboxes by state: made ahead, prepared for one agent, and in use."""
@@ -106,6 +109,10 @@ class SandboxPool:
     def warm_agents(self) -> dict[str, int]:
         """Return the number of prepared sandboxes by namespace/name of the agent, where there are any."""
         return self._warm.counts()
+
+    async def changed(self) -> None:
+        """Return at the next change of what `counts` and `warm_agents` say."""
+        await self._changed.wait()
 
     async def acquire(self, agent: Agent | None = None) -> Sandbox:
         """Return a sandbox that nobody used before: one prepared for the agent (`warm`), made ahead, or made now.
@@ -167,6 +174,7 @@ class SandboxPool:
         await asyncio.gather(*self._making, return_exceptions=True)
         self._ready.clear()
         results = await asyncio.gather(*(box.remove() for box in tuple(self._live.values())), return_exceptions=True)
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         await asyncio.to_thread(self._maker.close)
         await asyncio.to_thread(self._states.close)
         self._wake()

@@ -4,7 +4,8 @@ Theory of operation. Each agent has an ext4 image under the state folder, attach
 nowhere: the mount is an fd of the runtime, and each run gets another one of the same file system, in the mount
 namespace of its own sandbox. So there is no path by which the host, another agent, or root by mistake could walk into
 an agent's files, and nothing to unmount after a crash: the kernel does it with the last holder. Content comes into the
-image through the kernel's file system alone; no tool of the host ever parses it.
+image through the kernel's file system alone. The one tool that ever reads it is resize2fs, with the check that it asks
+for, when the limit was raised: without any capability, and while nothing is mounted.
 
 Runs that share a state do not overlap: a claim is held from before a run begins until all its processes are gone.
 """
@@ -12,7 +13,7 @@ Runs that share a state do not overlap: a claim is held from before a run begins
 from __future__ import annotations
 
 import asyncio
-import fcntl
+import errno
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ import stat
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +37,11 @@ _MIB: Final = 1 << 20
 _SMALL_MB: Final = 64  # below it, blocks of 1 KiB and the smallest journal
 _CLAIM_TIMEOUT_S: Final = 15.0  # the last run's removal takes less, or never ends
 _ROOM_BYTES: Final = 64 << 10  # with less, a run can not keep anything
-_EXT4_IOC_RESIZE_FS: Final = 0x40086610  # fs/ext4/ext4.h: _IOW('f', 16, __u64)
-_MKFS_PATH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
+_FREE_TIMEOUT_S: Final = 5.0  # sandboxes that were prepared before a reload are removed in less
+_TOOLS: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
+_NO_CAPABILITIES: Final = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--")
+_SUPERBLOCK_AT: Final = 1024  # fs/ext4/ext4.h, struct ext4_super_block: s_blocks_count_lo and s_log_block_size
+_SUPERBLOCK: Final = struct.Struct("<4xI16xI")
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -62,18 +67,30 @@ class StateClaim:
 
 @dataclass(slots=True)
 class _Volume:
-    """A mounted image. root is its top folder."""
+    """A mounted image. mount and root, its top folder, are -1 while it is not mounted."""
 
     path: Path
     image: int
     device: LoopDevice
-    mount: int
-    root: int
-    told_size_mb: int = 0
+    mount: int = -1
+    root: int = -1
+    size_mb: int = 0  # what the agent asked for, as far as it is done
+
+    def take(self) -> None:
+        """Mount. Raises: OSError."""
+        self.mount = mount_ext4(self.device.path)
+        self.root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.mount)
+
+    def leave(self) -> None:
+        """Unmount; other holders keep theirs. Idempotent."""
+        fds, self.mount, self.root = (self.root, self.mount), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
     def close(self) -> None:
-        for fd in (self.root, self.mount, self.image):
-            os.close(fd)
+        self.leave()
+        os.close(self.image)
         self.device.close()
 
 
@@ -109,14 +126,15 @@ class StateVolumes:
 
         Raises: HostError.
         """
-        device = self._open(agent).device.path
-        try:
-            return mount_ext4(device)
-        except OSError as exc:
-            raise HostError(f"state of {_name(agent)}: {exc.strerror}") from exc
+        with self._opening:
+            device = self._open(agent).device.path
+            try:
+                return mount_ext4(device)
+            except OSError as exc:
+                raise HostError(f"state of {_name(agent)}: {exc.strerror}") from exc
 
     def keep_only(self, agents: Iterable[Agent]) -> None:
-        """Unmount what no agent of these has, runs that still go aside; the images stay."""
+        """Unmount what no agent of these has, runs that still go aside; the images stay. Blocks."""
         wanted = {agent.key for agent in agents if isinstance(agent, TaskAgent) and agent.spec.state is not None}
         with self._opening:
             for key in self._volumes.keys() - wanted:
@@ -125,14 +143,18 @@ class StateVolumes:
                 volume.close()
 
     def close(self) -> None:
-        """Unmount everything. Idempotent."""
-        self.keep_only(())
+        """Unmount everything. Idempotent. Blocks."""
+        with self._opening:
+            for volume in self._volumes.values():
+                volume.close()
+            self._volumes.clear()
 
     def _check_room(self, agent: TaskAgent) -> None:
-        volume = self._open(agent)
         state = agent.spec.state
-        assert state is not None  # noqa: S101 - it was opened
-        status = os.fstatvfs(volume.root)
+        assert state is not None  # noqa: S101 - callers ask for agents with state only
+        with self._opening:
+            volume = self._open(agent)
+            status = os.fstatvfs(volume.root)
         if status.f_flag & os.ST_RDONLY:
             raise HostError(f"state of {_name(agent)}: errors in it; stop the runtime and run e2fsck -f {volume.path}")
         if status.f_bavail * status.f_frsize < _ROOM_BYTES or status.f_favail == 0:
@@ -142,29 +164,30 @@ class StateVolumes:
             )
 
     def _open(self, agent: TaskAgent) -> _Volume:
-        """Return the agent's volume, made at the first call, and of the size that the agent has now."""
+        """Return the agent's volume, made at the first call, and of the size that the agent has now. Call locked."""
         state = agent.spec.state
         assert state is not None  # noqa: S101 - callers ask for agents with state only
-        with self._opening:
+        try:
             volume = self._volumes.get(agent.key)
-            try:
-                if volume is None:
-                    namespace, name = agent.key
-                    path = self._folder / f"{namespace}.{name}.ext4"
-                    volume = self._volumes[agent.key] = _open_volume(path, state.size_limit_mb)
-                if volume.told_size_mb != state.size_limit_mb:
-                    _fit(volume, state.size_limit_mb)
-            except OSError as exc:
-                raise HostError(f"state of {_name(agent)}: {exc.strerror or exc}") from exc
-            return volume
+            if volume is None:
+                namespace, name = agent.key
+                volume = _open_image(self._folder / f"{namespace}.{name}.ext4", state.size_limit_mb)
+                self._volumes[agent.key] = volume
+            if volume.size_mb != state.size_limit_mb:
+                _fit(volume, state.size_limit_mb)
+            if volume.mount < 0:
+                volume.take()
+        except OSError as exc:
+            raise HostError(f"state of {_name(agent)}: {exc.strerror or exc}") from exc
+        return volume
 
 
 def _name(agent: TaskAgent) -> str:
     return "/".join(agent.key)
 
 
-def _open_volume(path: Path, size_mb: int) -> _Volume:
-    """Mount an image, made now if there is none.
+def _open_image(path: Path, size_mb: int) -> _Volume:
+    """Attach an image, made now if there is none.
 
     Raises: OSError, HostError.
     """
@@ -174,27 +197,19 @@ def _open_volume(path: Path, size_mb: int) -> _Volume:
         _make_image(path, size_mb)
     image = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        device = LoopDevice.attach(image)
-        try:
-            mount = mount_ext4(device.path)
-        except BaseException:
-            device.close()
-            raise
+        volume = _Volume(path, image, LoopDevice.attach(image))
     except BaseException:
         os.close(image)
         raise
-    root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
     if is_new:
-        os.rmdir("lost+found", dir_fd=root)  # e2fsck makes it anew when it needs it
-        os.fchmod(root, stat.S_IRWXU)
-    return _Volume(path, image, device, mount, root)
+        volume.take()
+        os.rmdir("lost+found", dir_fd=volume.root)  # e2fsck makes it anew when it needs it
+        os.fchmod(volume.root, stat.S_IRWXU)
+    return volume
 
 
 def _make_image(path: Path, size_mb: int) -> None:
     """Make a sparse image; it takes its name when it is complete."""
-    mkfs = shutil.which("mkfs.ext4", path=_MKFS_PATH)
-    if mkfs is None:
-        raise HostError("mkfs.ext4 is not installed; apt-get install e2fsprogs")
     block = 1024 if size_mb < _SMALL_MB else 4096
     draft = path.with_suffix(".new")
     draft.unlink(missing_ok=True)
@@ -204,12 +219,7 @@ def _make_image(path: Path, size_mb: int) -> None:
     finally:
         os.close(fd)
     options = ["-b", str(block), "-J", f"size={block // 1024}", "-m", "0", "-e", "remount-ro"]
-    owner = ["-E", f"root_owner={STATE_UID}:{STATE_UID}"]
-    command = [mkfs, "-q", "-F", *options, *owner, str(draft)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": _MKFS_PATH}, timeout=120)
-    if done.returncode != 0:
-        draft.unlink()
-        raise HostError(f"{' '.join(command)}: {done.stderr.strip()[:500]}")
+    _run_tool("mkfs.ext4", "-q", "-F", *options, "-E", f"root_owner={STATE_UID}:{STATE_UID}", str(draft))
     draft.rename(path)
 
 
@@ -219,18 +229,56 @@ def _image_bytes(size_mb: int, block: int) -> int:
 
 
 def _fit(volume: _Volume, size_mb: int) -> None:
-    """Grow a volume, mounted as it is. It never shrinks: the kernel can not do that while it is in use."""
-    block = os.fstatvfs(volume.root).f_frsize
-    size, wanted = os.fstat(volume.image).st_size, _image_bytes(size_mb, block)
-    if wanted < size:
+    """Grow a volume to its limit; no run has it now. One that is larger stays as it is: what is in it is the agent's.
+
+    Raises: OSError, HostError.
+    """
+    blocks, log_block = _SUPERBLOCK.unpack(os.pread(volume.image, _SUPERBLOCK.size, _SUPERBLOCK_AT))
+    block = 1024 << log_block
+    wanted = _image_bytes(size_mb, block)
+    if blocks * block < wanted:
+        volume.leave()
+        _wait_unmounted(volume.device.path)
+        os.ftruncate(volume.image, wanted)
+        volume.device.grow()
+        _run_tool("e2fsck", "-f", "-p", volume.device.path, accepted=(0, 1))
+        _run_tool("resize2fs", volume.device.path)
+    elif blocks * block > wanted:
         _LOG.warning(
             "state %s: it has %d MB and keeps them; for sizeLimitMB %d, save its files, stop the runtime and remove it",
-            volume.path, size // _MIB - block // 1024, size_mb,
+            volume.path, blocks * block // _MIB - block // 1024, size_mb,
         )  # fmt: skip
-    else:
-        if wanted > size:
-            os.ftruncate(volume.image, wanted)
-            volume.device.grow()
-        # Also when only the file has grown, before a crash; nothing happens when it fits.
-        fcntl.ioctl(volume.root, _EXT4_IOC_RESIZE_FS, struct.pack("=Q", wanted // block))
-    volume.told_size_mb = size_mb
+    volume.size_mb = size_mb
+
+
+def _wait_unmounted(device: str) -> None:
+    """Wait until nothing has the device mounted: an exclusive open is refused before.
+
+    Raises: HostError.
+    """
+    deadline_mono_s = time.monotonic() + _FREE_TIMEOUT_S
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as exc:
+            if exc.errno != errno.EBUSY or time.monotonic() > deadline_mono_s:
+                raise HostError(f"{device} is still in use: {exc.strerror}") from exc
+            time.sleep(0.01)  # in a thread; the kernel tells nobody
+        else:
+            return
+
+
+def _run_tool(name: str, *arguments: str, accepted: tuple[int, ...] = (0,)) -> None:
+    """Run a tool of e2fsprogs without capabilities: it is root only to open root's files.
+
+    Raises: HostError with what it said.
+    """
+    path = shutil.which(name, path=_TOOLS)
+    if path is None:
+        raise HostError(f"{name} is not installed; apt-get install e2fsprogs")
+    done = subprocess.run(
+        [*_NO_CAPABILITIES, path, *arguments],
+        capture_output=True, text=True, check=False, env={"PATH": _TOOLS}, timeout=600, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode not in accepted:
+        raise HostError(f"{name} {arguments[-1]}: {(done.stderr or done.stdout).strip()[:500]}")

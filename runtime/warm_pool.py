@@ -151,7 +151,12 @@ class WarmSandboxes:
                 await asyncio.sleep(_REFILL_DELAY_S)
                 if self._neediest() is not neediest:  # its turn may be over
                     continue
-            await self._prepare(neediest)
+            self.preparing += 1
+            try:
+                await self._prepare(neediest)
+            finally:
+                self.preparing -= 1
+                self._wake()
 
     async def drained(self) -> None:
         """Wait for removals that are on their way."""
@@ -174,7 +179,6 @@ class WarmSandboxes:
 
     async def _prepare(self, prepared: _AgentSet) -> None:
         sandbox: Sandbox | None = None
-        self.preparing += 1
         try:
             sandbox = await self._make()
             await sandbox.prepare(prepared.agent)
@@ -184,9 +188,6 @@ class WarmSandboxes:
             if sandbox is not None:
                 self._discard(sandbox)
             return
-        finally:
-            self.preparing -= 1
-            self._wake()
         if self._sets.get(prepared.agent.key) is not prepared:  # a reload has replaced it meanwhile
             self._discard(sandbox)
             return

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
-from clrk.core.resources import Agent, TemplateSpec
+from clrk.core.resources import Agent, TaskAgent, TemplateSpec
 from clrk.runtime.config.nodes import Path
 
 # The drop runs as root from /run/clrk, and the dynamic loader obeys files in /etc.
@@ -35,9 +35,28 @@ def find_bad_mounts(agent: Agent, agents: Iterable[Agent]) -> Iterator[tuple[Pat
             if _host_is_below(mount.host_path, folder):
                 text = f"inside {folder}, which agent {owner} may write: a link there would show any host path"
                 yield (*_TEMPLATE, "mounts", index, "hostPath"), text
+    yield from _find_bad_state(agent, template, writable)
     for owner, folder in writable:
         if _host_is_below(template.rootfs, folder) or _clean(template.rootfs) == _clean(folder):
             yield (*_TEMPLATE, "rootfs"), f"inside {folder}, which agent {owner} may write"
+
+
+def _find_bad_state(
+    agent: Agent, template: TemplateSpec, writable: Iterable[tuple[str, str]]
+) -> Iterator[tuple[Path, str]]:
+    """The state is writable too: what is mounted below it would be mounted through the agent's own files."""
+    state = agent.spec.state if isinstance(agent, TaskAgent) else None
+    if state is None:
+        return
+    target, field = _clean(state.mount_path), ("spec", "state", "mountPath")
+    if target == PurePosixPath("/") or target in _OURS or target.is_relative_to(_DROP_DIR):
+        yield field, f"{state.mount_path} is clrk's own in every sandbox; choose another"
+    for owner, folder in _behind(target, template, writable):
+        yield field, f"leads through {folder}, which agent {owner} may write: a link there would move the state"
+    for index, mount in enumerate(template.mounts):
+        if _clean(mount.path).is_relative_to(target):
+            text = f"lies in spec.state.mountPath {state.mount_path}, which the agent may write; choose another"
+            yield (*_TEMPLATE, "mounts", index, "path"), text
 
 
 def _behind(
