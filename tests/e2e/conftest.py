@@ -57,6 +57,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dia
         agent("sleepy", ["/bin/sleep", "3600"], timeout="1s"),
         agent("single", [*python, RUN_PYTHON], maxConcurrent=1),
         agent("teapot", [*python, FETCH_AND_RUN], delivery={"mode": "Metadata"}),
+        agent("whole", [*python, RUN_PYTHON], streaming={"enabled": False}),
+        agent("leapling", ["/bin/true"], schedule="0 0 29 2 *", scheduleInput={"report": "leap day"}),
     ]  # fmt: skip
     running = Daemon(tmp_path_factory.mktemp("daemon"), f"e2e{os.getpid() % 100_000}", documents)
     running.start()
