@@ -206,7 +206,8 @@ class StoreWriter(threading.Thread):
         applied = Position(*(connection.execute(schema.SELECT_APPLIED).fetchone() or (0, 0)))
         recovery = Recovery(self._journal, self.counters)
         for items, position in recovery.batches(applied, _BATCH):
-            if not self._write(items, position):
+            # No segment is deleted yet: what had begun in it is not in the store before `lost` is.
+            if not self._file.write(items, position):
                 return False
             self.counters["journal_replayed"] += len(items)
         lost = recovery.lost(connection)

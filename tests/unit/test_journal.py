@@ -19,12 +19,14 @@ from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry import journal as journal_module
 from clrk.gateway.telemetry import query
-from clrk.gateway.telemetry.items import CursorItem, LogItem, SpanItem, encode
+from clrk.gateway.telemetry import writer as writer_module
+from clrk.gateway.telemetry.items import BeginItem, CursorItem, LogItem, SpanItem, encode
 from clrk.gateway.telemetry.journal import Journal, Position
 from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import Component, SpanKind, SpanRecord, StatusCode
 from clrk.gateway.telemetry.store import TraceStore
+from clrk.gateway.telemetry.store_file import StoreFile
 from clrk.gateway.telemetry.writer import StoreWriter
 
 HERE = Path(__file__).parent
@@ -165,13 +167,38 @@ async def test_a_second_recovery_adds_nothing(tmp_path):
     assert store.counters["journal_replayed"] == 0
 
 
+async def test_a_gateway_that_dies_while_it_recovers_leaves_what_had_begun_to_the_next(tmp_path, monkeypatch):
+    writer = StoreWriter(tmp_path / "traces.db", retention_s=1e6, max_file_bytes=2**40, on_commit=lambda: None)
+    begun = SpanRecord("a" * 32, "b" * 16, "", "begun", SpanKind.CLIENT, time.time_ns(), 0)
+    assert writer.begin(BeginItem(begun, "default/default"))
+    journaled(tmp_path)  # a second life, with a second segment
+    monkeypatch.setattr(writer_module, "_BATCH", 1)
+    written, write = [], StoreFile.write
+
+    def write_five(file, batch, applied=None):
+        written.append(batch)
+        if len(written) > 5:
+            raise SystemExit  # what a thread ends of without a word: it is gone, as with the process
+        return write(file, batch, applied)
+
+    monkeypatch.setattr(StoreFile, "write", write_five)
+    third = StoreWriter(tmp_path / "traces.db", retention_s=1e6, max_file_bytes=2**40, on_commit=lambda: None)
+    third.start()
+    third.join()
+    monkeypatch.undo()
+    store = await reopened(tmp_path)
+    assert rows(store.path, "SELECT count(*) FROM logs") == [(10,)]
+    (document,) = (msgspec.json.decode(row[0]) for row in rows(store.path, "SELECT json FROM spans"))
+    assert (document["name"], document["attributes"]["error.type"]) == ("begun", "gateway_lost")
+    assert len(list((tmp_path / "journal").iterdir())) <= 1
+
+
 def journaled(tmp_path, count=10):
     """Leave a journal as a process that was killed does, with `count` lines that are not in the store."""
     writer = StoreWriter(tmp_path / "traces.db", retention_s=1e6, max_file_bytes=2**40, on_commit=lambda: None)
     for number in range(count):
         assert writer.put(LogItem("i", "default", "a", "stdout", time.time_ns(), b"line %d" % number))
-    (segment,) = (tmp_path / "journal").iterdir()
-    return segment
+    return max((tmp_path / "journal").iterdir())
 
 
 async def lines(tmp_path):
