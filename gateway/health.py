@@ -53,6 +53,14 @@ class Health:
         )
 
     async def _exporters(self) -> list[ExporterHealth]:
-        store = self._telemetry.store
-        last = await store.last_seq()
-        return [ExporterHealth(name, "", last - seq) for name, seq in sorted((await store.cursors()).items())]
+        return [
+            ExporterHealth(
+                name=f"{one.name} {one.signal}",
+                endpoint=one.endpoint,
+                behind=one.behind,
+                failing_since_ns=one.failing_since_ns,
+                error=one.last_error,
+                dropped=one.dropped,
+            )
+            for one in await self._telemetry.export_status()
+        ]

@@ -6,6 +6,7 @@ Listings are `{"items": […]}`, streams are NDJSON, errors are problem+json (RF
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -72,8 +73,13 @@ def build_admin_app(
     return app
 
 
-def build_health_app(ready: Callable[[], bool]) -> web.Application:
-    """Return the application for the TCP listener: it says whether we live and serve. The page is added to it."""
+def build_health_app(
+    ready: Callable[[], bool], metrics: Callable[[], tuple[bytes, str]] | None = None
+) -> web.Application:
+    """Return the application for the TCP listener: it says whether we live and serve, and what we measure.
+
+    Shape: metrics returns Prometheus text and its Content-Type; it is called in a thread. The page is added to it.
+    """
 
     async def healthz(_request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -84,6 +90,13 @@ def build_health_app(ready: Callable[[], bool]) -> web.Application:
     app = web.Application()
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
+    if metrics is not None:
+
+        async def metricsz(_request: web.Request) -> web.Response:
+            text, content_type = await asyncio.to_thread(metrics)
+            return web.Response(body=text, headers={"Content-Type": content_type})
+
+        app.router.add_get("/metrics", metricsz)
     return app
 
 

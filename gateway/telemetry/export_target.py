@@ -73,6 +73,14 @@ def grpc_authority(endpoint: str, *, insecure: bool = False) -> tuple[str, bool]
     return authority, parts.scheme == "https"
 
 
+def shown_endpoint(target: ExportTarget) -> str:
+    """Return where the target is, without what may be a secret in its URL."""
+    if target.protocol == "grpc":
+        return target.endpoint
+    parts = urlsplit(target.endpoint)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def gateway_targets(otlp: Otlp, ca_pem: str = "") -> Targets:
     """Return the targets of an EgressGateway's `otlp`; ca_pem is the text of its upstreamTLS.caFile."""
     return {signal: _gateway_target(otlp, ca_pem, signal) for signal in SIGNALS}

@@ -34,7 +34,8 @@ from clrk.gateway.telemetry.transport import Answer, Transport, Verdict
 _log = logging.getLogger(__name__)
 
 _MAX_ROWS: Final = 512
-_MIN_ROWS: Final = 32
+_FIRST_ROWS: Final = 16
+_PROBE_ROWS: Final = 32
 _MAX_BATCH_BYTES: Final = 2 * 2**20  # gRPC servers take 4 MiB unless told otherwise
 _PROBES: Final = 4
 _BATCH_DELAY_S: Final = 0.2  # rows of one invocation end together: send them together
@@ -117,7 +118,7 @@ class ExportTask:
         self._since_ns = time.time_ns()
         self._history_end = -1  # rows up to here may have ended before _since_ns
         self._cursor = 0
-        self._rows = _MIN_ROWS
+        self._rows = _FIRST_ROWS
         self._most = _MAX_ROWS  # rows of one request
         self._remark_at = 0.0
         self._unsaid = 0
@@ -190,7 +191,7 @@ class ExportTask:
             return
         size = sum(map(_size_bytes, page))
         batch, covered = self._select(page)
-        self._rows = max(_MIN_ROWS, self._rows // 2) if size > _MAX_BATCH_BYTES else min(_MAX_ROWS, self._rows * 2)
+        self._rows = max(1, self._rows // 2) if size > _MAX_BATCH_BYTES else min(_MAX_ROWS, self._rows * 2)
         if not batch or await self._deliver(batch):
             self._advance(covered)
 
@@ -245,7 +246,7 @@ class ExportTask:
     async def _probe_behind(self, row: Stored, answer: Answer) -> bool:
         """A single row got an error that may be its own fault: see whether the backend takes one of the next ones."""
         suspects = [(row, answer)]
-        for other in await self._store.after(self._signal, row.seq, _MIN_ROWS):
+        for other in await self._store.after(self._signal, row.seq, _PROBE_ROWS):
             if len(suspects) > _PROBES:
                 break
             if not self._is_mine(other):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from clrk.core.resources import GatewayConfig
 from clrk.gateway._aio import spawn
@@ -17,6 +17,7 @@ from clrk.gateway.telemetry.export_target import (
     environment_targets,
     gateway_targets,
     metric_interval_s,
+    shown_endpoint,
 )
 from clrk.gateway.telemetry.export_task import ExportTask, Progress
 from clrk.gateway.telemetry.metrics_meters import Metrics
@@ -45,6 +46,27 @@ class _Export:
     progress: Progress
     rows: ExportTask
     push: MetricsPush | None = None  # our own metrics, beside those of agents
+
+
+@dataclass(frozen=True, slots=True)
+class ExportStatus:
+    """How an exporter stands with a signal; holds no credentials.
+
+    Shape: behind counts the rows of the store that it has not passed, also those of others; sent and dropped those
+    that its backend took and refused for good since the start; failures are in a row. Units: failing_since_ns is
+    CLOCK_REALTIME, 0 while it works.
+    """
+
+    name: str
+    signal: Signal
+    endpoint: str
+    exported_seq: int
+    behind: int
+    sent: int
+    dropped: int
+    failures: int
+    failing_since_ns: int
+    last_error: str
 
 
 class Exporters:
@@ -129,8 +151,8 @@ class Exporters:
             for (name, signal), export in list(self._exports.items())
         ]
 
-    async def status(self) -> list[dict[str, Any]]:
-        """Return how each exporter stands with each signal, as `/v1/status` shows it."""
+    async def status(self) -> list[ExportStatus]:
+        """Return how each exporter stands with each signal."""
         last: dict[Signal, int] = {}
         for signal in SIGNALS:
             try:
@@ -162,19 +184,20 @@ def _first_of_each_backend(wanted: Mapping[str, Targets]) -> frozenset[str]:
     return frozenset(first.values())
 
 
-def _describe(export: _Export, last_seq: int | None) -> dict[str, Any]:
+def _describe(export: _Export, last_seq: int | None) -> ExportStatus:
     rows = export.progress
     both = [rows, *([export.push.progress] if export.push is not None else [])]
     failing = next((one for one in both if one.failures), rows)
     exported = rows.exported_seq or 0
-    return {
-        "name": rows.name,
-        "signal": rows.signal,
-        "exportedSeq": exported,
-        "behind": max(0, last_seq - exported) if last_seq is not None else None,
-        "sent": rows.sent,
-        "dropped": rows.refused,
-        "failures": failing.failures,
-        "failingSinceUnixNano": failing.failing_since_ns or None,
-        "lastError": failing.last_error or None,
-    }
+    return ExportStatus(
+        name=rows.name,
+        signal=rows.signal,
+        endpoint=shown_endpoint(export.target),
+        exported_seq=exported,
+        behind=max(0, last_seq - exported) if last_seq is not None else 0,
+        sent=rows.sent,
+        dropped=rows.refused,
+        failures=failing.failures,
+        failing_since_ns=failing.failing_since_ns,
+        last_error=failing.last_error,
+    )

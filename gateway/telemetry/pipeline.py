@@ -8,7 +8,7 @@ import math
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 from urllib.parse import unquote
 
 import msgspec
@@ -18,7 +18,7 @@ from clrk.core.ids import InvocationId, SpanId, TraceId, new_span_id
 from clrk.core.messages import Counters
 from clrk.core.resources import GatewayConfig
 from clrk.gateway.telemetry import attributes as attr
-from clrk.gateway.telemetry.exporters import Exporters
+from clrk.gateway.telemetry.exporters import Exporters, ExportStatus
 from clrk.gateway.telemetry.items import STREAM_OTLP, LogItem, MetricsItem
 from clrk.gateway.telemetry.metrics_meters import Metrics
 from clrk.gateway.telemetry.metrics_prometheus import render
@@ -244,8 +244,8 @@ class Telemetry:
         self.metrics.host.kernel = lambda: counters().values
         self.metrics.host.sandboxes = lambda: counters().sandboxes
 
-    async def export_status(self) -> list[dict[str, Any]]:
-        """Return how each exporter stands with each signal, for `/v1/status`; no credentials."""
+    async def export_status(self) -> list[ExportStatus]:
+        """Return how each exporter stands with each signal."""
         return await self._exporters.status()
 
     def render_prometheus(self) -> tuple[bytes, str]:

@@ -193,13 +193,24 @@ async def test_logs_of_an_agent_and_of_one_invocation(api, telemetry):
 
 
 async def test_status_shows_the_store_and_what_was_dropped(api, telemetry):
-    record_invocation(telemetry, identity())
     telemetry.store.set_cursor("default/default", "traces", 2)
-    document = await (await api.get("/v1/status")).json()
+    record_invocation(telemetry, identity())
+    await telemetry.flush()
+    endpoint = "http://user:hidden@127.0.0.1:1/?key=hidden"
+    telemetry.reconfigure(config([gateway(endpoint, headers={"authorization": "hidden"})]))
+    async with asyncio.timeout(10):
+        while not telemetry.store.counters["export_failures"]:
+            await asyncio.sleep(0.01)
+    response = await api.get("/v1/status")
+    document = await response.json()
     assert document["agents"] == 2
     assert document["store"]["counters"]["spans"] == 5
-    (exporter,) = document["exporters"]
-    assert (exporter["name"], exporter["behind"]) == ("default/default", 3)
+    logs, metrics, traces = document["exporters"]
+    assert (logs["name"], metrics["name"]) == ("default/default logs", "default/default metrics")
+    assert (traces["name"], traces["behind"]) == ("default/default traces", 3)
+    assert traces["endpoint"] == "http://127.0.0.1:1/v1/traces"
+    assert traces["failingSinceUnixNano"] > 0
+    assert "hidden" not in await response.text()
 
 
 async def test_a_store_that_can_not_be_read_is_503_and_the_rest_works(api, telemetry):

@@ -10,7 +10,7 @@ from clrk.core.messages import Counters
 
 @dataclass(frozen=True, slots=True)
 class ExporterHealth:
-    """One exporter. behind counts spans. Units: CLOCK_REALTIME nanoseconds, 0: it is not failing."""
+    """One signal of one exporter. behind counts rows of the store. Units: CLOCK_REALTIME nanoseconds, 0: it is not failing."""
 
     name: str
     endpoint: str
