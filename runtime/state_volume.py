@@ -177,8 +177,9 @@ class StateVolumes:
                 _fit(volume, state.size_limit_mb)
             if volume.mount < 0:
                 volume.take()
-        except OSError as exc:
-            raise HostError(f"state of {_name(agent)}: {exc.strerror or exc}") from exc
+        except (OSError, HostError) as exc:
+            said = exc.strerror if isinstance(exc, OSError) else str(exc)
+            raise HostError(f"state of {_name(agent)}: {said}") from exc
         return volume
 
 

@@ -338,7 +338,7 @@ class Streaming(Model):
 class State(Model):
     """A folder that outlives the run, one per agent. Runs that share it must not overlap: maxConcurrent is 1."""
 
-    size_limit_mb: Annotated[int, Field(alias="sizeLimitMB", ge=1, le=1_048_576)] = 100
+    size_limit_mb: Annotated[int, Field(alias="sizeLimitMB", ge=2, le=1_048_576)] = 100  # less holds no journal
     mount_path: Annotated[str, Field(pattern=r"^/")] = "/var/clrk/state"
 
 
