@@ -26,7 +26,6 @@ from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import Component, SpanKind, SpanRecord, StatusCode
 from clrk.gateway.telemetry.store import TraceStore
-from clrk.gateway.telemetry.store_file import StoreFile
 from clrk.gateway.telemetry.writer import StoreWriter
 
 HERE = Path(__file__).parent
@@ -173,18 +172,12 @@ async def test_a_gateway_that_dies_while_it_recovers_leaves_what_had_begun_to_th
     assert writer.begin(BeginItem(begun, "default/default"))
     journaled(tmp_path)  # a second life, with a second segment
     monkeypatch.setattr(writer_module, "_BATCH", 1)
-    written, write = [], StoreFile.write
-
-    def write_five(file, batch, applied=None):
-        written.append(batch)
-        if len(written) > 5:
-            raise SystemExit  # what a thread ends of without a word: it is gone, as with the process
-        return write(file, batch, applied)
-
-    monkeypatch.setattr(StoreFile, "write", write_five)
     third = StoreWriter(tmp_path / "traces.db", retention_s=1e6, max_file_bytes=2**40, on_commit=lambda: None)
-    third.start()
-    third.join()
+    writes = iter(range(5))
+    write = third._file.write
+    monkeypatch.setattr(third._file, "write", lambda *batch: next(writes, None) is not None and write(*batch))
+    assert third._recover_once(third._file.open()) is False
+    third._file.close()  # dead, with five of ten lines in the store
     monkeypatch.undo()
     store = await reopened(tmp_path)
     assert rows(store.path, "SELECT count(*) FROM logs") == [(10,)]
