@@ -123,6 +123,26 @@ async def test_trailers_are_accepted_and_never_delivered(ingress):
     assert b"smuggled" not in body
 
 
+@pytest.mark.parametrize(("limit", "value"), [("_BODY_IDLE_S", 0.1), ("_BODY_TOTAL_S", 0.3)])
+async def test_a_body_that_does_not_come_frees_its_slot(ingress, monkeypatch, limit, value):
+    """A byte now and then is no way to hold a slot for ever either."""
+    monkeypatch.setattr(f"clrk.gateway.ingress.{limit}", value)
+    reader, writer = await ingress.raw(head("POST /agents/one HTTP/1.1", "Content-Length: 1000"))
+
+    async def trickle():
+        while limit == "_BODY_TOTAL_S":
+            writer.write(b"x")
+            await asyncio.sleep(0.02)
+
+    sender = asyncio.create_task(trickle())
+    async with asyncio.timeout(10):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+    sender.cancel()
+    writer.close()
+    assert not ingress.runtime.app._parts.invocations.running("default", "one")
+    assert len(ingress.runtime.received) == 1
+
+
 # --- connections ------------------------------------------------------------------------------------------------------
 
 

@@ -214,3 +214,12 @@ async def test_connect_is_no_invocation(strict):
         assert (await reader.readline()).startswith(b"HTTP/1.1 501 ")
     writer.close()
     assert len(strict.runtime.received) == 1
+
+
+async def test_a_caller_without_a_token_need_not_send_its_body(strict):
+    request = b"POST /agents/secured HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+    reader, writer = await strict.raw(request)
+    async with asyncio.timeout(10):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+    writer.close()
+    assert len(strict.runtime.received) == 1
