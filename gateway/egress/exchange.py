@@ -10,6 +10,7 @@ turns out to be dead before any answer.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 from clrk.core.errors import ProtocolError
@@ -35,6 +36,7 @@ from clrk.gateway.egress.upload import AgentGoneError, Upload
 from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.interpret import ResponseHead
 from clrk.gateway.telemetry import attributes as attr
+from clrk.gateway.telemetry.spans import SpanEvent
 
 _REPEATABLE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 MAX_INTERIM: Final = 64  # responses before the final one: an endless row of them would be no answer, at full speed
@@ -55,6 +57,7 @@ class Exchange:
         self._continues = True  # the agent connection can carry another exchange
         self._open_ended = False  # the response ends with the connection
         self._sent_at = 0.0
+        self._capture = way_out.new_capture() if way_out.new_capture is not None else None
 
     async def run(self) -> bool:
         """Carry the exchange; return whether the agent connection can carry another. Records exactly one span."""
@@ -65,7 +68,9 @@ class Exchange:
             spans.denied(call, exc.reason, str(exc), exc.rule)
             self._answer(exc.status, exc.reason, str(exc), exc.hint)
             return False
-        upload = Upload(admitted, self._agent, call, self._exit.allowance)
+        upload = Upload(admitted, self._agent, call, self._exit.allowance, self._capture)
+        if self._capture is not None:
+            self._capture.request(self._request, admitted.body)
         try:
             await upload.prepare(self._exit.request_timeout_s)
             await self._carry(admitted, upload)
@@ -73,7 +78,7 @@ class Exchange:
             spans.denied(call, exc.reason, str(exc))
             self._answer(403, exc.reason, str(exc), exc.hint)
         except DialFailedError as exc:
-            spans.failed(call, exc.error_type, str(exc))
+            spans.failed(call, exc.error_type, str(exc), self._events())
             self._answer(502, exc.error_type, str(exc))
         except asyncio.CancelledError:
             self._record(admitted, "cancelled", "the run ended", complete=False)
@@ -85,6 +90,8 @@ class Exchange:
             return self._continues and upload.done
         finally:
             upload.close()
+            if self._capture is not None:
+                self._capture.close()
         return False
 
     async def _carry(self, admitted: Admitted, upload: Upload) -> None:
@@ -160,10 +167,14 @@ class Exchange:
         """Send the response to the agent as it comes; return whether the upstream connection can be used again."""
         if response.status == 101:
             self._status = response.status
+            if self._capture is not None:
+                self._capture.response(response, None)
             await self._switch(upstream, response)
             return False
         body = response_body(response, self._request.method)
         self._status = response.status
+        if self._capture is not None:
+            self._capture.response(response, body)
         interpreter = admitted.interpreter
         if interpreter is not None:
             interpreter.response_head(ResponseHead(response.status, response.headers), self._elapsed())
@@ -184,6 +195,8 @@ class Exchange:
                     body.eof()
                     break
             piece = body.feed(data)
+            if self._capture is not None and piece:
+                self._capture.response_data(piece)
             if interpreter is not None and piece:
                 piece = interpreter.response_data(piece, self._elapsed())
             self._push(pending, piece, chunked=chunked)
@@ -246,7 +259,7 @@ class Exchange:
             self._answer(504, kind, f"no answer within {self._exit.request_timeout_s:g} s from {admitted.target.label}")
         else:
             kind = f"bad_response_{exc.code}" if isinstance(exc, ProtocolError) else kind
-            self._exit.spans.failed(self._call, kind, message)
+            self._exit.spans.failed(self._call, kind, message, self._events())
             self._answer(502, kind, message)
 
     def _cut(self) -> None:
@@ -278,7 +291,12 @@ class Exchange:
             if not complete:
                 interpreter.response_end(complete=False)
             facts = interpreter.facts()
-        self._exit.spans.http(self._call, admitted.head, self._status, facts, error=error, message=message)
+        self._exit.spans.http(
+            self._call, admitted.head, self._status, facts, error=error, message=message, events=self._events()
+        )
+
+    def _events(self) -> Sequence[SpanEvent]:
+        return self._capture.events() if self._capture is not None else ()
 
     def _elapsed(self) -> float:
         return self._loop.time() - self._sent_at

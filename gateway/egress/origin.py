@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from clrk.core.wire import FlowRecord, IPAddress
+from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.record import Call, Destination, EgressSpans
 from clrk.gateway.egress.upstream import Upstream
 from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
@@ -19,7 +20,7 @@ Recognise = Callable[[RequestHead], Interpreter | None]
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """What the connections of one run share."""
+    """What the connections of one run share. new_capture is there where headers and bodies are to be kept."""
 
     policy: EgressPolicy
     upstream: Upstream
@@ -27,6 +28,7 @@ class Exit:
     recognise: Recognise
     request_timeout_s: float
     allowance: Allowance
+    new_capture: Callable[[], Capture] | None = None
     _open: dict[tuple[str | None, IPAddress | None, int], bool] = field(default_factory=dict)
 
     def is_open(self, name: str | None, address: IPAddress | None, port: int) -> bool:

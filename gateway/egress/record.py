@@ -6,14 +6,15 @@ interpreter; nothing is believed that the agent says about itself.
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from clrk.core.ids import SpanId, TraceId, new_span_id
 from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.interpret import Facts, RequestHead
+from clrk.gateway.redact import redact_url
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import (
     UNSET,
@@ -21,20 +22,16 @@ from clrk.gateway.telemetry.spans import (
     Component,
     Identity,
     Recorder,
+    SpanEvent,
     SpanKind,
     Status,
     StatusCode,
+    TraceContext,
 )
 
 MAX_URL_SIZE: Final = 4096
 _TCP: Final[dict[str, AttributeValue]] = {attr.NETWORK_TRANSPORT: "tcp"}
 _KNOWN_METHODS: Final = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY".split())
-# semconv 1.41.1, url.full: values of these are to be redacted; the second line is what LLM and tool APIs use.
-_SECRET_QUERY: Final = re.compile(
-    r"(^|&)((?:AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-(?:Signature|Credential|Security-Token)"
-    r"|key|api[_-]?key|(?:access_|refresh_|id_|auth_)?token|password|passwd|(?:client_)?secret|code)=)[^&]*",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +52,8 @@ class Destination:
 class Call:
     """One span in the making.
 
-    Shape: peer is the upstream that we connected to, None before that; trace_id None is the run's trace; begun says
-    that the store knows of the span already.
+    Shape: peer is the upstream that we connected to, None before that; trace_id None says that the place of the span in
+    a trace is not known yet; begun that the store knows of the span already.
     """
 
     flow: FlowRecord
@@ -82,8 +79,8 @@ def full_url(head: RequestHead) -> str:
     default = 443 if head.scheme == "https" else 80
     host = f"[{head.host}]" if ":" in head.host else head.host
     port = "" if head.port == default else f":{head.port}"
-    query = "?" + _SECRET_QUERY.sub(r"\1\2REDACTED", head.query) if head.query else ""
-    return f"{head.scheme}://{host}{port}{head.path}{query}"[:MAX_URL_SIZE]
+    target = f"{head.path}?{head.query}" if head.query else head.path
+    return f"{head.scheme}://{host}{port}{redact_url(target)}"[:MAX_URL_SIZE]
 
 
 def request_attributes(head: RequestHead) -> dict[str, AttributeValue]:
@@ -131,6 +128,7 @@ class EgressSpans:
         *,
         error: str | None = None,
         message: str = "",
+        events: Sequence[SpanEvent] = (),
     ) -> None:
         """One exchange that went upstream; status is None when no response came. call has request_attributes."""
         found: dict[str, AttributeValue] = {}
@@ -143,7 +141,7 @@ class EgressSpans:
         if error is None and status is not None and status >= 400:
             error = str(status)
         name = (facts.name if facts is not None else "") or http_span_name(head)
-        self._record(call, name, found, error, message)
+        self._record(call, name, found, error, message, events=events)
 
     def tcp(self, call: Call, error: str | None = None, message: str = "") -> None:
         """One tunnel."""
@@ -156,20 +154,28 @@ class EgressSpans:
             found[attr.CLRK_EGRESS_ROUTE] = rule
         self._record(call, attr.SPAN_EGRESS_DIAL_DENIED, found, reason, message)
 
-    def failed(self, call: Call, error: str, message: str) -> None:
+    def failed(self, call: Call, error: str, message: str, events: Sequence[SpanEvent] = ()) -> None:
         """The upstream could not be reached or did not answer."""
-        self._record(call, attr.SPAN_EGRESS_DIAL_FAILED, {}, error, message)
+        self._record(call, attr.SPAN_EGRESS_DIAL_FAILED, {}, error, message, events=events)
 
     def malformed(self, call: Call, code: str) -> None:
         """A connection that did not begin with the header that the kernel must have stamped."""
         found: dict[str, AttributeValue] = {attr.CLRK_PROXY_ERROR_CODE: code}
         self._record(call, attr.SPAN_EGRESS_PROXY_MALFORMED, found, code, f"stamp refused: {code}")
 
+    def place(self, call: Call, parent: TraceContext | None = None) -> TraceContext:
+        """Hang the span below parent, else where calls of this run hang; return that parent."""
+        context = parent or self.identity.call_context()
+        call.trace_id, call.parent_span_id = context.trace_id, context.span_id
+        return context
+
     def _begin(self, call: Call, name: str, found: dict[str, AttributeValue]) -> None:
         """Let the span outlive this process: what an upstream may see from now on has a span."""
         if call.begun:  # sent again on another connection
             return
         call.begun = True
+        if call.trace_id is None:
+            self.place(call)
         self._recorder.begin(
             self.identity,
             component=Component.GATEWAY,
@@ -182,7 +188,18 @@ class EgressSpans:
             attributes=_attributes(call, found),
         )
 
-    def _record(self, call: Call, name: str, found: dict[str, AttributeValue], error: str | None, message: str) -> None:
+    def _record(
+        self,
+        call: Call,
+        name: str,
+        found: dict[str, AttributeValue],
+        error: str | None,
+        message: str,
+        *,
+        events: Sequence[SpanEvent] = (),
+    ) -> None:
+        if call.trace_id is None:  # refused before anybody asked where it belongs
+            self.place(call)
         attributes = _attributes(call, found)
         if error is not None:
             attributes[attr.ERROR_TYPE] = error
@@ -195,6 +212,7 @@ class EgressSpans:
             end_ns=time.time_ns(),
             attributes=attributes,
             status=UNSET if error is None else Status(StatusCode.ERROR, message),
+            events=events,
             span_id=call.span_id,
             parent_span_id=call.parent_span_id,
             trace_id=call.trace_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -15,6 +16,7 @@ from clrk.gateway.ca import LeafIssuer
 from clrk.gateway.dns import SandboxResolver
 from clrk.gateway.egress.accept import Acceptor, EgressCounters
 from clrk.gateway.egress.addresses import AddressGuard
+from clrk.gateway.egress.capture import MAX_KEPT_BYTES, Capture
 from clrk.gateway.egress.flows import FlowMap, FlowSource
 from clrk.gateway.egress.origin import Exit, Recognise
 from clrk.gateway.egress.record import EgressSpans
@@ -89,6 +91,7 @@ class EgressService:
                 self._recognise or partial(recognise, allowance=allowance),
                 timeout_s,
                 allowance,
+                _new_capture(run.gateway),
             ),
             counters=self.counters,
         )
@@ -118,6 +121,13 @@ class EgressService:
         if gateway is None:
             return None
         return self._config.upstream_ca_pem.get(f"{gateway.metadata.namespace}/{gateway.metadata.name}")
+
+
+def _new_capture(gateway: EgressGateway | None) -> Callable[[], Capture] | None:
+    otlp = gateway.spec.otlp if gateway is not None else None
+    if otlp is None or otlp.capture_body is None:
+        return None
+    return partial(Capture, otlp.capture_body, Allowance(MAX_KEPT_BYTES))
 
 
 class RunEgress:

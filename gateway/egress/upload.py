@@ -7,6 +7,7 @@ from typing import Final
 from clrk.core.errors import ProtocolError
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted
+from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.http1 import render_chunk, render_head, render_last_chunk
 from clrk.gateway.egress.record import Call
@@ -22,8 +23,10 @@ class AgentGoneError(ConnectionError):
 class Upload:
     """Reads the body from the agent and writes the request to the upstream."""
 
-    def __init__(self, admitted: Admitted, agent: Channel, call: Call, allowance: Allowance) -> None:
-        self._admitted, self._agent, self._call = admitted, agent, call
+    def __init__(
+        self, admitted: Admitted, agent: Channel, call: Call, allowance: Allowance, capture: Capture | None = None
+    ) -> None:
+        self._admitted, self._agent, self._call, self._capture = admitted, agent, call, capture
         self._body = admitted.body
         self._allowance = allowance
         self._kept = 0  # bytes of the allowance
@@ -119,6 +122,8 @@ class Upload:
 
     def _feed(self, data: bytes) -> bytes:
         piece = self._body.feed(data)
+        if piece and self._capture is not None:
+            self._capture.request_data(piece)
         if self._body.done:
             self._agent.unread(self._body.rest)
         if piece and self._admitted.interpreter is not None and not self._collecting:

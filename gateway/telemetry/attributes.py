@@ -46,6 +46,14 @@ SPAN_EGRESS_DIAL_FAILED: Final = "egress.dial.failed"
 SPAN_EGRESS_DNS_DENIED: Final = "egress.dns.denied"
 SPAN_EGRESS_PROXY_MALFORMED: Final = "egress.proxy.malformed"
 
+# Events of egress spans, where captureBody asks for them; the names of bodies are ECS's, semconv has none.
+EVENT_HTTP_REQUEST_HEADERS: Final = "http.request.headers"
+EVENT_HTTP_REQUEST_BODY: Final = "http.request.body"
+EVENT_HTTP_RESPONSE_HEADERS: Final = "http.response.headers"
+EVENT_HTTP_RESPONSE_BODY: Final = "http.response.body"
+HTTP_REQUEST_BODY_CONTENT: Final = "http.request.body.content"
+HTTP_RESPONSE_BODY_CONTENT: Final = "http.response.body.content"
+
 
 def invoke_agent_span_name(agent_name: str) -> str:
     """Return the name of the run's span (semconv 1.41.1, gen-ai-agent-spans, invoke_agent)."""
@@ -87,6 +95,8 @@ CLRK_EGRESS_ROUTE: Final = "clrk.egress.route"
 CLRK_COST_USD: Final = "clrk.cost.usd"  # float
 CLRK_BODY_USAGE_VISIBLE: Final = "clrk.body.usage_visible"  # bool
 CLRK_BODY_REQUEST_REWRITTEN: Final = "clrk.body.request_rewritten"  # bool
+CLRK_BODY_TRUNCATED: Final = "clrk.body.truncated"  # bool: there was more than was captured
+CLRK_BODY_SKIPPED: Final = "clrk.body.skipped"  # why there is no content: encoding, binary or memory
 CLRK_TLS_CLIENT_REJECTED_CA: Final = "clrk.tls.client_rejected_ca"  # bool
 CLRK_TLS_INTERCEPTED: Final = "clrk.tls.intercepted"  # bool
 CLRK_PROXY_ERROR_CODE: Final = "clrk.proxy.error_code"
@@ -129,6 +139,10 @@ HTTP_REQUEST_METHOD_ORIGINAL: Final = http_attributes.HTTP_REQUEST_METHOD_ORIGIN
 HTTP_REQUEST_RESEND_COUNT: Final = http_attributes.HTTP_REQUEST_RESEND_COUNT  # int, only when sent again
 HTTP_RESPONSE_STATUS_CODE: Final = http_attributes.HTTP_RESPONSE_STATUS_CODE  # int
 HTTP_ROUTE: Final = http_attributes.HTTP_ROUTE
+HTTP_REQUEST_BODY_SIZE: Final = "http.request.body.size"  # int, as transferred
+HTTP_RESPONSE_BODY_SIZE: Final = "http.response.body.size"  # int, as transferred
+HTTP_REQUEST_HEADER_PREFIX: Final = http_attributes.HTTP_REQUEST_HEADER_TEMPLATE + "."  # string[]
+HTTP_RESPONSE_HEADER_PREFIX: Final = http_attributes.HTTP_RESPONSE_HEADER_TEMPLATE + "."  # string[]
 URL_FULL: Final = url_attributes.URL_FULL
 URL_PATH: Final = url_attributes.URL_PATH
 URL_QUERY: Final = url_attributes.URL_QUERY

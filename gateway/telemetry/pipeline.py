@@ -40,6 +40,8 @@ from clrk.gateway.telemetry.store import FILE_NAME, TraceStore
 _log = logging.getLogger(__name__)
 
 MAX_VALUE_CHARS: Final = 8192
+MAX_BODY_CHARS: Final = 5 * 2**20  # captureBody.maxBytes goes up to 4 MiB, and redacting may add to it
+_BODIES: Final = frozenset((attr.HTTP_REQUEST_BODY_CONTENT, attr.HTTP_RESPONSE_BODY_CONTENT))
 MAX_ATTRIBUTES: Final = 256
 MAX_LINE_BYTES: Final = 16_384
 MAX_LOG_BYTES: Final = 1024 * 1024  # per invocation
@@ -305,14 +307,14 @@ def clean_attributes(attributes: Attributes) -> dict[str, AttributeValue]:
                 if math.isfinite(value):
                     cleaned[key] = value
             case str():
-                cleaned[key] = _clean_text(value)
+                cleaned[key] = _clean_text(value, MAX_BODY_CHARS if key in _BODIES else MAX_VALUE_CHARS)
             case _:
                 cleaned[key] = [_clean_text(item) for item in value[:MAX_ATTRIBUTES]]
     return cleaned
 
 
-def _clean_text(text: str) -> str:
-    text = str(text)[:MAX_VALUE_CHARS]
+def _clean_text(text: str, limit: int = MAX_VALUE_CHARS) -> str:
+    text = str(text)[:limit]
     if text.isascii():
         return text
     return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates, as surrogateescape makes them

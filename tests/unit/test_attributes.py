@@ -37,8 +37,9 @@ def test_every_name_of_the_contract_has_a_constant():
 
 
 def test_constants_are_named_after_their_values_and_no_name_is_given_twice():
-    prefixes = ("SPAN_", "OPERATION_", "ERROR_TYPE_", "SCHEMA_URL", "AGENT_IDENTITY_PREFIX")
+    prefixes = ("SPAN_", "OPERATION_", "ERROR_TYPE_", "SCHEMA_URL", "EVENT_")
     names = {name: value for name, value in constants().items() if not name.startswith(prefixes)}
+    names = {name: value for name, value in names.items() if not name.endswith("_PREFIX")}
     assert len(set(names.values())) == len(names)
     for name, value in names.items():
         assert re.sub(r"[.]", "_", value).upper() == name

@@ -129,6 +129,7 @@ class Span:
     status: Status
     span_id: str | None
     parent_span_id: str | None
+    events: Sequence[SpanEvent] = ()
 
 
 class SpanList:
@@ -145,7 +146,9 @@ class SpanList:
         parent_span_id=None, trace_id=None,
     ) -> None:  # fmt: skip
         self.spans.append(
-            Span(name, kind, component, start_ns, end_ns, dict(attributes), status, span_id, parent_span_id)
+            Span(
+                name, kind, component, start_ns, end_ns, dict(attributes), status, span_id, parent_span_id, list(events)
+            )
         )
         self._news.set()
 

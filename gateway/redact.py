@@ -1,0 +1,239 @@
+"""Secrets out of what is shown: headers, URLs, and text that programs wrote to each other. Pure.
+
+Works on assembled text, never on pieces of it, so that no secret hides on the border of two chunks. Where the text
+itself was cut, what touches the cut goes too: it may be half of a secret that no pattern knows any more.
+
+Theory of operation: agents choose the text, and the event loop that all sandboxes share waits for us. So places are
+found by plain search for a few words and prefixes, patterns are only matched there, and what a match took, or looked
+through in vain, is not looked at again. What is found is a list of spans, replaced in one go.
+
+Known limit: a secret that its sender spread over several messages (a model that streams it word by word) is text like
+any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+REDACTED: Final = "[redacted]"
+REDACTED_IN_URL: Final = "REDACTED"  # semconv 1.41.1, url.full
+_EDGE_BYTES: Final = 4096
+
+_Span = tuple[int, int]
+
+# --- headers --------------------------------------------------------------------------------------------------------
+
+_SECRET_HEADERS: Final = frozenset(("cookie", "set-cookie", "cookie2", "set-cookie2", "authentication-info"))
+# Last words of names. Plural tokens are a count everywhere; an idempotency key or a session opens nothing.
+_SECRET_HEADER: Final = re.compile(
+    r"(?:^|[-_.])(?:auth|authorization|token|jwt|secret|password|passwd|passphrase|signature|credentials?"
+    r"|(?:api|access|private|secret|auth|subscription|functions|account|client|master|admin)[-_]?key|apikey)$"
+    r"|^x-.*-(?:key|secret)$"
+)
+
+# --- what begins with a prefix of its own: prefix → what has to follow -----------------------------------------------
+
+_SHAPES: Final = {
+    prefix.encode(): re.compile(pattern)
+    for prefix, pattern in {
+        "sk-": rb"[A-Za-z0-9_-]{8,}",  # Anthropic, OpenAI and many that took after them
+        **dict.fromkeys(("sk_live_", "sk_test_", "rk_live_", "rk_test_"), rb"[A-Za-z0-9]{8,}"),  # Stripe
+        "whsec_": rb"[A-Za-z0-9+/=]{8,}",
+        **dict.fromkeys(("AKIA", "ASIA"), rb"[A-Z0-9]{12,}"),  # AWS
+        "AIza": rb"[A-Za-z0-9_-]{20,}",  # Google
+        "ya29.": rb"[A-Za-z0-9_-]{8,}",
+        **dict.fromkeys(("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), rb"[A-Za-z0-9]{8,}"),  # GitHub
+        "github_pat_": rb"[A-Za-z0-9_]{8,}",
+        "glpat-": rb"[A-Za-z0-9_-]{8,}",
+        **dict.fromkeys([f"xox{letter}-" for letter in "abceoprs"], rb"[A-Za-z0-9-]{6,}"),  # Slack
+        "xapp-": rb"[A-Za-z0-9-]{6,}",
+        **dict.fromkeys(("hf_", "npm_", "gsk_", "xai-"), rb"[A-Za-z0-9]{16,}"),
+        "pypi-": rb"[A-Za-z0-9_-]{16,}",
+    }.items()
+}
+_KEY_BEGIN: Final = re.compile(rb"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_END: Final = re.compile(rb"-----END [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")
+_TOKEN_RUN: Final = re.compile(rb"[A-Za-z0-9_.-]+")
+
+# --- what has a name ------------------------------------------------------------------------------------------------
+
+_WORDS: Final = (
+    b"password", b"passwd", b"passphrase", b"passcode", b"secret", b"token", b"authorization", b"credential",
+    b"cookie", b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key", b"access-key", b"privatekey",
+    b"private_key", b"private-key", b"authkey", b"auth_key", b"auth-key",
+)  # fmt: skip
+# Behind such a word: `": "value"`, the quotes escaped or not (JSON inside JSON), whatever the value is; `=value`;
+# `: value`. Plural tokens are a count.
+_NAMED: Final = re.compile(
+    rb"(?:(?<!token)s|[_-]?(?:key|value|id|hash)){0,2}(?:"
+    rb"(\\{0,8}[\"'])\s{0,64}:\s{0,64}"
+    rb"(?:\1(.*?)(?:(?<!\\)\1|\Z)|(\[[^\]]*\]?)|(\{[^}]*\}?)|(?!true\b|false\b|null\b)([^\s,}\]\"'\[{]+))"
+    rb"|(?:=|%3d)\\{0,8}[\"']?([^\s&\"'<>\\;,]+)"
+    rb"|:[ \t]{0,8}([^\s\"'\\,}\]]+))",
+    re.IGNORECASE | re.DOTALL,
+)
+_LINE_WORDS: Final = frozenset((b"authorization", b"cookie"))
+_LINE: Final = re.compile(rb"[ \t]{0,8}:[ \t]{0,8}([^\r\n\"'\\]+)")
+_URL_WORDS: Final = (b"key=", b"sig=", b"code=", b"signature=")  # too common to be secrets elsewhere
+_URL_VALUE: Final = re.compile(rb"[^\s&\"'<>\\#;]+")
+_SCHEMES: Final = (b"bearer", b"basic")
+_CREDENTIALS: Final = re.compile(rb"(?:\s|%20|\+){1,4}([A-Za-z0-9._~+/=-]{8,})")
+_USERINFO: Final = re.compile(rb"[^\s/?#@\"'<>\\]{1,512}(?=@)")
+# The end of a line, or of a member of a JSON object: a name that was cut off has its value before it.
+_WHOLE_AGAIN: Final = re.compile(rb"(?<!:)\n|(?<!\\)[\"'\]}]\s{0,64}[,}]")
+_EDGE_RUN: Final = re.compile(rb"[^\s\"'<>,{}\[\]()]*")
+
+
+def is_secret_header(name: str) -> bool:
+    """Say whether a header's value is never to be shown; name in any case."""
+    lower = name.lower()
+    return lower in _SECRET_HEADERS or _SECRET_HEADER.search(lower) is not None
+
+
+def redact_headers(headers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the values of each header by its lower-case name, in order, without secrets."""
+    found: dict[str, list[str]] = {}
+    for name, value in headers:
+        shown = REDACTED if is_secret_header(name) else redact_text(value)
+        found.setdefault(name.lower(), []).append(shown)
+    return found
+
+
+def redact_url(url: str) -> str:
+    """Return a URL, or the path and query of one, without credentials, as semconv asks for url.full."""
+    raw = url.encode("utf-8", "replace")
+    return _replace(raw, _find_secrets(raw), REDACTED_IN_URL)
+
+
+def redact_text(text: str, *, cut_start: bool = False, cut_end: bool = False) -> str:
+    """Return text without what looks like a secret.
+
+    Shape: cut_start and cut_end say that there was more before and behind it.
+    Cost: about 1 ms for 64 KiB, a few times that for what is made to be slow.
+    """
+    raw = text.encode("utf-8", "replace")
+    spans = list(_find_secrets(raw))
+    if cut_start:
+        spans.append((0, _start_edge(raw)))
+    if cut_end:
+        spans.append((_end_edge(raw), len(raw)))
+    return _replace(raw, spans, REDACTED)
+
+
+def _replace(raw: bytes, spans: Iterable[_Span], instead: str) -> str:
+    """Return raw as text, with each span, or run of overlapping ones, replaced."""
+    pieces: list[bytes] = []
+    at = 0
+    for start, end in sorted(span for span in spans if span[1] > span[0]):
+        if start > at or not pieces:
+            pieces += (raw[at:start], instead.encode())
+        at = max(at, end)
+    pieces.append(raw[at:])
+    return b"".join(pieces).decode("utf-8", "replace")
+
+
+def _find_secrets(raw: bytes) -> Iterator[_Span]:
+    lower = raw.lower()  # of ASCII alone, so that places stay the same
+    yield from _private_keys(raw)
+    for prefix, rest in _SHAPES.items():
+        for found in _matches_behind(raw, raw, prefix, rest, _begins_word):
+            yield found.start() - len(prefix), found.end()
+    yield from _tokens(raw)
+    yield from _named_values(raw, lower)
+    for scheme in _SCHEMES:
+        yield from (found.span(1) for found in _matches_behind(raw, lower, scheme, _CREDENTIALS))
+    for word in _URL_WORDS:
+        yield from (found.span() for found in _matches_behind(raw, lower, word, _URL_VALUE, _in_query))
+    yield from (found.span() for found in _matches_behind(raw, raw, b"://", _USERINFO))
+
+
+def _matches_behind(
+    raw: bytes,
+    searched: bytes,
+    word: bytes,
+    pattern: re.Pattern[bytes],
+    allowed: Callable[[bytes, int], bool] | None = None,
+) -> Iterator[re.Match[bytes]]:
+    """Match the pattern behind each place of the word that allowed() lets through; places in a match are passed over.
+
+    Shape: searched is raw or its lower case. The pattern fails early, or not at all.
+    """
+    done = 0
+    for start in _places(searched, word):
+        if start < done or (allowed is not None and not allowed(searched, start)):
+            continue
+        if found := pattern.match(raw, start + len(word)):
+            done = found.end()
+            yield found
+
+
+def _places(raw: bytes, word: bytes) -> Iterator[int]:
+    at = raw.find(word)
+    while at >= 0:
+        yield at
+        at = raw.find(word, at + len(word))
+
+
+def _private_keys(raw: bytes) -> Iterator[_Span]:
+    done = 0
+    for start in _places(raw, b"-----BEGIN "):
+        if start >= done and _KEY_BEGIN.match(raw, start):
+            end = _KEY_END.search(raw, start)
+            done = end.end() if end is not None else len(raw)
+            yield start, done
+
+
+def _tokens(raw: bytes) -> Iterator[_Span]:
+    """JWS and JWE: base64url of `{"`, then dots."""
+    done = 0
+    for start in _places(raw, b"eyJ"):
+        if start >= done and (found := _TOKEN_RUN.match(raw, start)):
+            done = found.end()
+            if b"." in found[0]:
+                yield start, done
+
+
+def _named_values(raw: bytes, lower: bytes) -> Iterator[_Span]:
+    done = 0
+    for start, word in sorted((start, named) for named in _WORDS for start in _places(lower, named)):
+        if start < done:
+            continue
+        if word in _LINE_WORDS and (line := _LINE.match(raw, start + len(word))):
+            done = line.end(1)
+            yield line.span(1)
+        elif found := _NAMED.match(raw, start + len(word)):
+            done = found.end()
+            yield found.span(found.lastindex or 0)  # the one group that holds the value
+
+
+def _begins_word(raw: bytes, start: int) -> bool:
+    return start == 0 or not raw[start - 1 : start].isalnum()
+
+
+def _in_query(lower: bytes, start: int) -> bool:
+    """Say whether a parameter begins here, or ends with this word; `&` may be escaped for HTML or JSON."""
+    before = lower[max(0, start - 1) : start]
+    if before in (b"-", b"_"):
+        return lower.startswith((b"key=", b"signature="), start)  # a country_code is no secret
+    return before in (b"?", b"&", b";") or lower[max(0, start - 6) : start] == b"\\u0026"
+
+
+def _start_edge(raw: bytes) -> int:
+    """Return where the text is whole again: behind a line or a member, and behind a private key's last line."""
+    after = 0
+    if (key := _KEY_END.search(raw)) is not None and b"-----BEGIN " not in raw[: key.start()]:
+        after = key.end()
+    if (end := _WHOLE_AGAIN.search(raw, after, after + _EDGE_BYTES)) is not None:
+        return end.end() - 1
+    if raw.find(b'"', after, after + _EDGE_BYTES) >= 0:  # the value of a name that we do not see may go on
+        return min(len(raw), after + _EDGE_BYTES)
+    run = _EDGE_RUN.match(raw, after, after + _EDGE_BYTES)
+    return run.end() if run is not None else after
+
+
+def _end_edge(raw: bytes) -> int:
+    """Return where the word begins that the cut goes through."""
+    run = _EDGE_RUN.match(raw[: -_EDGE_BYTES - 1 : -1])
+    return len(raw) - (run.end() if run is not None else 0)
