@@ -27,6 +27,7 @@ def build_gateway_config(resources: Resources, authority: HostCa) -> GatewayConf
         jwks_files=dict(resources.jwks_files),
         host_addresses=list_host_addresses(),
         environment={name: value for name, value in os.environ.items() if name.startswith("OTEL_")},
+        environment_files=dict(resources.environment_files),
     )
 
 

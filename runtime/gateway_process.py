@@ -22,8 +22,9 @@ from clrk.runtime.gateway_view import bwrap_arguments
 
 _LOG: Final = logging.getLogger(__name__)
 _MODULE: Final = "clrk.gateway.main"
-# What an operator may set for the gateway: exporters (CONTRACT section 13), resolver and TLS trust, logging.
-_PASSED_PREFIXES: Final = ("OTEL_", "CLRK_GATEWAY_")
+# What an operator may set for the gateway: resolver and TLS trust, logging. OTEL_* goes with the configuration: in the
+# process's own environment, libraries would read it, and send an exporter's credentials with other requests.
+_PASSED_PREFIXES: Final = ("CLRK_GATEWAY_",)
 _PASSED_NAMES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR", "TZ", "PYTHONASYNCIODEBUG")
 _MAX_DELAY_S: Final = 30.0
 _STABLE_S: Final = 10.0

@@ -6,7 +6,6 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 from cryptography import x509
 
@@ -26,6 +25,7 @@ from clrk.core.resources import (
 )
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import nearest
+from clrk.runtime.config.exporters import check_otlp, read_environment_files
 from clrk.runtime.config.mounts import find_bad_mounts
 from clrk.runtime.config.nodes import Path
 
@@ -41,7 +41,7 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
     secrets = {one.key: _read_secret(one, spec, environ, problems) for one, spec in _pairs(unique, Secret)}
     upstream_ca_pem = {}
     for one, gateway in _pairs(unique, EgressGateway):
-        _check_otlp(one, gateway, problems)
+        check_otlp(one, gateway, problems)
         if (pem := _read_ca(one, gateway, problems)) is not None:
             upstream_ca_pem["/".join(one.key)] = pem
     tasks, daemons = _of_kind(unique, TaskAgent), _of_kind(unique, DaemonAgent)
@@ -62,6 +62,7 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
         secrets=secrets,
         upstream_ca_pem=upstream_ca_pem,
         jwks_files=_read_key_sets(unique, problems),
+        environment_files=read_environment_files(environ, problems),
     )
 
 
@@ -191,19 +192,6 @@ def _check_gateway(one: Declared, path: Path, name: str, gateways: Mapping[Key, 
     if (namespace, name) not in gateways and ("EgressGateway", namespace, name) not in problems.broken:
         names = [other for space, other in gateways if space == namespace]
         problems.add_at(one, path, f"no EgressGateway {name!r} in namespace {namespace!r}{nearest(name, names)}")
-
-
-def _check_otlp(one: Declared, gateway: EgressGateway, problems: Problems) -> None:
-    if gateway.spec.otlp is None:
-        return
-    try:
-        url = urlsplit(gateway.spec.otlp.endpoint)
-        valid = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
-    except ValueError:
-        valid = False
-    if not valid:
-        text = "not a URL; write for example http://127.0.0.1:4318"
-        problems.add_at(one, ("spec", "otlp", "endpoint"), text)
 
 
 def _read_ca(one: Declared, gateway: EgressGateway, problems: Problems) -> str | None:

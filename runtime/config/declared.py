@@ -19,7 +19,8 @@ class Resources:
 
     Shape: keys are (namespace, name); secrets holds plain values and must never be printed or passed on whole;
         upstream_ca_pem maps `namespace/name` of an EgressGateway to PEM text;
-        jwks_files maps the file of a JwtExtractor to its text.
+        jwks_files maps the file of a JwtExtractor to its text;
+        environment_files maps the paths in OTEL_EXPORTER_OTLP_*CERTIFICATE and *CLIENT_KEY to their text.
     """
 
     runtime: RuntimeSpec
@@ -30,6 +31,7 @@ class Resources:
     secrets: Mapping[Key, Mapping[str, str]] = field(repr=False)
     upstream_ca_pem: Mapping[str, str] = field(repr=False)
     jwks_files: Mapping[str, str] = field(repr=False)
+    environment_files: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def with_runtime(self, runtime: RuntimeSpec) -> Resources:
         """Return these resources with another Runtime."""

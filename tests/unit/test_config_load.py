@@ -520,6 +520,37 @@ def test_otlp_endpoint(tmp_path, endpoint):
     ]
 
 
+@pytest.mark.parametrize("endpoint", ["localhost:4317", "[::1]:4317", "http://x:4317", "https://x"])
+def test_otlp_endpoint_of_grpc(tmp_path, endpoint):
+    (tmp_path / "g.yaml").write_text(GATEWAY + f"spec: {{otlp: {{protocol: grpc, endpoint: '{endpoint}'}}}}\n")
+    assert load([tmp_path], {}).gateways["default", "default"].spec.otlp.endpoint == endpoint
+
+
+@pytest.mark.parametrize("endpoint", ["localhost", "x:0", "x:99999", "ftp://x", "unix:///tmp/s", "dns:///x:1", ""])
+def test_bad_otlp_endpoint_of_grpc(tmp_path, endpoint):
+    assert problems_of(tmp_path, GATEWAY + f"spec: {{otlp: {{protocol: grpc, endpoint: '{endpoint}'}}}}\n") == [
+        "4: EgressGateway/default: spec.otlp.endpoint: not a URL; write for example http://127.0.0.1:4317,"
+        " or host:4317 for TLS"
+    ]
+
+
+def test_headers_that_no_request_can_carry_are_refused_without_showing_their_values(tmp_path):
+    spec = 'spec: {otlp: {endpoint: "http://x", headers: {"a b": c, ok: v, auth: "s3cret\\r\\nx: y"}}}\n'
+    problems = problems_of(tmp_path, GATEWAY + spec)
+    assert [problem.split("headers", 1)[1] for problem in problems] == [
+        ".a b: 'a b' can not be the name of a header",
+        ".auth: the value holds a line break, or a character that no header can carry",
+    ]
+
+
+def test_files_of_the_environments_exporter_are_checked(tmp_path):
+    (tmp_path / "g.yaml").write_text(GATEWAY)
+    name = "OTEL_EXPORTER_OTLP_CERTIFICATE"
+    with pytest.raises(ConfigError) as caught:
+        load([tmp_path], {name: "/no/such/file"})
+    assert caught.value.problems == (f"{name}: No such file or directory: /no/such/file",)
+
+
 # --- Secret ---------------------------------------------------------------------------------------------------------
 
 SECRET = HEAD + "kind: Secret\nmetadata: {name: s}\n"

@@ -74,7 +74,8 @@ def test_the_gateways_environment_has_nothing_of_the_runtimes(tmp_path):
         "AWS_SECRET_ACCESS_KEY": "x",
         "LD_PRELOAD": "x",
         "PYTHONPATH": "x",
-        "OTEL_SERVICE_NAME": "mine",
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=x",
+        "CLRK_GATEWAY_LOG_LEVEL": "DEBUG",
         "TZ": "UTC",
     }
     assert _environment(tmp_path, environ) == {
@@ -84,7 +85,7 @@ def test_the_gateways_environment_has_nothing_of_the_runtimes(tmp_path):
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
-        "OTEL_SERVICE_NAME": "mine",
+        "CLRK_GATEWAY_LOG_LEVEL": "DEBUG",
         "TZ": "UTC",
     }
 
