@@ -10,7 +10,7 @@ from clrk.gateway.cli.facts import show_duration
 from clrk.gateway.telemetry import attributes as attr
 
 _HTTP_SIDES: Final = ("request", "response")
-_BODY_KEYS: Final = {side: frozenset({f"http.{side}.body", "body", "content"}) for side in _HTTP_SIDES}
+_BODY_KEYS: Final = {side: frozenset({f"http.{side}.body.content"}) for side in _HTTP_SIDES}
 _IDENTITY: Final = frozenset(
     {
         attr.INVOCATION_ID, attr.AGENT_KIND, attr.AGENT_NAMESPACE, attr.AGENT_NAME, attr.AGENT_UID,
