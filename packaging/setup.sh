@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what clrk needs on Debian 12: packages through apt (root only), then .venv through pip.
+# Installs what clrk needs on Debian 12: packages through apt (root only), .venv through pip, tests/*/node_modules through npm.
 #
 # Idempotent: a second run asks dpkg and a stamp file, and returns in about a second. Works from any checkout path.
 # Exits 0 when everything is there, 1 when something is missing; the last lines say what and why.
@@ -39,6 +39,8 @@ packages() {
 		curl|command -v curl
 		ca-certificates|test -e /etc/ssl/certs/ca-certificates.crt
 		nodejs|command -v node
+		npm|command -v npm
+		chromium|command -v chromium
 		clang|command -v clang
 		vagrant|command -v vagrant
 		wrk|command -v wrk
@@ -162,6 +164,29 @@ pip_run() {
 	fi
 }
 
+# --- Node: what tests drive or run as agents, exactly as the lock files say ------------------------------------------
+
+install_node_modules() {
+	local lock folder stamp
+	for lock in "$ROOT"/tests/*/package-lock.json; do
+		[ -e "$lock" ] || continue
+		folder="$(dirname "$lock")"
+		stamp="$(sha256sum <"$lock")"
+		if [ "$(cat "$folder/node_modules/.clrk-setup" 2>/dev/null)" = "$stamp" ]; then
+			step "${folder#"$ROOT"/}/node_modules: up to date"
+			continue
+		fi
+		step "${folder#"$ROOT"/}/node_modules: npm ci"
+		# No install scripts: nothing of it needs any, and they would run as root.
+		if ! npm ci --prefix "$folder" --ignore-scripts --no-audit --no-fund >"$LOGS/npm.log" 2>&1; then
+			tail -n 5 "$LOGS/npm.log" >&2
+			fail "npm ci in $folder failed (see $LOGS/npm.log)"
+			continue
+		fi
+		printf '%s\n' "$stamp" >"$folder/node_modules/.clrk-setup"
+	done
+}
+
 # The gateway and the agents have uids of their own and read the product through bind mounts: a checkout that was made
 # under a tight umask must let them. The folders above it do not matter.
 make_readable() {
@@ -173,7 +198,7 @@ make_readable() {
 hand_over() {
 	local made=("$VENV" "$ROOT/.output")
 	[ "$(id -u)" -eq 0 ] && [ "$(stat -c %u "$ROOT")" -ne 0 ] || return 0
-	made+=("$ROOT"/src/*.egg-info "$ROOT"/ebpf/_stamp* "$ROOT/runtime/_launch")
+	made+=("$ROOT"/tests/*/node_modules "$ROOT"/src/*.egg-info "$ROOT"/ebpf/_stamp* "$ROOT/runtime/_launch")
 	for path in "${made[@]}"; do
 		[ ! -e "$path" ] || chown -R --reference="$ROOT" "$path"
 	done
@@ -181,6 +206,7 @@ hand_over() {
 
 install_packages
 install_venv
+install_node_modules
 make_readable
 hand_over
 
