@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
+from span_contract import violations
 from stack import ROOT, Daemon, StandIn, agent, egress, stand_in
 
 # Run the source that comes as the event's data: most tests want a line or two of hostile agent.
@@ -63,7 +65,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dia
     running = Daemon(tmp_path_factory.mktemp("daemon"), f"e2e{os.getpid() % 100_000}", documents)
     running.start()
     yield running
+    spans = [json.loads(line) for line in running.clrk("traces", "--json").splitlines()]
     assert running.stop() == 0, running.log()
+    assert sorted(set(violations(spans))) == []  # whatever the tests made it record
 
 
 @pytest_asyncio.fixture
