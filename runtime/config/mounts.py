@@ -1,4 +1,4 @@
-"""Mounts that an agent could turn against the host, or against its own drop of privileges.
+"""Mounts that an agent could turn against the host, or against its own drop of privileges; its state is one.
 
 bwrap makes mounts as root and follows links, on the host's side and in the view. Whatever lies below a folder that an
 agent may write can become a link by the agent's next run, so nothing is mounted from there or to there.
@@ -14,7 +14,7 @@ from typing import Final
 from clrk.core.resources import Agent, TaskAgent, TemplateSpec
 from clrk.runtime.config.nodes import Path
 
-# The drop runs as root from /run/clrk, and the dynamic loader obeys files in /etc.
+# The launcher runs as root from /run/clrk, and the dynamic loader obeys files in /etc.
 _OURS: Final = tuple(map(PurePosixPath, ("/etc", "/run", "/proc", "/dev", "/run/clrk", "/etc/ld.so.preload")))
 _DROP_DIR: Final = PurePosixPath("/run/clrk")
 _TEMPLATE: Final[Path] = ("spec", "template", "spec")

@@ -104,6 +104,7 @@ async def running_host(
     *,
     ready: int = 1,
     max_sandboxes: int = 64,
+    max_open_files: int = 4096,
     layout: HostLayout = LAYOUT,
     state_dir: str = "/nonexistent",
     clock: Callable[[], float] = time.monotonic,
@@ -115,7 +116,7 @@ async def running_host(
         stamp = RecordingRegistry()
         spec = RuntimeSpec(
             uid_range=UidRange(start=FIRST_UID, count=1000),
-            limits=HostLimits(max_sandboxes=max_sandboxes),
+            limits=HostLimits(max_sandboxes=max_sandboxes, max_open_files=max_open_files),
             state_dir=state_dir,
         )
         pool = SandboxPool(

@@ -79,6 +79,11 @@ async def test_there_are_no_more_sandboxes_than_the_runtime_has_fds_for(open_fil
         assert len({sandbox.uid for sandbox in taken}) == 2
 
 
+async def test_the_operators_limit_of_open_files_holds_in_the_sandbox() -> None:
+    async with running_host(ready=0, max_open_files=100) as host:
+        assert (await host.sh("ulimit -Hn; ulimit -Sn; ulimit -n 101")).out == "100\n100\n"
+
+
 async def test_the_delayed_refill_looks_at_the_limit_again() -> None:
     async with running_host(ready=2, max_sandboxes=3) as host:
         first = await host.pool.acquire()  # now the refill waits for _REFILL_DELAY_S

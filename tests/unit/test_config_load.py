@@ -193,7 +193,10 @@ def test_key_that_is_not_text(tmp_path):
             "2: Zebra/a: kind: unknown kind 'Zebra'; valid: DaemonAgent, EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent",
         ),
         ("kind: DaemonAgnt", "2: DaemonAgnt/a: kind: unknown kind 'DaemonAgnt'; did you mean \"DaemonAgent\"?"),
-        ("kynd: TaskAgent", "1: a: kind: is missing; valid: DaemonAgent, EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent"),
+        (
+            "kynd: TaskAgent",
+            "1: a: kind: is missing; valid: DaemonAgent, EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent",
+        ),
     ],
 )
 def test_unknown_kind(tmp_path, written, problem):
@@ -457,6 +460,33 @@ def test_a_mount_point_in_what_another_agent_may_write(tmp_path, template, index
         f"5: TaskAgent/a: spec.template.spec.mounts[{index}].path: leads through {tmp_path}/work, which agent "
         "default/w may write: a link there would move this mount"
     ]
+
+
+@pytest.mark.parametrize(
+    ("mounts", "path", "problem"),
+    [
+        ("[]", "/run/clrk/x", "spec.state.mountPath: /run/clrk/x is clrk's own in every sandbox; choose another"),
+        ("[]", "/etc/.", "spec.state.mountPath: /etc/. is clrk's own in every sandbox; choose another"),
+        ("[]", "/", "spec.state.mountPath: / is clrk's own in every sandbox; choose another"),
+        (
+            "[{hostPath: /usr, path: /s/x}]", "/s",
+            "spec.template.spec.mounts[0].path: lies in spec.state.mountPath /s, which the agent may write; choose another",
+        ),
+        (
+            "[{hostPath: /usr, path: /s}]", "/s",
+            "spec.template.spec.mounts[0].path: lies in spec.state.mountPath /s, which the agent may write; choose another",
+        ),
+        (
+            "[{hostPath: /usr, path: /w, readOnly: false}]", "/w/s",
+            "spec.state.mountPath: leads through /usr, which agent default/a may write: a link there would move the state",
+        ),
+    ],
+)  # fmt: skip
+def test_state_is_mounted_where_no_agent_can_move_it_or_be_moved_by_it(tmp_path, mounts, path, problem):
+    text = AGENT.replace("{command: [/bin/true]}", f"{{command: [x], mounts: {mounts}}}")
+    text += f"  maxConcurrent: 1\n  state: {{mountPath: {path}}}\n"
+    line = 7 if problem.startswith("spec.state") else 5
+    assert problems_of(tmp_path, text) == [f"{line}: TaskAgent/a: {problem}"]
 
 
 def test_a_file_without_an_end_is_refused():
