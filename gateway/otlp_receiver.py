@@ -31,7 +31,7 @@ from clrk.gateway.problem import SERVER, Problem, read_body
 from clrk.gateway.telemetry.meter import Meter
 from clrk.gateway.telemetry.pipeline import identity_attributes
 from clrk.gateway.telemetry.receive import AgentLog, AgentMetric, AgentSpan, Batch, Intake, Received
-from clrk.gateway.telemetry.receive_wire import Encoding, ReceiveError, Signal, inflate
+from clrk.gateway.telemetry.receive_wire import MAX_PLAIN_BYTES, Encoding, ReceiveError, Signal, inflate
 from clrk.gateway.telemetry.spans import Identity, SpanRecord
 
 _LOG: Final = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ _BODY_TOTAL_S: Final = 30.0
 _KEEPALIVE_S: Final = 60.0
 _LINGERING_S: Final = 0.5
 _DRAIN_S: Final = 1.0
+_READING_SHARE: Final = 8  # reading that many bytes costs a run as much as keeping one
 _SLICE: Final = 256  # items that are recorded in one turn of the loop
 _PATHS: Final = {signal.value: signal for signal in Signal}
 _STATUS: Final = {"malformed": 400, "too_large": 413}
@@ -193,7 +194,12 @@ class OtlpReceiver:
             return await self._record(batch, signal)
 
     def _decode(self, body: bytes, signal: Signal, encoding: Encoding, coding: str) -> Batch:
-        plain = inflate(body, coding) if coding else body
+        try:
+            plain = inflate(body, coding) if coding else body
+        except ReceiveError:
+            self._meter.take(MAX_PLAIN_BYTES // _READING_SHARE)
+            raise
+        self._meter.take(len(plain) // _READING_SHARE)  # what holds nothing is read all the same
         return self._intake.read(plain, signal, encoding, now_ns=time.time_ns())
 
     async def _record(self, batch: Batch, signal: Signal) -> Counter[str]:

@@ -221,6 +221,25 @@ async def test_over_the_rate_drops_are_told_and_then_429():
     assert "over this run's limit" in partial.error_message
 
 
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (gzip.compress(b"\0" * (1 << 25)), PROTOBUF | {"Content-Encoding": "gzip"}, 413),
+        (b"{" + b" " * 2_000_000 + b"}", JSON, 200),  # a large nothing
+        (b"x" * 2_000_000, JSON, 400),
+    ],
+    ids=["bomb", "nothing", "junk"],
+)
+async def test_what_is_only_read_has_its_price_too(body, headers, status):
+    async with serving(meter=Meter(burst_bytes=300_000, bytes_per_s=0)) as (_, client, _port):
+        statuses = []
+        for _ in range(4):
+            async with client.post("/v1/traces", data=io.BytesIO(body), headers=headers) as answer:
+                statuses.append(answer.status)
+    assert statuses[0] == status
+    assert statuses[-1] == 429
+
+
 async def test_memory_is_shared_and_given_back():
     held = HeldBytes(limit=len(GOOD))
     async with serving(held=held) as (sink, client, _):
