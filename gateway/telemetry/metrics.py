@@ -15,7 +15,7 @@ from opentelemetry.semconv.metrics import http_metrics
 
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.schema import is_denied
-from clrk.gateway.telemetry.spans import AttributeValue, SpanKind, SpanRecord
+from clrk.gateway.telemetry.spans import SpanKind, SpanRecord
 
 GEN_AI_CLIENT_TOKEN_USAGE: Final = gen_ai_metrics.GEN_AI_CLIENT_TOKEN_USAGE
 GEN_AI_CLIENT_OPERATION_DURATION: Final = gen_ai_metrics.GEN_AI_CLIENT_OPERATION_DURATION
@@ -126,12 +126,12 @@ def _measure_llm(record: SpanRecord, seconds: float) -> Iterator[Measurement]:
 
 def _pick(record: SpanRecord, names: tuple[str, ...]) -> dict[str, str | bool | int | float]:
     """Return the agent and the named attributes, as far as the span has them; texts are cut."""
-    return {
-        name: value[:_MAX_VALUE_CHARS] if isinstance(value, str) else value
-        for name in (*_AGENT, *names)
-        if isinstance(value := _plain(record.attributes.get(name)), str | bool | int | float)
-    }
-
-
-def _plain(value: AttributeValue | None) -> str | bool | int | float | None:
-    return value if isinstance(value, str | bool | int | float) else None
+    found = record.attributes
+    picked: dict[str, str | bool | int | float] = {}
+    for name in (*_AGENT, *names):
+        value = found.get(name)
+        if isinstance(value, str):
+            picked[name] = value if len(value) <= _MAX_VALUE_CHARS else value[:_MAX_VALUE_CHARS]
+        elif isinstance(value, int | float):  # no list is among the names
+            picked[name] = value
+    return picked
