@@ -29,6 +29,8 @@ _CPU_PERIOD_US: Final = 100_000
 _MIN_QUOTA_US: Final = 1_000  # the kernel's lowest
 _BWRAP_PROCESSES: Final = 2  # its monitor and its pid 1 share the group with the agent
 _EMPTY_TIMEOUT_S: Final = 5.0
+_MAIN_PID: Final = 2  # of the agent in its pid namespace; bwrap is 1, and the namespace ends with the agent
+_NAMESPACES: Final = 2  # that a process of the sandbox is in: the host's and its own
 _CONTROLLERS: Final = ("cpu", "memory", "pids")
 _GROUP_NAME: Final = re.compile(r"[0-9a-f]{8}")
 
@@ -121,6 +123,22 @@ class Cgroup:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+
+    def signal_main(self, signum: signal.Signals) -> None:
+        """Signal the agent's main process, if it is there: the second of the sandbox's pid namespace, after bwrap's."""
+        for pid in self._pids():
+            try:
+                fd = os.pidfd_open(pid)  # so that what is read below is of the process that gets the signal
+            except OSError:  # it has ended
+                continue
+            try:
+                if _namespace_pid(pid) == _MAIN_PID:
+                    signal.pidfd_send_signal(fd, signum)
+                    return
+            except ProcessLookupError:
+                return
+            finally:
+                os.close(fd)
 
     def _pids(self) -> list[int]:
         try:
@@ -245,6 +263,19 @@ class Cgroups:
         """
         for directory in (*self._v1_dirs.values(), self.v2_dir):
             _remove_dir(directory)
+
+
+def _namespace_pid(pid: int) -> int:
+    """Return the process's pid in the sandbox's own pid namespace; 0 in another or when it is gone.
+
+    Source: proc_pid_status(5), NSpid: one number for each namespace from the reader's to the process's own.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    numbers = next((line.split()[1:] for line in lines if line.startswith("NSpid:")), [])
+    return int(numbers[1]) if len(numbers) == _NAMESPACES else 0
 
 
 def _group_names(parent: Path) -> Iterator[str]:

@@ -108,17 +108,17 @@ def _doctor(options: argparse.Namespace) -> int:
 def _summarise(resources: Resources) -> list[str]:
     spec = resources.runtime
     lines = [f"valid: ingress {spec.ingress.listen}, admin {spec.admin.listen}, state in {spec.state_dir}"]
-    for (namespace, name), agent in sorted(resources.agents.items()):
+    for (namespace, name), agent in sorted([*resources.agents.items(), *resources.daemons.items()]):
         known = (namespace, agent.gateway_name) in resources.gateways
         egress = f"egress by {agent.gateway_name}" if known else "no egress: everything is denied"
-        lines.append(f"  TaskAgent {namespace}/{name}: revision {agent.revision}, {egress}")
+        lines.append(f"  {agent.kind} {namespace}/{name}: revision {agent.revision}, {egress}")
     for (namespace, name), gateway in sorted(resources.gateways.items()):
         routes = [route for (space, _), route in resources.routes.items() if space == namespace]
         rules = sum(len(route.spec.rules) for route in routes if route.spec.gateway_ref.name == name)
         lines.append(f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {_count(rules, 'rule')}")
     for (namespace, name), values in sorted(resources.secrets.items()):
         lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
-    if not resources.agents:
+    if not resources.agents and not resources.daemons:
         lines.append("  no agent is declared")
     return lines
 

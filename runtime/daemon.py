@@ -18,6 +18,7 @@ from typing import Final
 
 from clrk.core.errors import ConfigError, HostError
 from clrk.core.layout import HostLayout
+from clrk.core.messages import Counters
 from clrk.ebpf.loader import Stamp
 from clrk.runtime import ca
 from clrk.runtime.cgroup import Cgroups
@@ -38,6 +39,7 @@ from clrk.runtime.view import HostView
 _LOG: Final = logging.getLogger(__name__)
 DRAIN_DEADLINE_S: Final = 30.0
 _READY_SANDBOXES: Final = 4
+_MAX_WARM_AGENTS: Final = 256  # that the gateway is told of
 
 
 def serve(layout: HostLayout, paths: Sequence[Path]) -> int:
@@ -118,7 +120,7 @@ class _Daemon:
             build_config=lambda resources: build_gateway_config(resources, authority),
             listeners=listeners,
             flows_fd=stamp.flows_fd,
-            counters=stamp.counters,
+            counters=lambda: _counters(stamp, pool),
             resources=self._resources,
         )
         supervisor.runs = Runs(pool, self._resources, max_runs=spec.limits.max_sandboxes)
@@ -147,6 +149,7 @@ class _Daemon:
         """Let what is in flight finish, within the deadline or until the second signal."""
         if supervisor.runs is not None:
             supervisor.runs.draining = True
+            supervisor.runs.stop_daemons()
         await supervisor.drain()
         loop = asyncio.get_running_loop()
         waits = [loop.create_task(event.wait()) for event in (supervisor.drained, self._stop_now)]
@@ -158,7 +161,7 @@ class _Daemon:
 
     async def _announce(self, supervisor: GatewaySupervisor) -> None:
         await supervisor.ready.wait()
-        _LOG.info("ready: agents: %d", len(self._resources.agents))
+        _LOG.info("ready: agents: %d", _count_agents(self._resources))
         notify("READY=1")
 
     async def _fail_without_spawner(self) -> None:
@@ -176,6 +179,7 @@ class _Daemon:
                 for problem in exc.problems:
                     _LOG.error("reload: %s", problem)
                 _LOG.error("reload: nothing was changed")
+                await supervisor.refuse_reload(exc.problems)
                 continue
             if loaded.runtime != self._resources.runtime:
                 _LOG.warning("reload: the Runtime resource changed; that takes effect at the next start")
@@ -185,7 +189,17 @@ class _Daemon:
             except HostError as exc:  # the gateway of now does not know; the next one begins with these resources
                 _LOG.error("reload: %s", exc)
             else:
-                _LOG.info("reload: agents: %d", len(self._resources.agents))
+                _LOG.info("reload: agents: %d", _count_agents(self._resources))
+
+
+def _count_agents(resources: Resources) -> int:
+    return len(resources.agents) + len(resources.daemons)
+
+
+def _counters(stamp: Stamp, pool: SandboxPool) -> Counters:
+    """Return what the gateway shows of the host. One packet holds it, however many agents have warm sandboxes."""
+    warm = sorted(pool.warm_agents().items())[:_MAX_WARM_AGENTS]
+    return Counters(stamp.counters(), pool.counts(), dict(warm))
 
 
 def _raise_open_files() -> None:

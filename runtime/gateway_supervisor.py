@@ -6,10 +6,11 @@ The listening sockets are the runtime's, so callers who come while there is no g
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from clrk.core.errors import ClrkError, HostError, ProtocolError
@@ -21,6 +22,7 @@ from clrk.core.messages import (
     Drained,
     GatewayMessage,
     Ready,
+    ReloadRefused,
     StartRun,
     StopRun,
 )
@@ -37,6 +39,8 @@ _READY_DEADLINE_S: Final = 60.0  # imports on a busy two-core machine
 _STOP_GRACE_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.3  # for a gateway that ends by itself to log why
 _COUNTERS_INTERVAL_S: Final = 1.0
+_MAX_PROBLEMS: Final = 64
+_MAX_PROBLEM_CHARS: Final = 512  # 64 of them fit a packet, in whatever script
 
 
 class GatewaySupervisor:
@@ -49,7 +53,7 @@ class GatewaySupervisor:
         build_config: Callable[[Resources], GatewayConfig],
         listeners: HostListeners,
         flows_fd: int,
-        counters: Callable[[], dict[str, int]],
+        counters: Callable[[], Counters],
         resources: Resources,
     ) -> None:
         self.resources = resources
@@ -110,6 +114,13 @@ class GatewaySupervisor:
             except ChannelClosedError as exc:  # run() buries it
                 _LOG.warning("reload: for the next gateway: %s", exc)
 
+    async def refuse_reload(self, problems: Sequence[str]) -> None:
+        """Tell the gateway why a reload changed nothing, for those who ask there."""
+        if self._live is not None:
+            told = [problem[:_MAX_PROBLEM_CHARS] for problem in problems[:_MAX_PROBLEMS]]
+            with contextlib.suppress(ChannelClosedError):  # run() buries it; the log has the problems
+                await self._live.send(ReloadRefused(told))
+
     async def drain(self) -> None:
         """Ask the gateway to refuse new invocations; `drained` is set when none is left, or there is no gateway."""
         self._draining = True
@@ -162,7 +173,7 @@ class GatewaySupervisor:
             case StartRun():
                 runs.start(message, channel)
             case StopRun():
-                runs.stop(message.run_id, channel)
+                runs.stop(message.run_id, channel, message.grace_s)
             case Ready(version=version, generation=generation):
                 if version != PROTOCOL_VERSION or generation not in self._announced:
                     raise ProtocolError("control_ready", f"Ready for version {version}, generation {generation}")
@@ -196,12 +207,12 @@ class GatewaySupervisor:
             self.drained.set()  # with the gateway, everything in flight is gone
 
     async def _send_counters(self, channel: ControlChannel) -> None:
-        last: dict[str, int] = {}
+        last: Counters | None = None
         while True:
             try:
-                if (values := self._counters()) != last:
-                    await channel.send(Counters(values))
-                    last = values
+                if (counters := self._counters()) != last:
+                    await channel.send(counters)
+                    last = counters
             except ChannelClosedError:
                 return
             except ClrkError as exc:  # telemetry only

@@ -1,8 +1,8 @@
-"""The runs of TaskAgents: from StartRun to Removed, one task each. The gateway asks; nothing it says is believed.
+"""The runs of agents: from StartRun to Removed, one task each. The gateway asks; nothing it says is believed.
 
 Theory of operation. A run owns one sandbox from acquire to remove, and removes it whatever happens. It talks to the
 one life of the gateway that asked for it; when that life ends, its runs are killed and removed in silence, because
-their callers' connections died with it.
+their callers' connections died with it. A stop may come twice: with a grace first, and then without.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 from clrk.core import wire
 from clrk.core.errors import ClrkError
 from clrk.core.messages import (
+    AgentKey,
     AgentKind,
     Exited,
     ExitReason,
@@ -30,7 +31,7 @@ from clrk.core.messages import (
     StartFailure,
     StartRun,
 )
-from clrk.core.resources import TaskAgent
+from clrk.core.resources import Agent, TaskAgent
 from clrk.ebpf.header import HeaderFields, build_headers
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.control_channel import ChannelClosedError, ControlChannel
@@ -40,6 +41,7 @@ from clrk.runtime.sandbox import Sandbox, SandboxExit
 from clrk.runtime.state_volume import StateFullError
 
 _LOG: Final = logging.getLogger(__name__)
+DAEMON_GRACE_S: Final = 5.0  # CONTRACT section 3: between SIGTERM and SIGKILL
 _HOST_IS_FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN})
 _MAX_REFUSALS: Final = 256  # at one time; each is a task until the gateway has read it
 _MAX_MESSAGE_CHARS: Final = 1000  # of StartFailed.message
@@ -51,10 +53,23 @@ class _Run:
     channel: ControlChannel
     resources: Resources  # a reload does not change what a run began with
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    kill: asyncio.Event = field(default_factory=asyncio.Event)  # implies stop
+    grace_s: float = 0.0  # between stop and kill
 
     @property
-    def agent(self) -> TaskAgent | None:
-        return self.resources.agents.get((self.request.agent.namespace, self.request.agent.name))
+    def agent(self) -> Agent | None:
+        key = (self.request.agent.namespace, self.request.agent.name)
+        if self.request.kind is AgentKind.DAEMON:
+            return self.resources.daemons.get(key)
+        return self.resources.agents.get(key)
+
+    def end(self, grace_s: float = 0.0) -> None:
+        """Have it end: at once, or after SIGTERM and a grace, which a second stop can only cut short."""
+        if not grace_s:
+            self.kill.set()
+        elif not self.stop.is_set():
+            self.grace_s = grace_s
+        self.stop.set()
 
 
 class _StartError(ClrkError):
@@ -98,11 +113,17 @@ class Runs:
         self._tasks[task] = run
         task.add_done_callback(self._ended)
 
-    def stop(self, run_id: str, channel: ControlChannel) -> None:
-        """Kill a run, if this life of the gateway has it."""
+    def stop(self, run_id: str, channel: ControlChannel, grace_s: float = 0.0) -> None:
+        """End a run, if this life of the gateway has it."""
         run = self._runs.get(run_id)
         if run is not None and run.channel is channel:
-            run.stop.set()
+            run.end(grace_s)
+
+    def stop_daemons(self) -> None:
+        """Begin the stop sequence of every daemon: the host's shutdown does not depend on the gateway for it."""
+        for run in self._runs.values():
+            if run.request.kind is AgentKind.DAEMON:
+                run.end(DAEMON_GRACE_S)
 
     async def catch_up(self) -> None:
         """Return when few refusals are on their way: they are no runs, so max_runs does not bound them."""
@@ -113,7 +134,7 @@ class Runs:
         """Kill every run, or every run of one life of the gateway, and wait until all of them are removed."""
         chosen = {task: run for task, run in self._tasks.items() if channel is None or run.channel is channel}
         for run in chosen.values():
-            run.stop.set()
+            run.end()
         if chosen:
             await asyncio.wait(list(chosen))
 
@@ -131,12 +152,19 @@ class Runs:
         if self.draining:
             raise _StartError(StartFailure.DRAINING, "the runtime is shutting down")
         if run.agent is None:
-            raise _StartError(StartFailure.UNKNOWN_AGENT, f"no TaskAgent {key.namespace}/{key.name}")
+            raise _StartError(StartFailure.UNKNOWN_AGENT, f"no {run.request.kind} {key.namespace}/{key.name}")
         if run.request.run_id in self._runs:
-            raise _StartError(StartFailure.SANDBOX_FAILED, "an invocation with this id is running")
+            raise _StartError(StartFailure.SANDBOX_FAILED, "a run with this id exists")
+        if not _is_consistent(run.request):
+            raise _StartError(StartFailure.SANDBOX_FAILED, "only an invocation has a traceparent and a timeout")
+        if run.request.kind is AgentKind.DAEMON and self._has_daemon(key):
+            raise _StartError(StartFailure.SANDBOX_FAILED, f"{key.namespace}/{key.name} is running: a daemon runs once")
         if len(self._runs) >= self._max_runs:
             raise _StartError(StartFailure.POOL_EXHAUSTED, f"{self._max_runs} sandboxes run, limits.maxSandboxes")
         self._runs[run.request.run_id] = run
+
+    def _has_daemon(self, key: AgentKey) -> bool:
+        return any(run.request.kind is AgentKind.DAEMON and run.request.agent == key for run in self._runs.values())
 
     async def _live(self, run: _Run) -> None:
         try:
@@ -146,7 +174,8 @@ class Runs:
             await self._fail(run, StartFailure.SANDBOX_FAILED, "an error in the runtime; its log has more")
             raise
         finally:
-            del self._runs[run.request.run_id]
+            if self._runs.get(run.request.run_id) is run:
+                del self._runs[run.request.run_id]
 
     async def _live_admitted(self, run: _Run) -> None:
         acquire_start_ns = time.time_ns()
@@ -168,6 +197,7 @@ class Runs:
             failure = exc
         finally:
             await self._remove(run, sandbox)
+            self._runs.pop(run.request.run_id, None)  # before the gateway hears of it: its next word may be a new run
         if failure is not None:
             await self._fail(run, start_failure(failure), str(failure))
         else:
@@ -184,23 +214,26 @@ class Runs:
         spawned = await sandbox.spawn(agent=agent, environment=environment)
         times_ns = (spawned.spawn_start_ns, spawned.spawn_end_ns)
         await self._tell(run, Spawned(run.request.run_id, spawned.pid, *times_ns))
-        timeout_s = min(agent.spec.timeout, run.request.timeout_s or agent.spec.timeout)
+        timeout_s = None
+        if isinstance(agent, TaskAgent):
+            timeout_s = min(agent.spec.timeout, run.request.timeout_s or agent.spec.timeout)
         return await _await_end(run, sandbox, timeout_s)
 
-    async def _hand_over(self, run: _Run, agent: TaskAgent, sandbox: Sandbox, acquire_start_ns: int) -> None:
+    async def _hand_over(self, run: _Run, agent: Agent, sandbox: Sandbox, acquire_start_ns: int) -> None:
         """Register the sandbox with the kernel, and give its sockets and pipes to the gateway."""
         request = run.request
+        is_task = request.kind is AgentKind.TASK
         header_v4, header_v6 = build_headers(
             HeaderFields(
-                kind=wire.KIND_TASK_AGENT,
+                kind=wire.KIND_TASK_AGENT if is_task else wire.KIND_DAEMON_AGENT,
                 namespace=agent.metadata.namespace,
                 name=agent.metadata.name,
                 uid=agent.uid,
                 revision=agent.revision,
-                invocation_id=request.run_id if request.kind is AgentKind.TASK else None,
+                invocation_id=request.run_id if is_task else None,
                 sandbox_id=sandbox.sandbox_id,
                 netns_name=sandbox.netns_name,
-                traceparent=request.traceparent,
+                traceparent=request.traceparent if is_task else None,
             )
         )
         sandbox.register_stamp(header_v4, header_v6)
@@ -240,7 +273,14 @@ class Runs:
         try:
             await run.channel.send(message)
         except ChannelClosedError:
-            run.stop.set()
+            run.end()
+
+
+def _is_consistent(request: StartRun) -> bool:
+    """Say whether the request is one of its kind: a daemon has no invocation, and so nothing that comes from one."""
+    if request.kind is AgentKind.TASK:
+        return bool(request.traceparent)
+    return not (request.traceparent or request.tracestate or request.baggage or request.timeout_s)
 
 
 def start_failure(exc: BaseException | None) -> StartFailure:
@@ -254,25 +294,30 @@ def start_failure(exc: BaseException | None) -> StartFailure:
     return StartFailure.SANDBOX_FAILED
 
 
-async def _await_end(run: _Run, sandbox: Sandbox, timeout_s: float) -> Exited:
+async def _await_end(run: _Run, sandbox: Sandbox, timeout_s: float | None) -> Exited:
     loop = asyncio.get_running_loop()
     exit_task = loop.create_task(sandbox.wait(), name="sandbox exit")
     stop_task = loop.create_task(run.stop.wait(), name="stop")
-    killed: ExitReason | None = None
+    kill_task = loop.create_task(run.kill.wait(), name="kill")
+    ended_by: ExitReason | None = None
     try:
-        tasks = (exit_task, stop_task)
-        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((exit_task, stop_task), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not exit_task.done():
-            killed = ExitReason.STOPPED if stop_task.done() else ExitReason.TIMEOUT
+            ended_by = ExitReason.STOPPED if stop_task.done() else ExitReason.TIMEOUT
+            if stop_task.done() and not run.kill.is_set():
+                await sandbox.terminate()
+                grace = (exit_task, kill_task)
+                await asyncio.wait(grace, timeout=run.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        if not exit_task.done():
             sandbox.kill()
-        return _describe_exit(run.request.run_id, await exit_task, killed)
+        return _describe_exit(run.request.run_id, await exit_task, ended_by)
     finally:
-        exit_task.cancel()
-        stop_task.cancel()
+        for task in (exit_task, stop_task, kill_task):
+            task.cancel()
 
 
-def _describe_exit(run_id: str, end: SandboxExit, killed: ExitReason | None) -> Exited:
-    reason = killed or (ExitReason.OOM if end.oom else ExitReason.EXITED)
+def _describe_exit(run_id: str, end: SandboxExit, ended_by: ExitReason | None) -> Exited:
+    reason = ended_by or (ExitReason.OOM if end.oom else ExitReason.EXITED)
     return Exited(
         run_id=run_id,
         reason=reason,

@@ -304,6 +304,10 @@ class Sandbox:
             exit_ns=exit_ns,
         )
 
+    async def terminate(self) -> None:
+        """Send SIGTERM to the agent's main process, if it is there."""
+        await asyncio.to_thread(self._cgroup.signal_main, signal.SIGTERM)
+
     def kill(self) -> None:
         """Kill everything in the sandbox; a run that has not started yet will not. Idempotent.
 

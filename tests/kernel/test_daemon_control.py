@@ -8,6 +8,8 @@ import errno
 import os
 import socket
 import subprocess
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from clrk.core import control
+from clrk.core import control, wire
 from clrk.core.control import RUNTIME_MESSAGES
 from clrk.core.errors import HostError
 from clrk.core.ids import new_invocation_id
@@ -25,6 +27,7 @@ from clrk.core.layout import HostLayout
 from clrk.core.messages import (
     PROTOCOL_VERSION,
     AgentKey,
+    AgentKind,
     Configure,
     ConfigureFd,
     Counters,
@@ -33,6 +36,7 @@ from clrk.core.messages import (
     Exited,
     ExitReason,
     Ready,
+    ReloadRefused,
     Removed,
     Spawned,
     Started,
@@ -42,7 +46,7 @@ from clrk.core.messages import (
     StartRun,
     StopRun,
 )
-from clrk.core.resources import GatewayConfig, RuntimeSpec, TaskAgent, UidRange
+from clrk.core.resources import Agent, DaemonAgent, GatewayConfig, RuntimeSpec, TaskAgent, UidRange
 from clrk.ebpf.loader import Stamp
 from clrk.runtime import ca
 from clrk.runtime.cgroup import Cgroups
@@ -73,16 +77,28 @@ def make_agent(name: str, script: str, **spec: Any) -> TaskAgent:
     return TaskAgent.model_validate(value)
 
 
+def make_daemon(name: str, script: str) -> DaemonAgent:
+    template = {"spec": {"command": ["/bin/bash", "-c", script]}}
+    value = {"kind": "DaemonAgent", "metadata": {"name": name}, "spec": {"template": template}}
+    return DaemonAgent.model_validate(value)
+
+
 AGENTS = [
     make_agent("echo", 'read line; echo "got $line"; echo oops >&2; exit 7'),
     make_agent("sleep", "exec sleep 1000"),
     make_agent("hog", "exec python3 -c 'x = [bytearray(1 << 20) for _ in range(1000)]'", resources={"memory": "32Mi"}),
+    make_daemon("loop", "trap 'echo ending; exit 3' TERM; echo up; while :; do read -t 0.05 _ <> <(:); done"),
+    make_daemon("stubborn", "trap '' TERM; echo up; sleep 1000; sleep 1000"),
 ]
 
 
-def make_resources(*agents: TaskAgent) -> Resources:
-    named = {("default", agent.metadata.name): agent for agent in agents}
-    return Resources(runtime=SPEC, agents=named, gateways={}, routes={}, secrets={}, upstream_ca_pem={})
+def make_resources(*agents: Agent) -> Resources:
+    return Resources(
+        runtime=SPEC,
+        agents={agent.key: agent for agent in agents if isinstance(agent, TaskAgent)},
+        daemons={agent.key: agent for agent in agents if isinstance(agent, DaemonAgent)},
+        gateways={}, routes={}, secrets={}, upstream_ca_pem={}, jwks_files={}, environment_files={},
+    )  # fmt: skip
 
 
 # --- the host's parts -----------------------------------------------------------------------------------------------
@@ -147,8 +163,8 @@ class Peer:
     def say(self, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> None:
         control.send(self.sock, message, fds)
 
-    async def hear(self) -> Any:
-        """Return the next message but Counters; None at the end. Its fds are kept in `fds`."""
+    async def hear(self, *, counters: bool = False) -> Any:
+        """Return the next message, but no Counters unless asked for; None at the end. Its fds are kept in `fds`."""
         loop = asyncio.get_running_loop()
         while True:
             ready = loop.create_future()
@@ -166,8 +182,14 @@ class Peer:
                 return None
             self.drop_fds()
             message, self.fds = received
-            if not isinstance(message, Counters):
+            if counters or not isinstance(message, Counters):
                 return message
+
+    async def hear_counters(self) -> Counters:
+        """Return the next Counters, past anything else."""
+        while not isinstance(message := await self.hear(counters=True), Counters):
+            assert message is not None
+        return message
 
     async def hear_all(self, *kinds: type[msgspec.Struct]) -> list[Any]:
         """Return one message of each kind, in this order."""
@@ -389,6 +411,114 @@ async def test_a_peer_that_dies_before_started(desk: Desk) -> None:
         await desk.runs.stop_all()
 
 
+# --- daemons --------------------------------------------------------------------------------------------------------
+
+
+def ask_daemon(agent: str, **fields: Any) -> StartRun:
+    return StartRun(str(uuid.uuid4()), AgentKey("default", agent), kind=AgentKind.DAEMON, **fields)
+
+
+async def start_daemon(desk: Desk, agent: str) -> tuple[StartRun, Started, int]:
+    """Start one and wait for its first line; return the request, Started and the read end of its stdout."""
+    request = desk.start(ask_daemon(agent))
+    (started,) = await desk.peer.hear_all(Started)
+    stdout = os.dup(desk.peer.fds[StartedFd.STDOUT])
+    await desk.peer.hear_all(Spawned)
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(stdout, ready.set)
+    async with asyncio.timeout(DEADLINE_S):
+        await ready.wait()
+    loop.remove_reader(stdout)
+    assert os.read(stdout, 100) == b"up\n"
+    return request, started, stdout
+
+
+async def test_a_daemon_is_stamped_without_an_invocation_and_has_five_seconds_to_end(desk: Desk) -> None:
+    request, started, stdout = await start_daemon(desk, "loop")
+    for raw in (started.header_v4, started.header_v6):
+        stamp = read_stamp(raw)
+        assert stamp[wire.TLV_AGENT_KIND] == b"\0"
+        assert stamp[wire.TLV_AGENT_NAME] == b"loop"
+        assert not {wire.TLV_INVOCATION_ID, wire.TLV_TRACEPARENT} & set(stamp)
+    desk.runs.stop(request.run_id, desk.channel, 5.0)
+    exited, _ = await desk.peer.hear_all(Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 3)  # what its handler of SIGTERM says
+    assert await read_all(stdout) == b"ending\n"
+
+
+def read_stamp(raw: bytes) -> dict[int, bytes]:
+    """Return the TLVs of a template; its addresses and its connection are for the kernel to fill in."""
+    found, at = {}, 16 + int.from_bytes(raw[14:16], "big")
+    start = 16 + (12 if raw[13] == 0x11 else 36)
+    while start < at:
+        size = int.from_bytes(raw[start + 1 : start + 3], "big")
+        found[raw[start]] = raw[start + 3 : start + 3 + size]
+        start += 3 + size
+    return found
+
+
+async def test_a_daemon_that_ignores_sigterm_is_killed_when_its_grace_is_over(desk: Desk) -> None:
+    request, _, stdout = await start_daemon(desk, "stubborn")
+    began_s = time.monotonic()
+    desk.runs.stop(request.run_id, desk.channel, 0.5)
+    desk.runs.stop(request.run_id, desk.channel, 60.0)  # it can not be made longer
+    exited, _ = await desk.peer.hear_all(Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 137)
+    assert time.monotonic() - began_s >= 0.5
+    os.close(stdout)
+
+
+async def test_a_grace_is_cut_short_by_a_stop_without_one(desk: Desk) -> None:
+    request, _, stdout = await start_daemon(desk, "stubborn")
+    desk.runs.stop(request.run_id, desk.channel, 60.0)
+    desk.runs.stop(request.run_id, desk.channel)
+    exited, _ = await desk.peer.hear_all(Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 137)
+    os.close(stdout)
+
+
+async def test_a_daemon_runs_once_and_again_when_it_is_gone(desk: Desk) -> None:
+    request, _, stdout = await start_daemon(desk, "loop")
+    desk.start(ask_daemon("loop"))
+    (failed,) = await desk.peer.hear_all(StartFailed)
+    assert (failed.reason, failed.run_id != request.run_id) == (StartFailure.SANDBOX_FAILED, True)
+    assert "a daemon runs once" in failed.message
+    desk.runs.stop(request.run_id, desk.channel)
+    await desk.peer.hear_all(Exited, Removed)
+    os.close(stdout)
+    request, _, stdout = await start_daemon(desk, "loop")  # Removed means that its name is free
+    desk.runs.stop(request.run_id, desk.channel)
+    await desk.peer.hear_all(Exited, Removed)
+    os.close(stdout)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (ask_daemon("echo"), StartFailure.UNKNOWN_AGENT),  # a TaskAgent's name
+        (ask("loop"), StartFailure.UNKNOWN_AGENT),  # a DaemonAgent's
+        (ask_daemon("loop", traceparent=TRACEPARENT), StartFailure.SANDBOX_FAILED),
+        (ask_daemon("loop", baggage="a=1"), StartFailure.SANDBOX_FAILED),
+        (ask_daemon("loop", timeout_s=1.0), StartFailure.SANDBOX_FAILED),
+        (StartRun(new_invocation_id(), AgentKey("default", "echo")), StartFailure.SANDBOX_FAILED),
+    ],
+)
+async def test_a_run_that_is_not_of_its_kind(desk: Desk, request_: StartRun, reason: StartFailure) -> None:
+    desk.start(request_)
+    (failed,) = await desk.peer.hear_all(StartFailed)
+    assert failed.reason is reason
+
+
+async def test_the_hosts_own_shutdown_ends_daemons_gently_and_leaves_invocations(desk: Desk) -> None:
+    _, _, stdout = await start_daemon(desk, "loop")
+    desk.start(ask("sleep"))
+    await desk.peer.hear_all(Started, Spawned)
+    desk.runs.stop_daemons()
+    exited, _ = await desk.peer.hear_all(Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 3)
+    os.close(stdout)
+
+
 # --- lives of the gateway -------------------------------------------------------------------------------------------
 
 
@@ -433,7 +563,7 @@ async def lives(host: Host, tmp_path: Path) -> AsyncIterator[Lives]:
                 build_config=lambda resources: build_gateway_config(resources, host.authority),
                 listeners=listeners,
                 flows_fd=host.stamp.flows_fd,
-                counters=host.stamp.counters,
+                counters=lambda: Counters(host.stamp.counters(), pool.counts(), pool.warm_agents()),
                 resources=make_resources(*AGENTS),
             )
             supervisor.runs = Runs(pool, make_resources(*AGENTS), max_runs=2)
@@ -460,7 +590,9 @@ async def test_configure_carries_everything_and_no_secret(lives: Lives) -> None:
     with pytest.raises(OSError, match="Operation not permitted"):  # sealed
         os.pwrite(peer.fds[ConfigureFd.CONFIG], b"x", 0)
     config = GatewayConfig.model_validate_json(Path(f"/proc/self/fd/{peer.fds[ConfigureFd.CONFIG]}").read_bytes())
-    assert [agent.revision for agent in config.agents] == [agent.revision for agent in AGENTS]
+    assert [agent.revision for agent in config.agents] == [
+        agent.revision for agent in AGENTS if isinstance(agent, TaskAgent)
+    ]
     assert "127.0.0.1" in config.host_addresses
     assert "PRIVATE KEY" in config.ca_key_pem
     for index in (ConfigureFd.INGRESS, ConfigureFd.ADMIN_TCP, ConfigureFd.ADMIN_UNIX):
@@ -667,3 +799,38 @@ async def test_a_gateway_that_dies_while_draining_has_drained(lives: Lives) -> N
     peer.close()
     async with asyncio.timeout(DEADLINE_S):
         await lives.supervisor.drained.wait()
+
+
+async def test_stop_run_carries_its_grace(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    request = ask_daemon("loop")
+    peer.say(request)
+    await peer.hear_all(Started)
+    stdout = os.dup(peer.fds[StartedFd.STDOUT])
+    await peer.hear_all(Spawned)
+    os.set_blocking(stdout, True)
+    with os.fdopen(stdout, "rb") as stream:
+        assert await asyncio.to_thread(stream.readline) == b"up\n"
+        peer.say(StopRun(request.run_id, 5.0))
+        exited, _ = await peer.hear_all(Exited, Removed)
+    assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 3)
+
+
+async def test_counters_name_the_sandboxes_too(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    counters = await peer.hear_counters()
+    assert counters.values.keys() == lives.supervisor._counters().values.keys()
+    assert set(counters.sandboxes) == {"ready", "warm", "running"}
+    peer.say(ask("sleep"))
+    async with asyncio.timeout(DEADLINE_S):
+        while (await peer.hear_counters()).sandboxes["running"] != 1:
+            continue
+
+
+async def test_a_refused_reload_is_told_to_the_gateway_bounded(lives: Lives) -> None:
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    await lives.supervisor.refuse_reload([f"{number}: " + "ü" * 2000 for number in range(1000)])
+    (refused,) = await peer.hear_all(ReloadRefused)
+    assert len(refused.problems) == 64
+    assert refused.problems[0].startswith("0: ü")
