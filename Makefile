@@ -47,8 +47,8 @@ type: need-venv ## mypy, strict
 arch: need-venv ## import-linter: who may import whom
 	@$(BIN)/lint-imports --cache-dir $(CACHE)/import-linter
 
-unit: need-venv ## Tests that need no root: unit, fuzz smoke
-	@$(PYTEST) tests/unit tests/fuzz
+unit: need-venv ## Tests that need no root: unit, fuzz smoke, the page in Chromium
+	@$(PYTEST) tests/unit tests/fuzz tests/browser
 
 kernel: need-venv need-root ## Tests against the running kernel: BPF, namespaces, sandboxes (root)
 	@CLRK_MUST_WORK=1 $(PYTEST) tests/kernel

@@ -52,7 +52,7 @@ _PREFIX: Final = re.compile(r"[0-9a-f-]{1,36}")
 _TRACE: Final = re.compile(r"[0-9a-f]{32}")
 _SPAN: Final = re.compile(r"[0-9a-f]{16}")
 _NUMBER: Final = re.compile(r"\d{1,9}", re.ASCII)
-_ALARMING: Final = re.compile(r"drop|fail|damaged|bad|refus|lost|error|malformed|overflow")
+_ALARMING: Final = re.compile(r"drop|fail|damaged|bad_|lost|error|malformed|overflow")
 
 
 @dataclass(frozen=True, slots=True)
