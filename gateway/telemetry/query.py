@@ -180,12 +180,14 @@ def select_logs(
     """Return the last `tail` lines of an agent (`namespace/name`), or of one invocation of it, oldest first."""
     namespace, _, agent_name = agent.rpartition("/")
     clauses, values = ["agent_namespace = ?", "agent_name = ?", "seq > ?"], [namespace, agent_name, after_seq]
+    hint = "INDEXED BY logs_agent"
     if invocation_id:
-        clauses.insert(0, "invocation_id = ?")
-        values.insert(0, invocation_id)
+        clauses.append("invocation_id = ?")
+        values.append(invocation_id)
+        hint = "INDEXED BY logs_invocation"
     sql = (
-        "SELECT seq, invocation_id, agent_namespace, agent_name, stream, time_ns, line, severity FROM logs"  # noqa: S608
-        f" WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT ?"
+        "SELECT seq, invocation_id, agent_namespace, agent_name, stream, time_ns, line, severity"  # noqa: S608 - fixed
+        f" FROM logs {hint} WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT ?"
     )
     rows = connection.execute(sql, (*values, tail)).fetchall()
     return [

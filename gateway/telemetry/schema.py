@@ -16,7 +16,8 @@ SCHEMA_VERSION: Final = 2
 
 # The span itself is its JSON, ready to print; the columns beside it exist to find it. Partial indexes keep the rare
 # facts (a denial, an error) cheap to look up and nearly free for all other spans; those on llm, denied and error hold
-# all that listings ask about, so that the rows, which are long, are read for the page that is shown and no more.
+# all that listings ask about (and the fact itself, or SQLite would test it again in the row): the rows, which are long,
+# are read for the page that is shown and no more.
 _SPANS: Final = """
 CREATE TABLE spans (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -46,9 +47,9 @@ CREATE INDEX spans_agent ON spans (agent_name, start_ns);
 """
 SPAN_FACTS: Final = """
 CREATE INDEX spans_llm ON spans
-    (start_ns, system, model, response_model, input_tokens, agent_name, agent_namespace, invocation_id) WHERE llm;
-CREATE INDEX spans_denied ON spans (start_ns, agent_name, agent_namespace, invocation_id) WHERE denied;
-CREATE INDEX spans_error ON spans (start_ns, agent_name, agent_namespace, invocation_id) WHERE error;
+    (start_ns, system, model, response_model, input_tokens, agent_name, agent_namespace, invocation_id, llm) WHERE llm;
+CREATE INDEX spans_denied ON spans (start_ns, agent_name, agent_namespace, denied) WHERE denied;
+CREATE INDEX spans_error ON spans (start_ns, agent_name, agent_namespace, error) WHERE error;
 """
 _LOGS: Final = """
 CREATE TABLE logs (

@@ -241,8 +241,8 @@ class TraceStore:
         Cost: two indexed look-ups, tens of microseconds. A store that can not be read has seen nothing: telemetry
         fails open.
         """
-        if invocation_id in self._recent:
-            return True
+        if not invocation_id or invocation_id in self._recent:
+            return bool(invocation_id)
         oldest_ns = time.time_ns() - int(self._writer.retention_s * 1e9)
         try:
             with query.reader(self.path) as connection:
