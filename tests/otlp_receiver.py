@@ -16,6 +16,7 @@ from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 REQUESTS = {
     "traces": (trace_service_pb2.ExportTraceServiceRequest, trace_service_pb2.ExportTraceServiceResponse),
@@ -69,6 +70,26 @@ def attributes(message):
     return {pair.key: any_value(pair.value) for pair in message.attributes}
 
 
+def as_document(span, resource):
+    """Return a received span in the words of `clrk trace --json`."""
+    return {
+        "trace_id": span.trace_id.hex(),
+        "span_id": span.span_id.hex(),
+        "parent_span_id": span.parent_span_id.hex(),
+        "name": span.name,
+        "kind": Span.SpanKind.Name(span.kind),
+        "start_time_unix_nano": span.start_time_unix_nano,
+        "end_time_unix_nano": span.end_time_unix_nano,
+        "status": {"code": type(span.status).StatusCode.Name(span.status.code), "message": span.status.message},
+        "attributes": attributes(span),
+        "events": [
+            {"name": event.name, "time_unix_nano": event.time_unix_nano, "attributes": attributes(event)}
+            for event in span.events
+        ],
+        "resource": resource,
+    }
+
+
 @dataclass
 class Receiver:
     """A backend on loopback. `fail` is asked for each request: None takes it. Stop it and start it again at will."""
@@ -118,6 +139,15 @@ class Receiver:
     @property
     def metrics(self):
         return [m for group in self.groups("metrics") for scope in group.scope_metrics for m in scope.metrics]
+
+    def documents(self):
+        """Every span as `clrk trace --json` shows it."""
+        return [
+            as_document(span, attributes(group.resource))
+            for group in self.groups()
+            for scope in group.scope_spans
+            for span in scope.spans
+        ]
 
     async def wait(self, condition, timeout_s=20):
         """Wait until condition() holds; asked after each request."""

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from opentelemetry.proto.logs.v1.logs_pb2 import ResourceLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics
-from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, Span
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
 from otlp_receiver import Failure, Receiver, any_value, attributes
 from span_samples import config, gateway, identity, record, record_invocation
 
@@ -56,35 +56,6 @@ async def stored(telemetry):
     return [json.loads(span.json) async for page in telemetry.store.spans(SpanFilter()) for span in page]
 
 
-def as_document(span, resource):
-    """A received span in the words of the store's JSON."""
-    return {
-        "trace_id": span.trace_id.hex(),
-        "span_id": span.span_id.hex(),
-        "parent_span_id": span.parent_span_id.hex(),
-        "name": span.name,
-        "kind": Span.SpanKind.Name(span.kind),
-        "start_time_unix_nano": span.start_time_unix_nano,
-        "end_time_unix_nano": span.end_time_unix_nano,
-        "status": {"code": type(span.status).StatusCode.Name(span.status.code), "message": span.status.message},
-        "attributes": attributes(span),
-        "events": [
-            {"name": event.name, "time_unix_nano": event.time_unix_nano, "attributes": attributes(event)}
-            for event in span.events
-        ],
-        "resource": resource,
-    }
-
-
-def received_documents(receiver):
-    return [
-        as_document(span, attributes(group.resource))
-        for group in receiver.groups()
-        for scope in group.scope_spans
-        for span in scope.spans
-    ]
-
-
 async def test_what_arrives_is_what_is_stored_span_by_span(tmp_path, receiver):
     telemetry = opened(tmp_path, receiver)
     for index in range(5):
@@ -100,7 +71,7 @@ async def test_what_arrives_is_what_is_stored_span_by_span(tmp_path, receiver):
             events=[SpanEvent("one", now, {"k": 1, "f": 0.25, "b": False, "l": ["x", "y"]}), SpanEvent("two", now)],
         )  # fmt: skip
     await receiver.wait(lambda: len(receiver.spans) >= 35)
-    expected, found = await stored(telemetry), received_documents(receiver)
+    expected, found = await stored(telemetry), receiver.documents()
     await telemetry.close()
 
     def key(document):
