@@ -6,9 +6,11 @@ import asyncio
 import gzip
 import json
 import os
+import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from soak import kill_gateway
 from span_contract import violations
 from stack import ROOT, Daemon, agent, document, free_port
 
@@ -67,6 +70,9 @@ print([len(one) for one in found])
 """  # noqa: E501
 
 
+HANGING: queue.Queue[str] = queue.Queue()
+
+
 class Upstream(BaseHTTPRequestHandler):
     """Answers with secrets in every place."""
 
@@ -78,6 +84,10 @@ class Upstream(BaseHTTPRequestHandler):
         self._send(json.dumps({"canary": "said-by-the-upstream", "access_token": SECRETS["answer"]}).encode(), headers)
 
     def do_GET(self) -> None:
+        if self.path.startswith("/hang/"):
+            HANGING.put(self.path)
+            self.connection.recv(1)  # until the other side is gone
+            return
         if self.path == "/zipped":
             text = json.dumps({"canary": "out-of-the-zip", "text": SECRETS["zipped"]})
             self._send(gzip.compress(text.encode()), {"Content-Encoding": "gzip"})
@@ -235,3 +245,44 @@ async def test_keys_are_rotated_by_a_reload(own: Daemon, caller: aiohttp.ClientS
         while (await ask(caller, own, fresh))[0] != 200:
             continue
     assert (await ask(caller, own, token()))[0] == 401
+
+
+async def test_a_killed_gateway_leaves_one_span_for_a_call_that_the_upstream_saw(
+    own: Daemon, caller: aiohttp.ClientSession
+) -> None:
+    code = """
+import http.client, os
+c = http.client.HTTPConnection("tools.internal", timeout=60)
+c.request("GET", "/hang/" + os.environ["CLRK_INVOCATION_ID"])
+c.getresponse()
+"""
+    running = asyncio.create_task(_post(caller, own, code))
+    target = await asyncio.to_thread(HANGING.get, timeout=20)
+    invocation_id = target.rpartition("/")[2]
+    await asyncio.to_thread(kill_gateway, own)
+    assert isinstance(await running, aiohttp.ClientError)
+    spans = await asyncio.to_thread(_spans_of_the_next_gateway, own, invocation_id)
+    (call,) = [span for span in spans if span["kind"] == "SPAN_KIND_CLIENT"]
+    assert call["name"] == "GET tools.internal"
+    assert call["attributes"]["url.full"] == f"http://tools.internal{target}"
+    assert call["status"]["code"] == "STATUS_CODE_ERROR"
+
+
+async def _post(caller: aiohttp.ClientSession, own: Daemon, code: str) -> Exception | None:
+    try:
+        async with caller.post(f"{own.url}/agents/python", data=code, headers={"Content-Type": "text/plain"}) as answer:
+            await answer.read()
+    except aiohttp.ClientError as exc:
+        return exc
+    return None
+
+
+def _spans_of_the_next_gateway(own: Daemon, invocation_id: str) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            if spans := own.spans(invocation_id):
+                return spans
+        except AssertionError:  # the client found nobody, or nothing yet
+            if time.monotonic() > deadline:
+                raise
