@@ -20,7 +20,7 @@ import pytest
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from stack import ROOT, Daemon, StandIn, agent, egress
+from stack import ROOT, Daemon, StandIn, agent, document, egress
 
 pytestmark = pytest.mark.e2e
 DEADLINE_S = 20.0
@@ -131,12 +131,21 @@ def traced(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, collect
         agent("py", **python),
         agent("node", **node, env=signals),
         agent("nodejson", **node, env=signals | as_json),
+        document("DaemonAgent", "watcher", template=agent("py", **python)["spec"]["template"], restartPolicy="Never"),
         agent("forger", ["/usr/bin/python3", "-I", "/agent/code/forger.py"], mounts={"/agent/code": agents}),
     ]
     running = Daemon(tmp_path_factory.mktemp("traced"), f"otl{os.getpid() % 100_000}", documents)
     running.start()
+    collector.wait(
+        "spans", lambda _, span: is_watcher(span) and span.name == "GET tools.internal"
+    )  # it has made its call, which no other test may take for its own
     yield running
     assert running.stop() == 0, running.log()
+
+
+def is_watcher(span: Any) -> bool:
+    """Say whether a span is the daemon's."""
+    return text_attributes(span).get("agent.name") == "watcher"
 
 
 async def invoke(
@@ -249,6 +258,22 @@ async def test_an_unsampled_trace_is_kept_here_and_exported_nowhere(
     collector.wait("spans", lambda _, span: text_attributes(span).get("invocation.id") == later and span.name == "work")
     assert not [span for _, span in collector.spans() if span.trace_id.hex() == trace_id]
     assert not [span for _, span in collector.spans() if text_attributes(span).get("invocation.id") == unsampled]
+
+
+def test_a_daemons_sdk_reports_for_the_daemon(traced: Daemon, collector: Collector, providers: StandIn) -> None:
+    """Its traces are its own, one that it continues by HTTP goes on as it is, and it belongs to no invocation."""
+    resource, work = collector.wait("spans", lambda _, s: is_watcher(s) and s.name == "work")
+    _, out = collector.wait("spans", lambda _, span: is_watcher(span) and span.name == "GET tools.internal")
+    _, call = collector.wait("spans", lambda _, s: is_watcher(s) and s.span_id == out.parent_span_id)
+    assert text_attributes(resource)["clrk.component"] == "agent"
+    for span in (work, call, out):
+        attributes = text_attributes(span)
+        assert attributes["agent.kind"] == "DaemonAgent"
+        assert "invocation.id" not in attributes
+        assert span.trace_id == work.trace_id
+    assert (work.parent_span_id, call.parent_span_id) == (b"", work.span_id)
+    continued = {parent[:52] for request in providers.seen() for parent in request["traceparent"]}  # without flags
+    assert f"00-{out.trace_id.hex()}-{out.span_id.hex()}" in continued
 
 
 async def test_an_agent_can_not_claim_to_be_another_or_to_be_us(traced: Daemon, caller: aiohttp.ClientSession) -> None:
