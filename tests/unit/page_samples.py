@@ -172,7 +172,7 @@ def record_hostile(telemetry, start_ns):
             },
             events=[
                 SpanEvent(payload, start_ns, {payload: payload}),
-                SpanEvent("http.request.headers", start_ns, {f"http.request.header.{payload}": payload}),
+                SpanEvent("http.request.headers", start_ns, {f"http.request.header.{payload}": [payload, payload]}),
                 SpanEvent("http.request.body", start_ns, {"http.request.body.content": payload}),
                 SpanEvent("http.response.body", start_ns, {"http.response.body.content": payload * 3}),
             ],

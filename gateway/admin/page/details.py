@@ -9,8 +9,17 @@ from typing import Any, Final
 from clrk.gateway.cli.facts import show_duration
 from clrk.gateway.telemetry import attributes as attr
 
-_HTTP_SIDES: Final = ("request", "response")
-_BODY_KEYS: Final = {side: frozenset({f"http.{side}.body.content"}) for side in _HTTP_SIDES}
+# Of each side of an exchange: its events, the prefix of a header, and the attribute that holds the body.
+_CAPTURED: Final = {
+    "request": (
+        attr.EVENT_HTTP_REQUEST_HEADERS, attr.EVENT_HTTP_REQUEST_BODY,
+        attr.HTTP_REQUEST_HEADER_PREFIX, attr.HTTP_REQUEST_BODY_CONTENT,
+    ),
+    "response": (
+        attr.EVENT_HTTP_RESPONSE_HEADERS, attr.EVENT_HTTP_RESPONSE_BODY,
+        attr.HTTP_RESPONSE_HEADER_PREFIX, attr.HTTP_RESPONSE_BODY_CONTENT,
+    ),
+}  # fmt: skip
 _IDENTITY: Final = frozenset(
     {
         attr.INVOCATION_ID, attr.AGENT_KIND, attr.AGENT_NAMESPACE, attr.AGENT_NAME, attr.AGENT_UID,
@@ -82,13 +91,13 @@ def details_of(span: Mapping[str, Any], limits: Limits) -> Details:
     everything = sorted(span["attributes"].items())
     attributes = [pair for pair in everything if not _is_identity(pair[0])]
     identity = [pair for pair in everything if _is_identity(pair[0])]
-    captured = {f"http.{side}.{part}" for side in _HTTP_SIDES for part in ("headers", "body")}
+    captured = {name for names in _CAPTURED.values() for name in names[:2]}
     others = [event for event in span["events"] if event["name"] not in captured]
     return Details(
         attributes=_pairs(attributes[: limits.attributes], limits.value),
         identity=_pairs(identity[: limits.attributes], limits.value),
         attributes_left=max(0, len(attributes) - limits.attributes),
-        captures=[capture for side in _HTTP_SIDES if (capture := _capture(span["events"], side, limits)) is not None],
+        captures=[capture for side in _CAPTURED if (capture := _capture(span["events"], side, limits)) is not None],
         events=[_event(event, span["start_time_unix_nano"], limits) for event in others[: limits.attributes]],
         events_left=max(0, len(others) - limits.attributes),
     )
@@ -113,14 +122,14 @@ def _capture(events: list[dict[str, Any]], side: str, limits: Limits) -> Capture
     headers: list[tuple[str, Text]] = []
     body: Text | None = None
     facts: list[tuple[str, Text]] = []
+    headers_event, body_event, prefix, content = _CAPTURED[side]
     for event in events:
-        if event["name"] == f"http.{side}.headers":
+        if event["name"] == headers_event:
             pairs = sorted(event["attributes"].items())
-            prefix = f"http.{side}.header."
             headers += [(key.removeprefix(prefix), Text.cut(value, limits.value)) for key, value in pairs]
-        elif event["name"] == f"http.{side}.body":
+        elif event["name"] == body_event:
             for key, value in sorted(event["attributes"].items()):
-                if body is None and isinstance(value, str) and key in _BODY_KEYS[side]:
+                if body is None and key == content:
                     body = Text.cut(value, limits.body)
                 else:
                     facts.append((key, Text.cut(value, limits.value)))

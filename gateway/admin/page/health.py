@@ -10,7 +10,7 @@ from clrk.core.messages import Counters
 
 @dataclass(frozen=True, slots=True)
 class ExporterHealth:
-    """One signal of one exporter. behind counts rows of the store. Units: CLOCK_REALTIME nanoseconds, 0: it is not failing."""
+    """One signal of one exporter; behind counts rows of the store. Units: CLOCK_REALTIME ns, 0: it is not failing."""
 
     name: str
     endpoint: str
@@ -40,4 +40,4 @@ class HealthSource(Protocol):
     """Knows how the daemon stands."""
 
     async def health(self) -> DaemonHealth:
-        """Return it as it is now. Raises: StoreError."""
+        """Return it as it is now; without exporters when the store can not be read."""
