@@ -127,20 +127,8 @@ def is_agents_own(item: SpanItem) -> bool:
     return item.otlp is not None or item.record.resource.get(attr.CLRK_COMPONENT) == Component.AGENT.value
 
 
-def size_bytes(item: Item) -> int:
-    """Estimate the memory of an item; 0 for those that must always get through."""
-    match item:
-        case SpanItem(record, _, _, otlp):
-            texts = sum(len(value) for value in record.attributes.values() if isinstance(value, str))
-            captured = sum(
-                len(value) for event in record.events for value in event.attributes.values() if isinstance(value, str)
-            )
-            return _SPAN_OVERHEAD_BYTES + texts + captured + len(otlp or b"")
-        case LogItem():
-            return _ITEM_OVERHEAD_BYTES + len(item.line) + len(item.otlp or b"")
-        case MetricsItem():
-            return _ITEM_OVERHEAD_BYTES + len(item.otlp)
-        case InvocationItem():
-            return _SPAN_OVERHEAD_BYTES
-        case _:
-            return 0
+def size_bytes(item: Item, payload: bytes | None) -> int:
+    """Estimate the memory of an item from its payload; 0 for those that must always get through."""
+    if payload is None:
+        return 0
+    return len(payload) + (_SPAN_OVERHEAD_BYTES if isinstance(item, SpanItem) else _ITEM_OVERHEAD_BYTES)

@@ -100,9 +100,9 @@ class StoreWriter(threading.Thread):
         """
         try:
             payload = encode(item) if isinstance(item, JOURNALED) else None
-            size = size_bytes(item)
         except ITEM_ERRORS as exc:
             return self._refuse(exc)
+        size = size_bytes(item, payload)
         with self._wake:
             position = self._journal.append(payload) if payload is not None and not self._stopping else None
             if position is not None:

@@ -17,6 +17,7 @@ from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.records import InvocationFilter, InvocationRecord, InvocationTotals
 from clrk.gateway.telemetry.spans import Identity, SpanKind, SpanRecord, TraceContext
 from clrk.gateway.telemetry.store import TraceStore
+from clrk.gateway.telemetry.store_file import StoreFile
 
 VERSION_1 = (Path(__file__).parents[1] / "vectors/store_v1.sql").read_text()
 OTLP = b"\n\x00 a serialised message, which the store does not look into"
@@ -322,6 +323,13 @@ async def test_a_daemon_may_write_for_ever_but_not_without_end_in_one_minute(sto
     assert store.counters["dropped_log_lines"] == 200 - 2 * kept
 
 
+def purge(store, *limits):
+    """Purge at once, beside the writer's own rounds, with a connection of its own; it counts where the store does."""
+    file = StoreFile(store.path, store.counters)
+    file.purge(*limits, lambda: False)
+    file.close()
+
+
 # --- what leaves ------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +346,7 @@ async def test_retention_takes_all_that_is_old_except_what_is_not_over(tmp_path)
     telemetry.record_invocation(pending(fresh, phase=Phase.SUCCEEDED))
     await first.flush()
     first.set_retention(60)
-    first._writer._file.purge(60, 2**40, frozenset({"default/default"}), lambda: False)
+    purge(first, 60, 2**40, frozenset({"default/default"}))
     assert set(await listed(first)) == {
         fresh.invocation_id, whos[Phase.PENDING].invocation_id, whos[Phase.RUNNING].invocation_id
     }  # fmt: skip
@@ -364,7 +372,7 @@ async def test_what_was_not_exported_when_it_left_is_counted_and_the_count_survi
     first.set_cursor("removed/gone", "traces", 0)  # an exporter that is not at work any more
     await first.flush()
     # "environment" has no cursor and takes what no other takes: the three without a gateway.
-    first._writer._file.purge(60, 2**40, frozenset({"default/a", "default/b", "environment"}), lambda: False)
+    purge(first, 60, 2**40, frozenset({"default/a", "default/b", "environment"}))
     assert first.counters["dropped_unexported_traces"] == 6 + 3
     assert await first.flush()
     await first.close()
@@ -382,7 +390,7 @@ async def test_over_the_disk_limit_records_go_with_the_spans_they_had(tmp_path, 
         telemetry.record_invocation(pending(who, phase=Phase.SUCCEEDED, created_ns=start + number * MS))
         record(telemetry, who, start_ns=start + number * MS, body="x" * 300)
     assert await first.flush()
-    first._writer._file.purge(86_400, 3_000_000, frozenset({"default/default"}), lambda: False)
+    purge(first, 86_400, 3_000_000, frozenset({"default/default"}))
     spans, records = await first.after("traces", 0, 9999), await listed(first, limit=9999)
     assert 0 < len(spans) < 6000
     assert len(spans) == len(records)
