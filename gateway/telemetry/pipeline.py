@@ -183,14 +183,14 @@ class Telemetry:
     def record_agent_log(
         self, identity: Identity, *, time_ns: int, severity: int, body: str, trace_id: str, span_id: str, otlp: bytes
     ) -> None:
-        """Keep a log record of the agent's SDK, within the bound of its output. Never raises, never blocks.
+        """Keep a log record of the agent's SDK; the receiver's Meter bounds them. Never raises, never blocks.
 
         Shape: severity is an OTLP SeverityNumber, body the record's text; otlp a serialised ResourceLogs.
         """
         line = body[:MAX_LINE_BYTES].encode("utf-8", "replace")[:MAX_LINE_BYTES]
         item = _log_item(identity, STREAM_OTLP, line, time_ns)
         item = msgspec.structs.replace(item, trace_id=trace_id, span_id=span_id, severity=severity, otlp=otlp)
-        self._keep_log(identity, item, len(line) + len(otlp))
+        self.store.add_log(item)
 
     def record_agent_metrics(self, identity: Identity, *, time_ns: int, otlp: bytes) -> None:
         """Keep what the agent's SDK measured: a serialised ResourceMetrics. Never raises, never blocks."""
