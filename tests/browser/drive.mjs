@@ -57,6 +57,7 @@ async function open(look) {
 
 async function check(name, body) {
   const opened = [];
+  const began = Date.now();
   try {
     await body(async (look) => {
       const one = await open(look);
@@ -64,7 +65,7 @@ async function check(name, body) {
       return one;
     });
     for (const one of opened) assert.deepEqual(one.complaints, []);
-    say({ check: name });
+    say({ check: name, ms: Date.now() - began });
   } catch (error) {
     say({ check: name, error: String(error.stack ?? error).slice(0, 3000) });
   }
