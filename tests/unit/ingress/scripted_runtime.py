@@ -19,6 +19,7 @@ import aiohttp
 from clrk.core.control import GATEWAY_MESSAGES, receive, send
 from clrk.core.messages import (
     PROTOCOL_VERSION,
+    AgentKind,
     Configure,
     Drained,
     Exited,
@@ -33,7 +34,7 @@ from clrk.core.messages import (
     StartRun,
     StopRun,
 )
-from clrk.core.resources import GatewayConfig, RuntimeSpec, TaskAgent
+from clrk.core.resources import DaemonAgent, GatewayConfig, RuntimeSpec, TaskAgent
 from clrk.gateway.app import App
 
 METADATA_HOST = {"Host": "169.254.169.254"}
@@ -48,6 +49,14 @@ def agent(name, command, *, namespace="default", mode="Stdin", content_type=None
             "metadata": {"name": name, "namespace": namespace},
             "spec": {"template": {"spec": {"command": ["bash", "-c", command]}}, "delivery": delivery, **spec},
         }
+    )
+
+
+def daemon(name, command, **spec):
+    """Return a DaemonAgent that runs a bash script."""
+    template = {"spec": {"command": ["bash", "-c", command]}}
+    return DaemonAgent.model_validate(
+        {"kind": "DaemonAgent", "metadata": {"name": name}, "spec": {"template": template, **spec}}
     )
 
 
@@ -69,6 +78,7 @@ AGENTS = [
     agent("deafopen", "sleep 0.2; echo done"),
     agent("flood", "head -c 200000000 /dev/zero"),
     agent("stderrflood", "head -c 300000 /dev/zero | tr '\\0' x >&2; echo ok >&2; echo out"),
+    agent("lines", "yes '' | head -c 2000000"),
     agent("one", "cat >/dev/null; read -r < \"$GATE\"; echo ok", maxConcurrent=1),
     agent("env", "echo $TRACEPARENT $CLRK_INVOCATION_ID"),
     agent("poolless", "true"),
@@ -134,6 +144,7 @@ class ScriptedRuntime:
             "broken": StartFailure.SANDBOX_FAILED,
             "gone": StartFailure.UNKNOWN_AGENT,
         }
+        self.grace_share = 1.0  # of StopRun.grace_s, for tests that wait for its end
         self.received = []
         self.crashes = []
         self.runs = {}
@@ -187,12 +198,14 @@ class ScriptedRuntime:
 
     async def stop(self):
         """End as a runtime does that dies: the gateway must end by itself."""
+        daemons = self.app._parts.daemons
+        daemons.drain()  # else they start again when they are killed
         for run in self.runs.values():
             run.popen.kill()
         async with asyncio.timeout(20):
             await self.until(lambda: not self.runs)
             await asyncio.gather(*self._tasks)
-            await self.until(lambda: not self.app._parts.invocations._live)
+            await self.until(lambda: not self.app._parts.invocations._live and not daemons._runs)
         self.left_open = sorted((_pipes() - self._pipes_before).elements())
         asyncio.get_running_loop().remove_reader(self.control.fileno())
         self.control.close()
@@ -238,7 +251,17 @@ class ScriptedRuntime:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             case StopRun() if message.run_id in self.runs:
-                self._kill(message.run_id, ExitReason.STOPPED)
+                self._stop(message)
+
+    def _stop(self, message):
+        run = self.runs[message.run_id]
+        if not message.grace_s:
+            self._kill(message.run_id, ExitReason.STOPPED)
+        elif run.popen.returncode is None:
+            run.reason = ExitReason.STOPPED
+            run.popen.terminate()
+            grace_s = message.grace_s * self.grace_share
+            asyncio.get_running_loop().call_later(grace_s, self._kill, message.run_id, ExitReason.STOPPED)
 
     def _kill(self, invocation_id, reason):
         run = self.runs.get(invocation_id)
@@ -248,7 +271,7 @@ class ScriptedRuntime:
 
     async def _run(self, message):
         wanted = (message.agent.namespace, message.agent.name)
-        declared = next(a for a in self.config.agents if (a.metadata.namespace, a.metadata.name) == wanted)
+        declared = next(a for a in [*self.config.agents, *self.config.daemons] if a.key == wanted)
         invocation_id, start_ns = message.run_id, time.time_ns()
         listeners = _listeners()
         (stdin_r, stdin_w), (stdout_r, stdout_w), (stderr_r, stderr_w) = os.pipe(), os.pipe(), os.pipe()
@@ -282,11 +305,14 @@ class ScriptedRuntime:
             os.close(fd)
         self.runs[message.run_id] = run
         self.send(Spawned(message.run_id, run.popen.pid, spawn_ns, time.time_ns()))
-        timer = asyncio.get_running_loop().call_later(
-            message.timeout_s or declared.spec.timeout, self._kill, message.run_id, ExitReason.TIMEOUT
-        )
+        timers = []
+        if message.kind is AgentKind.TASK:
+            timeout_s = message.timeout_s or declared.spec.timeout
+            loop = asyncio.get_running_loop()
+            timers.append(loop.call_later(timeout_s, self._kill, message.run_id, ExitReason.TIMEOUT))
         code = await _wait(run.popen)
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         with contextlib.suppress(ProcessLookupError):  # as cgroup.kill does: nothing of the run stays
             os.killpg(run.popen.pid, signal.SIGKILL)
         del self.runs[message.run_id]
