@@ -197,6 +197,8 @@ async def test_a_browser_that_has_seen_this_state_gets_304(page, telemetry):
         await telemetry.flush()
         again = await page.get(address, If_None_Match=tag)
         assert (again.status, again.headers["ETag"] != tag) == (200, True)
+    tag = (await page.get("/?since=15m")).headers["ETag"]
+    assert (await page.get("/?since=15m", If_None_Match=tag)).status == 200  # the window has moved
 
 
 # --- one invocation ---
