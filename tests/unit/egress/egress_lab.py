@@ -14,7 +14,7 @@ import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
 from cryptography import x509
@@ -130,6 +130,7 @@ class Span:
     span_id: str | None
     parent_span_id: str | None
     events: Sequence[SpanEvent] = ()
+    trace_id: str | None = None
 
 
 class SpanList:
@@ -147,7 +148,17 @@ class SpanList:
     ) -> None:  # fmt: skip
         self.spans.append(
             Span(
-                name, kind, component, start_ns, end_ns, dict(attributes), status, span_id, parent_span_id, list(events)
+                name,
+                kind,
+                component,
+                start_ns,
+                end_ns,
+                dict(attributes),
+                status,
+                span_id,
+                parent_span_id,
+                list(events),
+                trace_id,
             )
         )
         self._news.set()
@@ -251,6 +262,7 @@ class Lab:
         recognise=None,
         upstream_ca: str | None = None,
         host_addresses: Sequence[str] = (),
+        daemon: bool = False,
     ) -> None:
         self.ca = Authority("clrk test CA")
         self.recorder = SpanList()
@@ -277,6 +289,9 @@ class Lab:
             new_invocation_id(), "TaskAgent", "default", "agent", agent.uid, agent.revision, SandboxId("0badcafe"),
             "default", TraceContext(new_trace_id(), new_span_id(), 1, "vendor=1", "user=alice"),
         )  # fmt: skip
+        if daemon:
+            context = TraceContext(new_trace_id(), new_span_id())
+            self.identity = replace(self.identity, invocation_id="", agent_kind="DaemonAgent", context=context)
         self.run = Run(
             self.identity, agent, declared, NETNS_COOKIE, header_template(wire.FAMILY_V4),
             header_template(wire.FAMILY_V6), self.sockets,
