@@ -136,7 +136,7 @@ class Exporters:
         return gateway not in self._configured
 
     def _retire(self, key: tuple[str, Signal], export: _Export) -> None:
-        task = spawn(_stop(export, 0.0), name=f"stop export {key[0]} {key[1]}")
+        task = spawn(_stop(export, 0.0, after=self._retiring.get(key)), name=f"stop export {key[0]} {key[1]}")
         self._retiring[key] = task
         task.add_done_callback(lambda ended: self._retired(key, ended))
 
@@ -170,7 +170,10 @@ class Exporters:
         await asyncio.gather(*(_stop(export, grace_s) for export in exports), *self._retiring.values())
 
 
-async def _stop(export: _Export, grace_s: float) -> None:
+async def _stop(export: _Export, grace_s: float, after: asyncio.Task[None] | None = None) -> None:
+    """End an export; `after` is the end of the one that it replaced."""
+    if after is not None:
+        await asyncio.wait([after])
     pushes = [export.push.stop(grace_s)] if export.push is not None else []
     await asyncio.gather(export.rows.stop(grace_s), *pushes)
 
