@@ -1,4 +1,4 @@
-"""Our spans and log lines as OTLP messages (opentelemetry-proto). Pure.
+"""Our spans and log lines as OTLP messages (opentelemetry-proto). Pure; for a thread beside the event loop.
 
 The three export requests have one shape: field 1, repeated, holds what one resource said. Such groups are encoded here
 one by one and joined as bytes, so that what an agent's SDK sent goes out as it came, between ours and in its order.
@@ -7,9 +7,10 @@ one by one and joined as bytes, so that what an agent's SDK sent goes out as it 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue
@@ -28,7 +29,10 @@ _RESOURCE_FIELD: Final = b"\x0a"  # field 1, length-delimited, of every Exportâ€
 _SCOPE: Final = InstrumentationScope(name="clrk", version=__version__)
 _DECODER: Final = msgspec.json.Decoder(SpanRecord)
 _SAMPLED: Final = 1  # W3C trace flag: what is not sampled is not exported
+_SHORT: Final = 64
 _IOSTREAMS: Final = ("stdout", "stderr")
+
+T = TypeVar("T")
 
 ResourceItems = tuple[tuple[str, AttributeValue], ...]
 
@@ -53,10 +57,17 @@ def span_groups(rows: Iterable[StoredSpan]) -> Iterator[bytes]:
         if first is None:
             yield otlp or b""
             continue
-        spans = [encode_span(record) for _, record in members if record is not None]
+        spans = [encode_span(record) for record in _unhurried(record for _, record in members) if record is not None]
         scope = ScopeSpans(scope=_SCOPE, spans=spans, schema_url=attr.SCHEMA_URL)
         resource = encode_resource(frozen_items(first.resource))
         yield ResourceSpans(resource=resource, scope_spans=[scope], schema_url=attr.SCHEMA_URL).SerializeToString()
+
+
+def _unhurried(rows: Iterable[T]) -> Iterator[T]:
+    """Give the interpreter away between rows: the event loop would otherwise wait 5 ms for it, and calls with it."""
+    for row in rows:
+        time.sleep(0)
+        yield row
 
 
 def _resource_key(item: tuple[int, tuple[bytes | None, SpanRecord | None]]) -> object:
@@ -102,7 +113,8 @@ def log_groups(rows: Iterable[StoredLog], base: Mapping[str, AttributeValue]) ->
         if lines[0].otlp is not None:
             yield lines[0].otlp
             continue
-        scope = ScopeLogs(scope=_SCOPE, log_records=[_log_record(line) for line in lines], schema_url=attr.SCHEMA_URL)
+        records = [_log_record(line) for line in _unhurried(lines)]
+        scope = ScopeLogs(scope=_SCOPE, log_records=records, schema_url=attr.SCHEMA_URL)
         gateway = lines[0].gateway.rpartition("/")[2]  # it is in the agent's own namespace
         resource = encode_resource(resource_items(base, Component.RUNTIME, gateway))
         yield ResourceLogs(resource=resource, scope_logs=[scope], schema_url=attr.SCHEMA_URL).SerializeToString()
@@ -148,8 +160,19 @@ def encode_resource(items: ResourceItems) -> Resource:
 
 
 def encode_attributes(attributes: Mapping[str, AttributeValue]) -> list[KeyValue]:
-    """Return the attributes with their types kept."""
-    return [KeyValue(key=key, value=_any_value(value)) for key, value in attributes.items()]
+    """Return the attributes with their types kept; do not change them, some are shared."""
+    return [
+        _known_pair(key, value)
+        if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _SHORT)
+        else KeyValue(key=key, value=_any_value(value))
+        for key, value in attributes.items()
+    ]
+
+
+@functools.lru_cache(maxsize=8192, typed=True)  # typed: 1, 1.0 and True are equal, and three attributes
+def _known_pair(key: str, value: str | bool | int | float) -> KeyValue:
+    # Agents, models, hosts and states repeat on every span: making them anew is most of the work.
+    return KeyValue(key=key, value=_any_value(value))
 
 
 def _any_value(value: AttributeValue) -> AnyValue:
