@@ -109,7 +109,7 @@ CLRK_BUDGET_ROUTE: Final = "clrk.budget.route"
 # --- Of metrics and log records only --------------------------------------------------------------------------------
 LOG_IOSTREAM: Final = log_attributes.LOG_IOSTREAM  # stdout or stderr
 GEN_AI_TOKEN_TYPE: Final = gen_ai_attributes.GEN_AI_TOKEN_TYPE  # input or output
-METRIC_OVERFLOW: Final = "otel.metric.overflow"  # bool: stands for attributes beyond the cap (metrics SDK spec)
+OTEL_METRIC_OVERFLOW: Final = "otel.metric.overflow"  # bool: stands for attributes beyond the cap (metrics SDK spec)
 CLRK_SANDBOX_STATE: Final = "clrk.sandbox.state"  # core.messages.Counters
 CLRK_KERNEL_COUNTER: Final = "clrk.kernel.counter"
 CLRK_DROP_REASON: Final = "clrk.drop.reason"

@@ -34,7 +34,7 @@ CLRK_EXPORT_ITEMS: Final = "clrk.export.items"
 CLRK_EXPORT_REFUSED: Final = "clrk.export.refused"
 CLRK_EXPORT_FAILURES: Final = "clrk.export.failures"
 
-_OVERFLOW: Final[dict[str, str | bool | int | float]] = {attr.METRIC_OVERFLOW: True}
+_OVERFLOW: Final[dict[str, str | bool | int | float]] = {attr.OTEL_METRIC_OVERFLOW: True}
 _DROPPED_PREFIX: Final = "dropped_"
 _Attributes = dict[str, str | bool | int | float]
 
