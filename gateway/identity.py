@@ -25,7 +25,8 @@ from clrk.gateway.media import parse_media_type
 from clrk.gateway.problem import Problem
 
 MAX_VALUE_CHARS: Final = 256
-MAX_SEARCHED_BYTES: Final = 1024 * 1024  # of a body, by an expression that may have to look at all of it
+MAX_READ_BYTES: Final = 4 * 2**20  # of a body: as objects, it takes up to twenty times as much
+MAX_SEARCHED_BYTES: Final = 256 * 1024  # of a body, by an expression that may have to look at all of it
 _MAX_MATCHES: Final = 1000
 _THREAD_BYTES: Final = 64 * 1024  # from here on, other callers would notice
 
@@ -44,6 +45,7 @@ class Identities:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._jwks = Jwks(config)
+        self._large_bodies = asyncio.Semaphore(1)  # one at a time: what they take of memory and of the processor
 
     def reconfigure(self, config: GatewayConfig) -> None:
         """Use the key sets of another configuration."""
@@ -78,7 +80,8 @@ class Identities:
             return ()
         if len(body) < _THREAD_BYTES:
             return body_fields(extractors, body)
-        return await asyncio.to_thread(body_fields, extractors, body)
+        async with self._large_bodies:
+            return await asyncio.to_thread(body_fields, extractors, body)
 
     async def _claim(self, extractor: JwtExtractor, headers: Headers) -> str:
         token = read_token(headers.getall("Authorization", []))
@@ -109,8 +112,9 @@ def body_fields(extractors: list[BodyExtractor], body: bytes) -> Fields:
     Raises: Problem 400, 413. Cost: one pass over the body for each expression.
     """
     paths = [compile_json_path(extractor.json_path) for extractor in extractors]
-    if len(body) > MAX_SEARCHED_BYTES and not all(path.singular_query() for path in paths):
-        raise Problem(413, f"this agent's identity is searched for in bodies of at most {MAX_SEARCHED_BYTES} bytes")
+    limit = MAX_READ_BYTES if all(path.singular_query() for path in paths) else MAX_SEARCHED_BYTES
+    if len(body) > limit:
+        raise Problem(413, f"this agent's identity is looked for in bodies of at most {limit} bytes")
     try:
         document = msgspec.json.decode(body)
         found = [
