@@ -66,11 +66,13 @@ def plan_run(template: TemplateSpec, view: HostView, *, uid: int, memory: int, s
 
     Shape: state_path is where the agent has its state, if it has one: what the spawner puts at view.state_point.
     Units: memory in bytes; /tmp and /dev/shm may each take half of it.
-    Raises: HostError when the rootfs can not be listed, a mount's source is missing, or a string holds NUL.
+    Raises: HostError when the rootfs can not be listed, a mount's source is missing or its place is behind a link, or
+        a string holds NUL.
     """
     mounts = list(template.mounts)
     if state_path is not None:
         mounts.append(Mount(host_path=str(view.state_point), path=state_path, read_only=False))
+    _refuse_links(template, mounts)
     options = [
         *_namespace_options(),
         *_file_options(template, view, memory, mounts),
@@ -191,6 +193,24 @@ def _mount_options(mount: Mount) -> Iterator[str]:
         raise HostError(f"mount {mount.path}: host path {mount.host_path} does not exist")
     yield from _parent_options(mount.path)
     yield from ("--ro-bind" if mount.read_only else "--bind", mount.host_path, mount.path)
+
+
+def _refuse_links(template: TemplateSpec, mounts: Sequence[Mount]) -> None:
+    """Refuse a mount point behind a link of the rootfs or of another mount: they may be somebody else's.
+
+    bwrap, as root, follows links to wherever they lead while it builds: over the launcher, which still has its
+    capabilities then, or out of the view. The links of a host that is its own rootfs are the operator's.
+    """
+    shown = [("/", template.rootfs)] if os.path.realpath(template.rootfs) != "/" else []
+    shown += [(mount.path, mount.host_path) for mount in mounts]
+    for mount in mounts:
+        point = PurePosixPath("/" + os.path.normpath(mount.path).lstrip("/"))
+        for path, source in shown:
+            place, above = source, PurePosixPath("/" + os.path.normpath(path).lstrip("/"))
+            for name in point.relative_to(above).parts if point.is_relative_to(above) else ():
+                place = os.path.join(place, name)
+                if os.path.islink(place):
+                    raise HostError(f"mount {mount.path}: {place} is a link; name the place that it leads to")
 
 
 def _parent_options(path: str) -> Iterator[str]:

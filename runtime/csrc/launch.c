@@ -17,6 +17,7 @@
 #include <errno.h>
 #include <grp.h>
 #include <linux/capability.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,6 +70,18 @@ static void drop_privileges(unsigned int uid)
 	must(setresgid(uid, uid, uid), "setresgid");
 	must(setresuid(uid, uid, uid), "setresuid");
 	drop_capabilities();
+}
+
+/* Exec keeps what is ignored and what is blocked; neither may be whatever the runtime was started with. */
+static void reset_signals(void)
+{
+	struct sigaction by_default = {.sa_handler = SIG_DFL};
+	sigset_t none;
+
+	for (int signum = 1; signum <= SIGRTMAX; signum++)
+		sigaction(signum, &by_default, NULL); /* refused for SIGKILL and SIGSTOP, which have no other */
+	must(sigemptyset(&none), "signals");
+	must(sigprocmask(SIG_SETMASK, &none, NULL), "signals");
 }
 
 /* Returns only when all of it has come. */
@@ -135,6 +148,7 @@ int main(int argc, char **argv)
 	uid = parse_uid(argv[1]);
 	must(close_range(STDERR_FILENO + 1, ~0U, CLOSE_RANGE_CLOEXEC), "close_range");
 	drop_privileges(uid);
+	reset_signals();
 	if (send(ORDER_FD, "R", 1, MSG_NOSIGNAL) != 1)
 		_exit(EXIT_LAUNCH); /* the runtime is gone */
 	receive_environment();
