@@ -73,7 +73,8 @@ class MetricsPush:
         if answer.verdict is Verdict.TAKEN:
             if ended := self.progress.succeeded():
                 _log.info("%s: backend is back after %d failures", self._label, ended)
-            self._counters["export_refused_metrics"] += max(0, answer.rejected)
+            if answer.rejected > 0:
+                self._counters["export_refused_metrics"] += answer.rejected
             return self._interval_s
         return self._failed(answer)
 

@@ -120,7 +120,7 @@ class ExportTask:
         self._cursor = 0
         self._rows = _FIRST_ROWS
         self._most = _MAX_ROWS  # rows of one request
-        self._remark_at = 0.0
+        self._remark_at = self._warn_at = 0.0
         self._unsaid = 0
         self._hurry = asyncio.Event()
         self._moved = asyncio.Event()
@@ -294,7 +294,8 @@ class ExportTask:
         self._store.counters[f"exported_{NOUNS[self._signal]}"] += kept
         if rejected:
             self._refused(rejected, answer)
-        elif answer.message:
+        elif answer.message and time.monotonic() >= self._warn_at:
+            self._warn_at = time.monotonic() + _SAY_AGAIN_S
             _log.warning("%s: the backend warns: %s", self._label, answer.message)
 
     def _skip(self, row: Stored, answer: Answer) -> None:

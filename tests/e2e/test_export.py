@@ -104,20 +104,7 @@ async def test_backends_get_what_the_store_has_and_nobody_elses(
         assert {log.trace_id.hex() for log in lines.values()} == {run["trace_id"]}
         assert {log.span_id.hex() for log in lines.values()} == {run["span_id"]}
         assert attributes(lines["err"])["log.iostream"] == "stderr"
-
-
-async def test_metrics_at_the_backend_and_as_text(exporting: Exporting, caller: aiohttp.ClientSession) -> None:
-    await exporting.call(caller, "plain")
-    wanted = {"clrk.sandbox.spawn.duration", "clrk.kernel.events", "clrk.export.items"}
-    await exporting.standard.wait(lambda: wanted <= {metric.name for metric in exporting.standard.metrics})
-    async with caller.get(f"http://127.0.0.1:{exporting.daemon.admin_port}/metrics") as response:
-        assert response.status == 200
-        assert response.headers["Content-Type"].startswith("text/plain; version=")
-        text = await response.text()
-    assert 'clrk_sandbox_spawn_duration_seconds_count{agent_name="plain"' in text
-    assert 'clrk_kernel_events_total{clrk_kernel_counter="refused_udp"}' in text
-    assert 'clrk_sandboxes{clrk_sandbox_state="ready"}' in text
-    assert 'clrk_export_items_total{clrk_export_signal="traces",clrk_exporter="environment"}' in text
+    await _metrics_are_there(exporting, caller)
 
 
 async def test_a_dead_backend_and_a_killed_gateway_lose_nothing(
@@ -144,6 +131,20 @@ async def test_a_dead_backend_and_a_killed_gateway_lose_nothing(
         found = await exporting.exported(exporting.standard, invocation)
         stored = await asyncio.to_thread(exporting.daemon.spans_when_complete, invocation)
         assert {one["span_id"] for one in found} >= {one["span_id"] for one in stored}
+
+
+async def _metrics_are_there(exporting: Exporting, caller: aiohttp.ClientSession) -> None:
+    """At the backend of the environment, and as text."""
+    wanted = {"clrk.sandbox.spawn.duration", "clrk.kernel.events", "clrk.export.items"}
+    await exporting.standard.wait(lambda: wanted <= {metric.name for metric in exporting.standard.metrics})
+    async with caller.get(f"http://127.0.0.1:{exporting.daemon.admin_port}/metrics") as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        text = await response.text()
+    assert 'clrk_sandbox_spawn_duration_seconds_count{agent_name="plain"' in text
+    assert 'clrk_kernel_events_total{clrk_kernel_counter="refused_udp"}' in text
+    assert 'clrk_sandboxes{clrk_sandbox_state="ready"}' in text
+    assert 'clrk_export_items_total{clrk_export_signal="traces",clrk_exporter="environment"}' in text
 
 
 def _gateway_pid(daemon: Daemon) -> int:

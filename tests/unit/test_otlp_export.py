@@ -306,6 +306,17 @@ async def test_a_partial_success_is_counted_and_not_sent_again(tmp_path, receive
     assert "too old?[31m" in caplog.text
 
 
+async def test_a_backend_that_warns_each_time_is_heard_once_a_minute(tmp_path, receiver, caplog):
+    receiver.fail = lambda signal, message: Failure(rejected=0, message="deprecated")
+    telemetry = opened(tmp_path, receiver)
+    for index in range(3):
+        record(telemetry, identity(), f"s{index}")
+        await until(lambda done=index + 1: telemetry.store.counters["exported_spans"] == done)
+    await telemetry.close()
+    assert receiver.names == ["s0", "s1", "s2"]
+    assert len([line for line in caplog.messages if "deprecated" in line]) == 1
+
+
 # --- who gets what --------------------------------------------------------------------------------------------------
 
 
