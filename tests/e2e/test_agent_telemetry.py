@@ -41,6 +41,8 @@ class Collector:
         received = self.received
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = 5
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
@@ -55,6 +57,7 @@ class Collector:
                 """Stay quiet."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = False  # so that close() waits for the last of them
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
