@@ -47,7 +47,7 @@ def footprint(daemon: Daemon) -> Footprint:
         map_entries=sum(_map_entries(pid) for pid in family if pid == (daemon.process and daemon.process.pid)),
         fds=tuple((pid, _comm(pid), len(_names(Path(f"/proc/{pid}/fd")))) for pid in family),
         files=tuple(sorted(
-            os.path.join(folder, name)
+            os.path.join(folder, "segment" if name.isdecimal() else name)  # a journal's are numbered on and on
             for top in (Path("/run") / daemon.instance, daemon.state_dir) for folder, folders, names in os.walk(top)
             for name in folders + names if not name.endswith(("-wal", "-shm"))  # SQLite's own, which come and go
         )),
