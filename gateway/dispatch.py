@@ -42,13 +42,15 @@ class Target:
     """The agent to invoke, and how it was named.
 
     Shape: route is the http.route template, "" where the path does not name the agent. path is what the event says
-    instead of the request's own path, "" for that one.
+    instead of the request's own path, "" for that one. by_operator: asked on the admin socket, by somebody who may do
+    anything with the agent, and whom its identity extractors are not about.
     """
 
     agent: TaskAgent
     route: str = ""
     trigger: str = "http"
     path: str = ""
+    by_operator: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,3 +223,10 @@ async def test_a_caller_without_a_token_need_not_send_its_body(strict):
         assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
     writer.close()
     assert len(strict.runtime.received) == 1
+
+
+async def test_the_operator_needs_no_token(strict):
+    connector = aiohttp.UnixConnector(str(strict.runtime.state_dir / "admin.sock"))
+    async with aiohttp.ClientSession(connector=connector) as client:
+        async with client.post("http://clrk/v1/agents/default/secured/run") as response:
+            assert response.status == 200, await response.text()
