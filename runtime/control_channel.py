@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
+import threading
 from collections.abc import Sequence
 from typing import Final
 
@@ -25,7 +25,8 @@ class ControlChannel:
     """One connection to one life of the gateway. Owns its socket.
 
     Theory of operation: sends from several tasks take turns, so packets keep the order of the calls; fds belong to the
-    caller, who must keep them open until send() returns.
+    caller, who must keep them open until send() returns. fds that the gateway sends are never taken: closing the last
+    one of a TCP socket waits for its far end, for as long as the gateway has set (SO_LINGER).
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -61,6 +62,9 @@ class ControlChannel:
         """
         while not self._closed.is_set():
             try:
+                _, _, flags, _ = self._sock.recvmsg(1, 0, socket.MSG_PEEK)
+                if flags & socket.MSG_CTRUNC:  # fds; they stay in the queue
+                    raise ProtocolError("control_fds", "a packet of the gateway came with fds")
                 received = receive(self._sock, GATEWAY_MESSAGES)
             except BlockingIOError:
                 await self._wait(writable=False)
@@ -70,10 +74,6 @@ class ControlChannel:
             if received is None:
                 return None
             message: GatewayMessage = received[0]
-            if fds := received[1]:
-                for fd in fds:
-                    os.close(fd)
-                raise ProtocolError("control_fds", f"{type(message).__name__} came with {len(fds)} fds")
             return message
         return None
 
@@ -84,7 +84,8 @@ class ControlChannel:
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._sock.fileno())
             loop.remove_writer(self._sock.fileno())
-            self._sock.close()
+            # What is still in its queue goes with it, fds included: not on this thread.
+            threading.Thread(target=self._sock.close, name="close control socket", daemon=True).start()
 
     async def _wait(self, *, writable: bool) -> None:
         """Wait until the socket is ready in one direction, or closed. One waiter for each direction."""

@@ -181,6 +181,8 @@ class GatewaySupervisor:
                 self._announced = {key: value for key, value in self._announced.items() if key >= generation}
                 self.ready.set()
             case Drained():
+                if not self._draining:  # else the next gateway's shutdown would not wait for what is in flight
+                    raise ProtocolError("control_order", "Drained before Drain")
                 self.drained.set()
 
     async def _configure(self, channel: ControlChannel, *, first: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import select
@@ -16,6 +17,7 @@ from clrk.core.layout import HostLayout
 from clrk.core.resources import RuntimeSpec
 from clrk.runtime.reconcile import remove_socket
 
+_SO_DETACH_FILTER: Final = 27  # include/uapi/asm-generic/socket.h
 _BACKLOG: Final = 1024
 _ADMIN_GROUP: Final = "clrk"
 
@@ -53,10 +55,10 @@ class HostListeners:
         Raises: HostError naming the address.
         """
         if not _is_listening(self.ingress):
-            self.ingress.close()
+            _close(self.ingress)
             self.ingress = self._undo.enter_context(_listen_tcp(self._addresses[0], "spec.ingress.listen"))
         if not _is_listening(self.admin_tcp):
-            self.admin_tcp.close()
+            _close(self.admin_tcp)
             self.admin_tcp = self._undo.enter_context(_listen_tcp(self._addresses[1], "spec.admin.listen"))
         if not _is_listening(self.admin_unix):
             self.admin_unix.close()
@@ -68,13 +70,27 @@ class HostListeners:
 
     def close(self) -> None:
         """Stop listening. Idempotent."""
+        for sock in self.tcp():
+            _close(sock)
         self._undo.close()
+
+
+def _close(sock: socket.socket) -> None:
+    """Close at once: a gateway may have connected it to somebody who never reads, and asked to linger."""
+    if sock.fileno() >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+    sock.close()
 
 
 def _is_listening(sock: socket.socket) -> bool:
     """Try as a caller does: a unix socket that was shut down still calls itself listening."""
     if sock.fileno() < 0 or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         return False
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)  # one that drops every caller's SYN, say
+    except OSError as exc:
+        if exc.errno != errno.ENOENT:  # locked
+            return False
     with select.epoll() as poll:
         poll.register(sock, select.EPOLLRDHUP)
         return not poll.poll(0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import os
 import socket
+import struct
 import subprocess
 import time
 import uuid
@@ -638,6 +640,7 @@ async def test_a_malformed_packet_ends_the_gateway(lives: Lives, packet: bytes) 
         Ready(PROTOCOL_VERSION, 99),
         Ready(99, 1),
         Drain(),
+        Drained(),
     ],
     ids=lambda message: msgspec.json.encode(message).decode()[:60],
 )
@@ -646,6 +649,7 @@ async def test_a_message_that_can_not_be_ends_the_gateway(lives: Lives, message:
     peer.say(message)
     assert await peer.hear() is None
     await lives.next_ready()
+    assert not lives.supervisor.drained.is_set()
 
 
 async def test_a_gateway_that_floods_does_not_hold_up_the_runtime(lives: Lives) -> None:
@@ -714,6 +718,36 @@ async def test_listeners_that_a_gateway_shut_down_are_opened_anew(lives: Lives) 
             sock.accept()[0].close()
 
 
+async def test_listeners_that_a_gateway_spoiled_work_for_the_next_one(lives: Lives) -> None:
+    """A filter that drops every SYN, locked or not; and a listener turned into a connection that is never read."""
+    drop = (ctypes.c_char * 8)(*struct.pack("HBBI", 6, 0, 0, 0))  # BPF_RET | BPF_K, 0
+    program = struct.pack("HxxxxxxP", 1, ctypes.addressof(drop))
+    _, peer, _ = await lives.next_ready()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        for index, is_locked in ((ConfigureFd.INGRESS, False), (ConfigureFd.ADMIN_TCP, True)):
+            with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+                sock.setsockopt(socket.SOL_SOCKET, 44, int(is_locked))  # SO_LOCK_FILTER
+        peer.close()
+        began_s = time.monotonic()
+        _, peer, _ = await lives.next_ready()
+        for index in (ConfigureFd.INGRESS, ConfigureFd.ADMIN_TCP):
+            with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
+                socket.create_connection(sock.getsockname(), 3).close()
+        with socket.socket(fileno=os.dup(peer.fds[ConfigureFd.INGRESS])) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 9))
+            sock.setblocking(True)
+            sock.connect(deaf.getsockname())
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(bytes(65_536))
+        peer.close()
+        await lives.next_ready()
+        assert time.monotonic() - began_s < 6
+
+
 async def test_a_gateway_is_gone_with_its_process_whoever_holds_its_socket(lives: Lives) -> None:
     """It may have passed the socket to an accomplice outside of its pid namespace."""
     first, peer, _ = await lives.next_ready()
@@ -733,6 +767,31 @@ async def test_fds_from_the_gateway_end_it(lives: Lives) -> None:
     await lives.next()
     # Not a count of all fds: the pool opens and closes its own meanwhile.
     assert [name for name in open_files() if "sent-by-the-gateway" in name] == []
+
+
+@pytest.mark.parametrize("packet", ["a good message", "behind a bad message", "more than are taken"])
+async def test_no_fd_from_the_gateway_holds_up_the_runtime(lives: Lives, packet: str) -> None:
+    """Closing the last fd of a TCP socket waits for its peer, as long as the sender has set (SO_LINGER)."""
+    _, peer, _ = await lives.next_ready()
+    await lives.supervisor.ready.wait()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        unread, reader = socket.create_connection(server.getsockname()), server.accept()[0]
+    with reader:
+        unread.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                unread.send(bytes(65_536))
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 8))
+        if packet == "behind a bad message":
+            peer.sock.send(b"nonsense")
+        words = msgspec.msgpack.encode(StopRun(new_invocation_id()))
+        socket.send_fds(peer.sock, [words], [unread.fileno()] * (100 if packet == "more than are taken" else 1))
+        began_s = time.monotonic()
+        unread.close()
+        assert await peer.hear() is None
+        assert time.monotonic() - began_s < 4
+        await lives.next_ready()
+        assert time.monotonic() - began_s < 4
 
 
 def open_files() -> list[str]:
