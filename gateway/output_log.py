@@ -14,7 +14,7 @@ from clrk.gateway.pipes import Pipe
 MAX_LINE_BYTES: Final = 16_384
 MAX_BYTES: Final = 1024 * 1024  # of both streams together
 MAX_LINES: Final = 20_000
-DAEMON_WINDOW_S: Final = 600.0  # a daemon never ends: its allowance is new after this
+DAEMON_WINDOW_S: Final = 60.0  # a daemon never ends: its allowance is new after this
 
 
 class LogAllowance:

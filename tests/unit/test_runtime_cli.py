@@ -44,6 +44,15 @@ def test_check_of_valid_resources_says_what_was_found(tmp_path, capsys):
     assert err == ""
 
 
+def test_check_shows_daemons_too(tmp_path, capsys):
+    only = VALID.split("---", maxsplit=1)[0].replace("TaskAgent", "DaemonAgent")
+    (tmp_path / "a.yaml").write_text(only)
+    assert main(["check", "-c", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "DaemonAgent default/a: revision " in out
+    assert "no agent is declared" not in out
+
+
 def test_check_tells_when_an_agent_has_no_egress(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(VALID.split("---", maxsplit=1)[0])
     assert main(["check", "-c", str(tmp_path)]) == 0
