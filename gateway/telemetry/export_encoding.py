@@ -115,8 +115,7 @@ def log_groups(rows: Iterable[StoredLog], base: Mapping[str, AttributeValue]) ->
             continue
         records = [_log_record(line) for line in _unhurried(lines)]
         scope = ScopeLogs(scope=_SCOPE, log_records=records, schema_url=attr.SCHEMA_URL)
-        gateway = lines[0].gateway.rpartition("/")[2]  # it is in the agent's own namespace
-        resource = encode_resource(resource_items(base, Component.RUNTIME, gateway))
+        resource = encode_resource(resource_items(base, Component.RUNTIME, lines[0].gateway))
         yield ResourceLogs(resource=resource, scope_logs=[scope], schema_url=attr.SCHEMA_URL).SerializeToString()
 
 

@@ -118,8 +118,7 @@ class Metrics:
         for measurement in measure(record):
             meter = self._gateways.get(gateway)
             if meter is None:
-                name = gateway.rpartition("/")[2]
-                meter = _GatewayMeter(dict(resource_items(self._base, Component.GATEWAY, name)))
+                meter = _GatewayMeter(dict(resource_items(self._base, Component.GATEWAY, gateway)))
                 self._gateways = {**self._gateways, gateway: meter}  # readers in other threads walk the old one
             meter.take(measurement)
 

@@ -135,7 +135,7 @@ async def test_what_a_backend_gets_is_the_table_and_nothing_else(tmp_path, proto
         assert (metric.WhichOneof("data"), metric.unit) == (kind, unit), name
         assert metric.description
         assert schema_url == attr.SCHEMA_URL
-        assert (resource["clrk.component"], resource["clrk.egress_gateway"]) == ("gateway", "default")
+        assert (resource["clrk.component"], resource["clrk.egress_gateway"]) == ("gateway", "default/default")
         assert (resource["service.name"], type(resource["host.name"])) == ("clrk", str)
         points = points_of(metric)
         found = {key: type(value) for point in points for key, value in attributes(point).items()}
@@ -189,13 +189,13 @@ async def test_each_backend_gets_its_gateways_and_the_hosts_once(tmp_path):
         def gateways_of(receiver):
             return {attributes(group.resource).get("clrk.egress_gateway") for group in receiver.groups("metrics")}
 
-        await first.wait(lambda: {"one", "same"} <= gateways_of(first))
-        await second.wait(lambda: {"two"} <= gateways_of(second))
-        await standard.wait(lambda: {"three", None} <= gateways_of(standard))
+        await first.wait(lambda: {"default/one", "default/same"} <= gateways_of(first))
+        await second.wait(lambda: {"default/two"} <= gateways_of(second))
+        await standard.wait(lambda: {"default/three", None} <= gateways_of(standard))
         await telemetry.close()
-        assert gateways_of(first) == {"one", "same", None}
-        assert gateways_of(second) == {"two", None}
-        assert gateways_of(standard) == {"three", None}
+        assert gateways_of(first) == {"default/one", "default/same", None}
+        assert gateways_of(second) == {"default/two", None}
+        assert gateways_of(standard) == {"default/three", None}
         last = [one.message for one in first.requests if one.signal == "metrics"]
         with_host = [
             m for m in last if any("clrk.egress_gateway" not in attributes(g.resource) for g in m.resource_metrics)
@@ -204,7 +204,7 @@ async def test_each_backend_gets_its_gateways_and_the_hosts_once(tmp_path):
             attributes(g.resource)["clrk.egress_gateway"]
             for m in with_host for g in m.resource_metrics if "clrk.egress_gateway" in attributes(g.resource)
         }  # fmt: skip
-        assert named <= {"one"}, "two exporters to one backend: the first tells what belongs to no gateway"
+        assert named <= {"default/one"}, "two exporters to one backend: the first tells what belongs to no gateway"
 
 
 async def test_a_backend_that_fails_gets_newer_values_and_the_last_at_the_end(tmp_path):

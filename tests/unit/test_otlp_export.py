@@ -455,7 +455,7 @@ async def test_lines_of_agents_arrive_as_log_records(tmp_path, receiver):
     (group,) = receiver.groups("logs")
     resource = attributes(group.resource)
     assert (resource["service.name"], resource["clrk.component"]) == ("clrk", "runtime")
-    assert resource["clrk.egress_gateway"] == "default"
+    assert resource["clrk.egress_gateway"] == "default/default"
 
 
 async def test_the_remark_that_output_was_cut_is_a_warning(tmp_path, receiver):
