@@ -72,9 +72,9 @@ def get_agent(admin: Admin, args: argparse.Namespace) -> int:
     agent = admin.get("agents", *agent_key(args.name))
     if args.output == "table":
         facts = {
-            key: _moment(value) if key.endswith("TimeUnixNano") and value else value
+            key.removesuffix("TimeUnixNano"): _moment(value) if key.endswith("TimeUnixNano") and value else value
             for key, value in agent.items()
-            if key not in ("spec", "labels", "timeoutSeconds") and value is not None
+            if key not in ("spec", "labels", "timeoutSeconds") and value not in (None, "")
         }
         if agent["kind"] == "TaskAgent":
             facts |= {"timeout": _timeout(agent), "maxConcurrent": agent["maxConcurrent"] or "unlimited"}

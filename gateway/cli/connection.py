@@ -14,6 +14,7 @@ from clrk.core.errors import ClrkError
 
 _CONNECT_TIMEOUT_S: Final = 5.0
 _ANSWER_TIMEOUT_S: Final = 120.0
+_CHUNK: Final = 65_536
 
 
 class CommandError(ClrkError):
@@ -67,10 +68,12 @@ class Admin:
         """Yield the lines of an NDJSON stream, without their newlines; one without an end may be silent for hours."""
         with self._open(segments, query, _ANSWER_TIMEOUT_S if has_end else None) as response:
             try:
-                for line in response:
-                    yield line.rstrip(b"\n")
+                rest = b""
+                while chunk := response.read1(_CHUNK):  # not by line: readline() takes a cut for the end
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    yield from lines
             except (OSError, http.client.HTTPException) as exc:
-                raise CommandError(f"the daemon broke off: {type(exc).__name__}") from exc
+                raise CommandError(f"the daemon broke off, this is not all: {type(exc).__name__}") from exc
 
     def _open(
         self, segments: tuple[str, ...], query: Mapping[str, str] | None, timeout_s: float | None = _ANSWER_TIMEOUT_S

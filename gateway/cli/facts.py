@@ -46,8 +46,8 @@ class SpanFacts:
 
     @property
     def invocation(self) -> str:
-        """Invocation id."""
-        return str(self.get(attr.INVOCATION_ID))
+        """Invocation id; empty for a daemon's."""
+        return str(self.get(attr.INVOCATION_ID) or "")
 
     @property
     def denied(self) -> bool:

@@ -25,6 +25,10 @@ _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 
 _HEADER_SAFE: Final = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
 
 
+class _ReaderGone(Exception):
+    """Nobody reads stdout any more: not the daemon's doing, so no OSError."""
+
+
 def run_task(admin: Admin, args: argparse.Namespace) -> int:
     """Stream the answer to stdout, byte by byte as it comes; everything else goes to stderr."""
     namespace, name = agent_key(args.name)
@@ -51,6 +55,9 @@ def run_task(admin: Admin, args: argparse.Namespace) -> int:
     except TimeoutError:
         connection.close()  # the caller goes away: the invocation is cancelled
         raise CommandError(f"no end within {args.timeout}: cancelled", EXIT_CODES["Timeout"]) from None
+    except _ReaderGone:
+        connection.close()
+        raise BrokenPipeError from None
     except (OSError, http.client.HTTPException) as exc:
         raise CommandError(f"the daemon broke off: {type(exc).__name__} {exc}") from exc
     if code in (EXIT_CODES["Failed"], EXIT_CODES["Timeout"]) and invocation and not args.quiet:
@@ -76,12 +83,17 @@ def _copy(connection: AdminConnection, response: http.client.HTTPResponse, deadl
             chunk = response.read1(_CHUNK)
             if not chunk:
                 return True
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
-    except (http.client.IncompleteRead, ConnectionError) as exc:
-        if isinstance(exc, BrokenPipeError):
-            raise
+            _write(chunk)
+    except (http.client.IncompleteRead, ConnectionError):
         return False
+
+
+def _write(chunk: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise _ReaderGone from None
 
 
 def _failed(response: http.client.HTTPResponse) -> int:

@@ -7,7 +7,7 @@ import pty
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import yaml
@@ -102,7 +102,7 @@ def answering(daemon, body=b"", *, status=200, phase="Succeeded", exit_code=0, h
         await response.prepare(request)
         await response.write(body)
         if phase:
-            record_invocation(daemon.telemetry, who, phase=phase, exit_code=exit_code)
+            daemon.telemetry.record_invocation(invocation_record(who, phase=Phase(phase), exit_code=exit_code))
         await response.write_eof()
         return response
 
@@ -509,6 +509,43 @@ async def test_logs_follow_both_streams_until_the_invocation_has_ended(daemon):
         assert json.loads(await process.stdout.readline())["line"] == "last words"
         assert await process.stdout.read() == b""
         assert await process.wait() == 0
+
+
+async def test_a_stream_that_was_cut_is_no_end(tmp_path):
+    """kill -9 of the gateway in the middle of `clrk traces --json`: what came is printed, and the exit code tells."""
+
+    async def cut(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        line = b'{"trace_id":"1"}\n'
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (len(line), line))
+        await writer.drain()
+        writer.close()
+
+    path = tmp_path / "cut.sock"
+    async with await asyncio.start_unix_server(cut, path):
+        done = await run(path, "traces", "--json")
+    assert (done.code, done.out) == (1, '{"trace_id":"1"}\n')
+    assert "the daemon broke off" in done.err
+
+
+async def test_run_task_into_a_pipe_that_nobody_reads_ends_quietly(daemon):
+    answering(daemon, b"x" * 1_000_000)
+    ours, theirs = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "agents", "run-task", "support", "-q", stdout=theirs, stderr=asyncio.subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "CLRK_ADMIN_SOCKET": daemon.path},
+    )  # fmt: skip
+    os.close(theirs)
+    os.close(ours)
+    async with asyncio.timeout(30):
+        _, err = await process.communicate()
+    assert (process.returncode, err) == (141, b"")
+
+
+async def test_a_daemons_call_is_of_no_invocation(daemon):
+    record(daemon.telemetry, replace(identity(), agent_kind="DaemonAgent", invocation_id=""))
+    (_, row) = (await daemon.clrk("traces")).out.splitlines()
+    assert "None" not in row
 
 
 async def test_logs_of_an_agent_without_lines_say_so_on_stderr(daemon):
