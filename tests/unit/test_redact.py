@@ -72,6 +72,25 @@ NAMED = [
     (r'"https://host.test/x?a=1\u0026sig=hunter2"', r'"https://host.test/x?a=1\u0026sig=[redacted]"'),
     ("https://host.test/?a=1&amp;code=hunter2", "https://host.test/?a=1&amp;code=[redacted]"),
     ("redirect=https%3A%2F%2Fhost%2F%3Ftoken%3Dhunter2", "redirect=https%3A%2F%2Fhost%2F%3Ftoken%3D[redacted]"),
+    ("<Password>hunter2</Password>", "<Password>[redacted]</Password>"),
+    ("<SecretAccessKey>hunter2/x</SecretAccessKey>", "<SecretAccessKey>[redacted]</SecretAccessKey>"),
+    ('<w:Password Type="x#PasswordText">hunter2</w:Password>', '<w:Password Type="x#PasswordText">[redacted]</w:Password>'),
+    ("<token><![CDATA[hunter<2]]></token>", "<token><![CDATA[[redacted]]]></token>"),
+    ("<token>hunter2", "<token>[redacted]"),
+    ('password: "hunter 2"\nuser: alice', 'password: "[redacted]"\nuser: alice'),
+    ("password = 'hunter2' # x", "password = '[redacted]' # x"),
+    ("password = hunter2", "password = [redacted]"),
+    ('"password" => "hunter2", "x" => 1', '"password" => "[redacted]", "x" => 1'),
+    (r'{"query": "mutation { login(password: \"hunter2\") { id } }"}', r'{"query": "mutation { login(password: \"[redacted]\") { id } }"}'),
+    ("payload=%7B%22token%22%3A%22hunter2%22%2C%22x%22%3A1%7D", "payload=%7B%22token%22%3A%22[redacted]%22%2C%22x%22%3A1%7D"),
+    ("payload=%7B%22token%22%3A+%7B%22a%22%3A%22hunter2%22%7D%7D&x=1", "payload=%7B%22token%22%3A+[redacted]%7D&x=1"),
+    ("&quot;password&quot;: &quot;hunter2&quot;, x", "&quot;password&quot;: &quot;[redacted]&quot;, x"),
+    ('Content-Disposition: form-data; name="password"\r\n\r\nhunter2\r\n--b--', 'Content-Disposition: form-data; name="password"\r\n\r\n[redacted]\r\n--b--'),
+    ('[{"name": "API_TOKEN", "value": "hunter2"}, 1]', '[{"name": "API_TOKEN", "value": "[redacted]"}, 1]'),
+    ('{"credentials":{"a":{"b":"}"},"hunter":"hunter2"},"x":1}', '{"credentials":[redacted],"x":1}'),
+    ('{"secrets":[["a"],"hunter2"],"x":1}', '{"secrets":[redacted],"x":1}'),
+    ('{"secrets":[["a"],"hunter2"', '{"secrets":[redacted]'),
+    ("Server=db;Uid=me;Pwd=hunter2;", "Server=db;Uid=me;Pwd=[redacted];"),
 ]  # fmt: skip
 
 
@@ -90,6 +109,7 @@ def test_names_that_say_what_follows_is_secret(text, shown):
         "monkey=banana keyboard: yes; key: value; asky-x: 1",
         "eyJust a word. ASIA is a continent, AKIA too",
         "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----",
+        "<tokenCount>5</tokenCount> <b>token</b> Vec<Token> and <i>x</i>, if token < 3",
         "mail me@host.test, ssh git@github.com:x/y",
         "",
     ],
@@ -191,6 +211,9 @@ SLOW = {
     "named": 'token":"', "list": 'token":[', "map": 'secret":{', "pairs": "password=", "line": "cookie:", "plain": "token: ",
     "escaped": "token" + "\\" * 8, "begin": "-----BEGIN PRIVATE KEY-----", "end": "-----END PRIVATE KEY-----",
     "words": "access_key", "colon": 'token"' + " " * 60, "userinfo": "://" + "a" * 500, "encoded": "token%3d", "space": " ",
+    "tags": "<token>a", "attributes": "<token " + "a" * 200, "values": "<token>xyz<", "cdata": "<token><![CDATA[", "spaces": "token   =   ",
+    "parts": 'token"\r\na\r\nb\r\nc\r\nd\r\n', "html": "token&quot;", "forms": "secret%22+%20+", "members": '"token","value"',
+    "lines": "token: 'a\n", "nested": '"secret":{"', "nested2": '"secret":' + "[" * 30 + "]" * 30 + ",", "slashes": "token" + "%5c" * 8,
 }  # fmt: skip
 
 
