@@ -57,7 +57,8 @@ async def test_a_cancelled_run_has_its_span(gateway):
 
 async def test_what_is_answered_is_logged_too(gateway):
     _, headers, body = await gateway.call("/agents/stderrflood", json={})
-    found = await lines(gateway, "stderrflood", 20)
+    await gateway.span(headers["X-Clrk-Invocation-ID"], "sandbox.teardown")  # by then both streams are at their end
+    found = await lines(gateway, "stderrflood", 1)
     assert body == b"out\n"
     assert {entry.invocation_id for entry in found} == {headers["X-Clrk-Invocation-ID"]}
     assert ("stdout", "out") in {(entry.stream, entry.line) for entry in found}
