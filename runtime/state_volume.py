@@ -37,6 +37,9 @@ _MIB: Final = 1 << 20
 _SMALL_MB: Final = 64  # below it, blocks of 1 KiB and the smallest journal
 _CLAIM_TIMEOUT_S: Final = 15.0  # the last run's removal takes less, or never ends
 _ROOM_BYTES: Final = 64 << 10  # with less, a run can not keep anything
+_HOST_ROOM_BYTES: Final = 64 * _MIB  # free on the host: with less, what a run writes may be lost
+_SECTOR_BYTES: Final = 512  # the unit of st_blocks
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})  # an error of its own, but none in the file system
 _FREE_TIMEOUT_S: Final = 5.0  # sandboxes that were prepared before a reload are removed in less
 _TOOLS: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
 _NO_CAPABILITIES: Final = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--")
@@ -155,13 +158,15 @@ class StateVolumes:
         with self._opening:
             volume = self._open(agent)
             status = os.fstatvfs(volume.root)
-        if status.f_flag & os.ST_RDONLY:
+            is_writable = _is_writable(volume)
+        if not is_writable:
             raise HostError(f"state of {_name(agent)}: errors in it; stop the runtime and run e2fsck -f {volume.path}")
         if status.f_bavail * status.f_frsize < _ROOM_BYTES or status.f_favail == 0:
             raise StateFullError(
                 f"state of {_name(agent)} is full: {state.size_limit_mb} MB, spec.state.sizeLimitMB; raise it and "
                 f"reload, or stop the runtime and remove {volume.path} to begin with none"
             )
+        _check_host(volume)
 
     def _open(self, agent: TaskAgent) -> _Volume:
         """Return the agent's volume, made at the first call, and of the size that the agent has now. Call locked."""
@@ -207,6 +212,27 @@ def _open_image(path: Path, size_mb: int) -> _Volume:
         os.rmdir("lost+found", dir_fd=volume.root)  # e2fsck makes it anew when it needs it
         os.fchmod(volume.root, stat.S_IRWXU)
     return volume
+
+
+def _is_writable(volume: _Volume) -> bool:
+    """Try it: after an error, recent kernels (6.15) refuse every write and call the file system writable."""
+    try:
+        os.close(os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=volume.root))
+    except OSError as exc:
+        return exc.errno in _FULL
+    return True
+
+
+def _check_host(volume: _Volume) -> None:
+    """See that the host has room for what a run may write: the image is sparse, and its errors are no ENOSPC inside.
+
+    Raises: HostError caused by ENOSPC.
+    """
+    image, host = os.fstat(volume.image), os.fstatvfs(volume.image)
+    missing = image.st_size - image.st_blocks * _SECTOR_BYTES
+    if host.f_bavail * host.f_frsize < min(missing, _HOST_ROOM_BYTES):
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise HostError(f"the file system of {volume.path} is full; make room in it") from full
 
 
 def _make_image(path: Path, size_mb: int) -> None:

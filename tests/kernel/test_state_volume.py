@@ -227,6 +227,36 @@ async def test_a_broken_image_fails_the_run_with_its_name(host: Host, state_dir:
         await run(host, "true", name="broken")
 
 
+async def test_a_full_host_is_said_before_and_after_it_costs_something(tmp_path: Path) -> None:
+    """Images are sparse. A write that the host has no block for is an error of the device, and ext4 takes no more."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", tmp_path], check=True)
+    ballast = tmp_path / "ballast"
+    try:
+        async with running_host(ready=0, state_dir=str(tmp_path), layout=OTHER_LAYOUT) as other:
+            assert (
+                await run(other, f"echo kept > {STATE}/f; sync -f {STATE}/f", name="full", size_mb=64)
+            ).exit.exit_code == 0
+            ballast.write_bytes(bytes(80 << 20))
+            with pytest.raises(HostError, match=r"full.ext4 is full; make room in it") as caught:
+                await run(other, "true", name="full", size_mb=64)
+            assert start_failure(caught.value) is StartFailure.POOL_EXHAUSTED
+            ballast.unlink()
+            agent = keeper(f"head -c 60M /dev/urandom > {STATE}/big; "
+                           f"i=0; while sync -f {STATE}/f && mkdir {STATE}/$((i++)); do :; done; true",
+                           name="full", size_mb=64)  # fmt: skip
+            sandbox = await other.pool.acquire(agent)
+            ballast.write_bytes(bytes(80 << 20))  # while it runs
+            await finish(sandbox, agent)
+            ballast.unlink()
+            with pytest.raises(HostError, match=r"errors in it; stop the runtime and run e2fsck -f") as caught:
+                await run(other, "true", name="full", size_mb=64)
+            assert start_failure(caught.value) is StartFailure.SANDBOX_FAILED
+        async with running_host(ready=0, state_dir=str(tmp_path), layout=OTHER_LAYOUT) as other:
+            assert (await run(other, f"cat {STATE}/f", name="full", size_mb=64)).out == "kept\n"
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
 async def test_an_image_that_is_a_link_is_not_followed(host: Host, state_dir: Path, tmp_path: Path) -> None:
     (state_dir / "agents").mkdir(mode=0o700, exist_ok=True)
     (tmp_path / "elsewhere").write_bytes(b"precious")
