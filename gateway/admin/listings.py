@@ -69,13 +69,14 @@ async def follow_lines(store: TraceStore, agent: str, invocation_id: str, tail: 
 
     Raises: StoreError.
     """
-    after_seq, size = 0, tail
+    after_seq = 0 if tail else await store.last_seq("logs")
+    size, head = tail or _PAGE, tail == 0
     while True:
         # Asked before the lines are read: what it wrote before its end is then read as well.
         has_ended = invocation_id != "" and await _has_ended(store, invocation_id)
         committed = store.committed
         await store.flush(_FLUSH_S)
-        lines = await store.logs(agent, invocation_id=invocation_id, after_seq=after_seq, tail=size)
+        lines = await store.logs(agent, invocation_id=invocation_id, after_seq=after_seq, tail=size, head=head)
         if lines:
             yield encode_lines(lines)
             after_seq = lines[-1].seq
@@ -83,7 +84,7 @@ async def follow_lines(store: TraceStore, agent: str, invocation_id: str, tail: 
             return
         else:
             await committed.wait()
-        size = _PAGE
+        size, head = _PAGE, True  # from where we are: a burst is told whole
 
 
 def encode_lines(lines: list[LogLine]) -> bytes:

@@ -175,9 +175,18 @@ def select_invocations(connection: sqlite3.Connection, prefix: str, limit: int =
 
 
 def select_logs(
-    connection: sqlite3.Connection, *, agent: str, invocation_id: str = "", after_seq: int = 0, tail: int = 10_000
+    connection: sqlite3.Connection,
+    *,
+    agent: str,
+    invocation_id: str = "",
+    after_seq: int = 0,
+    tail: int = 10_000,
+    head: bool = False,
 ) -> list[LogLine]:
-    """Return the last `tail` lines of an agent (`namespace/name`), or of one invocation of it, oldest first."""
+    """Return the last `tail` lines of an agent (`namespace/name`), or of one invocation of it, oldest first.
+
+    Shape: head asks for the first `tail` lines after after_seq instead.
+    """
     namespace, _, agent_name = agent.rpartition("/")
     clauses, values = ["agent_namespace = ?", "agent_name = ?", "seq > ?"], [namespace, agent_name, after_seq]
     hint = "INDEXED BY logs_agent"
@@ -187,10 +196,10 @@ def select_logs(
         hint = "INDEXED BY logs_invocation"
     sql = (
         "SELECT seq, invocation_id, agent_namespace, agent_name, stream, time_ns, line, severity"  # noqa: S608 - fixed
-        f" FROM logs {hint} WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT ?"
+        f" FROM logs {hint} WHERE {' AND '.join(clauses)} ORDER BY seq {'ASC' if head else 'DESC'} LIMIT ?"
     )
     rows = connection.execute(sql, (*values, tail)).fetchall()
     return [
         LogLine(row_seq, invocation, ns, name, stream, time_ns, line.decode("utf-8", "replace"), severity)
-        for row_seq, invocation, ns, name, stream, time_ns, line, severity in reversed(rows)
+        for row_seq, invocation, ns, name, stream, time_ns, line, severity in (rows if head else reversed(rows))
     ]

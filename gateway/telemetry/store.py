@@ -218,12 +218,12 @@ class TraceStore:
         return await self._read(lambda connection: query.select_invocations(connection, prefix))
 
     async def logs(
-        self, agent: str, *, invocation_id: str = "", after_seq: int = 0, tail: int = 10_000
+        self, agent: str, *, invocation_id: str = "", after_seq: int = 0, tail: int = 10_000, head: bool = False
     ) -> list[LogLine]:
-        """Return the last lines of an agent (`namespace/name`). Raises: StoreError."""
+        """Return the last lines of an agent (`namespace/name`); head: the first after after_seq. Raises: StoreError."""
         return await self._read(
             lambda connection: query.select_logs(
-                connection, agent=agent, invocation_id=invocation_id, after_seq=after_seq, tail=tail
+                connection, agent=agent, invocation_id=invocation_id, after_seq=after_seq, tail=tail, head=head
             )
         )
 

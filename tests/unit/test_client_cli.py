@@ -364,12 +364,18 @@ async def test_names_and_values_of_an_agent_do_not_reach_the_terminal(daemon):
         done = await daemon.clrk(*arguments)
         assert done.code == 0, done.err
         assert len(done.out.splitlines()) < 6 or arguments[0] == "trace" or "yaml" in arguments
-        assert not set(done.out) & {"\x1b", "\x07", "\r", "\x9b", "\u202e"} or "--json" in arguments
-        assert "\x1b" not in done.out
+        assert not set(done.out) & {"\x1b", "\x07", "\r", "\x7f", "\x9b", "\u202e"}, arguments
+        if "--json" in arguments:
+            assert any(
+                HOSTILE in str(json.loads(line)) or HOSTILE in json.loads(line)["name"]
+                for line in done.out.splitlines()
+            )
         if arguments[-1] == who.invocation_id:
             assert "[bold red]x[/]" in done.out, "markup is text"
             assert "\\x1b[2J" in done.out
             assert "\nfake" not in done.out
+    out = await on_terminal(daemon.path, "agents", "logs", "support", "-o", "json")
+    assert not set(out.decode()) & {"\x1b", "\x07", "\x9b", "\u202e"}
     out = await on_terminal(daemon.path, "agents", "logs", "support")
     assert b"\\x1b[2J" in out
     assert b"\x1b]0" not in out
@@ -509,6 +515,33 @@ async def test_logs_follow_both_streams_until_the_invocation_has_ended(daemon):
         assert json.loads(await process.stdout.readline())["line"] == "last words"
         assert await process.stdout.read() == b""
         assert await process.wait() == 0
+
+
+async def test_follow_without_a_tail_tells_what_is_new_and_all_of_a_burst(daemon):
+    who = identity()
+    daemon.telemetry.record_invocation(invocation_record(who, phase=Phase.RUNNING, ended_ns=0))
+    daemon.telemetry.record_log(who, "stderr", b"before", time.time_ns())
+    assert await daemon.telemetry.flush()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "agents", "logs", "-f", "--tail", "0", f"support/{who.invocation_id}",
+        env={"PATH": os.environ["PATH"], "CLRK_ADMIN_SOCKET": daemon.path}, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(30):
+        number = 0
+        while True:  # until it listens
+            daemon.telemetry.record_log(who, "stdout", f"{number}".encode(), time.time_ns())
+            try:
+                async with asyncio.timeout(0.2):
+                    first = json.loads(await process.stdout.readline())["line"]
+                break
+            except TimeoutError:
+                number += 1
+        assert first.isdecimal()
+        for burst in range(2500):
+            daemon.telemetry.record_log(who, "stdout", f"burst {burst}".encode(), time.time_ns())
+        daemon.telemetry.record_invocation(invocation_record(who))
+        rest = [json.loads(line)["line"] for line in (await process.stdout.read()).splitlines()]
+    assert [line for line in rest if line.startswith("burst")] == [f"burst {burst}" for burst in range(2500)]
 
 
 async def test_a_stream_that_was_cut_is_no_end(tmp_path):
