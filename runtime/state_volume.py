@@ -130,7 +130,7 @@ class StateVolumes:
         Raises: HostError.
         """
         with self._opening:
-            device = self._open(agent).device.path
+            device = self._open(agent, patience_s=0).device.path  # no claim: an older run may still have it
             try:
                 return mount_ext4(device)
             except OSError as exc:
@@ -156,7 +156,7 @@ class StateVolumes:
         state = agent.spec.state
         assert state is not None  # noqa: S101 - callers ask for agents with state only
         with self._opening:
-            volume = self._open(agent)
+            volume = self._open(agent, patience_s=_FREE_TIMEOUT_S)
             status = os.fstatvfs(volume.root)
             is_writable = _is_writable(volume)
         if not is_writable:
@@ -168,8 +168,11 @@ class StateVolumes:
             )
         _check_host(volume)
 
-    def _open(self, agent: TaskAgent) -> _Volume:
-        """Return the agent's volume, made at the first call, and of the size that the agent has now. Call locked."""
+    def _open(self, agent: TaskAgent, patience_s: float) -> _Volume:
+        """Return the agent's volume, made at the first call, and of the size that the agent has now. Call locked.
+
+        Units: patience_s is how long a growth waits for sandboxes that still have it; nobody else's state opens then.
+        """
         state = agent.spec.state
         assert state is not None  # noqa: S101 - callers ask for agents with state only
         try:
@@ -179,7 +182,7 @@ class StateVolumes:
                 volume = _open_image(self._folder / f"{namespace}.{name}.ext4", state.size_limit_mb)
                 self._volumes[agent.key] = volume
             if volume.size_mb != state.size_limit_mb:
-                _fit(volume, state.size_limit_mb)
+                _fit(volume, state.size_limit_mb, patience_s)
             if volume.mount < 0:
                 volume.take()
         except (OSError, HostError) as exc:
@@ -255,7 +258,7 @@ def _image_bytes(size_mb: int, block: int) -> int:
     return (size_mb + block // 1024) * _MIB
 
 
-def _fit(volume: _Volume, size_mb: int) -> None:
+def _fit(volume: _Volume, size_mb: int, patience_s: float) -> None:
     """Grow a volume to its limit; no run has it now. One that is larger stays as it is: what is in it is the agent's.
 
     Raises: OSError, HostError.
@@ -265,7 +268,7 @@ def _fit(volume: _Volume, size_mb: int) -> None:
     wanted = _image_bytes(size_mb, block)
     if blocks * block < wanted:
         volume.leave()
-        _wait_unmounted(volume.device.path)
+        _wait_unmounted(volume.device.path, patience_s)
         os.ftruncate(volume.image, wanted)
         volume.device.grow()
         _run_tool("e2fsck", "-f", "-p", volume.device.path, accepted=(0, 1))
@@ -278,12 +281,12 @@ def _fit(volume: _Volume, size_mb: int) -> None:
     volume.size_mb = size_mb
 
 
-def _wait_unmounted(device: str) -> None:
+def _wait_unmounted(device: str, patience_s: float) -> None:
     """Wait until nothing has the device mounted: an exclusive open is refused before.
 
     Raises: HostError.
     """
-    deadline_mono_s = time.monotonic() + _FREE_TIMEOUT_S
+    deadline_mono_s = time.monotonic() + patience_s
     while True:
         try:
             os.close(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))

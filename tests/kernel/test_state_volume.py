@@ -209,6 +209,23 @@ async def test_a_warm_run_has_it_too_and_it_grows_under_a_warm_one(host: Host) -
     assert 25 <= int(size) <= 30
 
 
+async def test_a_state_that_can_not_grow_yet_holds_up_no_other(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """A run of before a reload may go on for an hour; a warm sandbox of after it does not wait, and lets others by."""
+    before = keeper("exec sleep 1000", name="long")
+    sandbox = await host.pool.acquire(before)
+    spawning = asyncio.create_task(finish(sandbox, before))
+    try:
+        host.pool.set_agents([keeper("true", name="long", size_mb=16, warmPoolSize=1)])
+        async with asyncio.timeout(4):
+            while "long: not prepared ahead" not in caplog.text:
+                assert (await run(host, "true", name="swift")).exit.exit_code == 0
+    finally:
+        sandbox.kill()
+        await spawning
+        host.pool.set_agents([])
+    assert "is still in use" in caplog.text
+
+
 async def test_an_agent_that_is_gone_is_unmounted_and_its_files_stay(host: Host, state_dir: Path) -> None:
     await run(host, f"echo kept > {STATE}/f", name="gone")
     image = str(state_dir / "agents/default.gone.ext4")
