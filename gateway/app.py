@@ -45,7 +45,7 @@ from clrk.gateway.agents import AgentTable
 from clrk.gateway.control_client import ControlClient, ControlError, close_fds
 from clrk.gateway.daemons import Daemons
 from clrk.gateway.health import Health, RuntimeNews
-from clrk.gateway.http_server import BoundedServer
+from clrk.gateway.http_server import BoundedServer, BoundedSite
 from clrk.gateway.identity import Identities
 from clrk.gateway.ingress import Ingress
 from clrk.gateway.invocations import Invocations
@@ -60,6 +60,7 @@ _MAX_CONFIG_SIZE: Final = 64 * 1024 * 1024
 _DRAIN_ANSWERS_S: Final = 5.0  # for answers that are still on their way to slow callers
 _BACKLOG: Final = 1024
 _KEEPALIVE_S: Final = 75.0
+_MAX_ADMIN_CONNECTIONS: Final = 256  # on each of the two admin listeners
 _CALLERS_SHARE: Final = 4  # one in so many descriptors
 _MAX_RECALLED: Final = 256  # fires of an agent that a new gateway looks back at
 _SHUTDOWN_S: Final = 2.0  # for handlers, when their runs are over
@@ -319,7 +320,11 @@ class _Parts:
         self._runners.append(runner)
         sock = socket.socket(fileno=fd)
         sock.setblocking(False)
-        await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+        if isinstance(runner, web.AppRunner):  # anybody on this host can connect, and must not use up the descriptors
+            limit = min(_MAX_ADMIN_CONNECTIONS, _max_connections())
+            await BoundedSite(runner, sock, backlog=_BACKLOG, max_connections=limit).start()
+        else:
+            await web.SockSite(runner, sock, backlog=_BACKLOG).start()
 
     def reconfigure(self, config: GatewayConfig) -> None:
         self.agents.replace(config)

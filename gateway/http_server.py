@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
@@ -47,6 +48,28 @@ class BoundedServer(web.Server):
         if len(self.connections) >= self._max_connections:
             return _Refusal(self.invocation_id())
         return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class BoundedSite(web.SockSite):
+    """A web.SockSite of an application that serves max_connections at a time, as BoundedServer does."""
+
+    def __init__(self, runner: web.BaseRunner, sock: socket.socket, *, backlog: int, max_connections: int) -> None:
+        super().__init__(runner, sock, backlog=backlog)
+        self._max_connections = max_connections
+
+    async def start(self) -> None:
+        """See SockSite."""
+        await web.BaseSite.start(self)
+        server = cast(web.Server, self._runner.server)  # set up before any site
+
+        def protocol() -> asyncio.BaseProtocol:
+            if len(server.connections) >= self._max_connections:
+                return _Refusal("")
+            return cast(asyncio.BaseProtocol, server())
+
+        self._server = await asyncio.get_running_loop().create_server(
+            protocol, sock=self._sock, backlog=self._backlog
+        )  # fmt: skip
 
 
 class _Connection(RequestHandler):

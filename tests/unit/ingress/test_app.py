@@ -48,6 +48,20 @@ async def test_health(gateway):
         assert response.status == 200
 
 
+async def test_whoever_connects_to_the_page_leaves_descriptors_for_the_others(gateway):
+    held = []
+    try:
+        for _ in range(256):
+            held.append(await asyncio.open_connection("127.0.0.1", gateway.runtime.health_port))
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.runtime.health_port)
+        held.append((reader, writer))
+        assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
+        assert (await gateway.call("/agents/text"))[0] == 200
+    finally:
+        for _, writer in held:
+            writer.close()
+
+
 async def test_counters_are_kept(gateway):
     gateway.runtime.send(Counters({"stamp_push_failed": 3}))
     await gateway.runtime.until(lambda: gateway.runtime.app.counters.values)
