@@ -32,6 +32,7 @@ _PROTOBUF: Final = "application/x-protobuf"
 _GZIP_MIN_BYTES: Final = 1024
 _GZIP_LEVEL: Final = 1  # spans repeat themselves so much that more work saves little
 _MAX_ANSWER_BYTES: Final = 65_536
+_MAX_REJECTED: Final = 1_000_000  # of one request; we send fewer
 _KEEPALIVE_S: Final = 10.0  # below what servers close after
 # The request itself is at fault (RFC 9110).
 _REFUSED_STATUSES: Final = frozenset({400, 413, 422})
@@ -114,15 +115,20 @@ def partial_success(signal: Signal, raw: bytes) -> tuple[int, str]:
         match signal:
             case "traces":
                 spans = ExportTraceServiceResponse.FromString(raw).partial_success
-                return spans.rejected_spans, words(spans.error_message)
+                return _count(spans.rejected_spans), words(spans.error_message)
             case "logs":
                 logs = ExportLogsServiceResponse.FromString(raw).partial_success
-                return logs.rejected_log_records, words(logs.error_message)
+                return _count(logs.rejected_log_records), words(logs.error_message)
             case "metrics":
                 points = ExportMetricsServiceResponse.FromString(raw).partial_success
-                return points.rejected_data_points, words(points.error_message)
+                return _count(points.rejected_data_points), words(points.error_message)
     except DecodeError:
         return 0, ""
+
+
+def _count(rejected: int) -> int:
+    """Return a backend's count as one that can be added up: sums of int64 do not fit our own metrics."""
+    return max(0, min(rejected, _MAX_REJECTED))
 
 
 def _status_message(raw: bytes) -> str:
@@ -142,10 +148,10 @@ def retry_after_s(header: str | None) -> float | None:
     if header.isascii() and header.isdigit():
         return min(float(header), MAX_RETRY_AFTER_S)
     try:
-        moment = email.utils.parsedate_to_datetime(header)
-    except ValueError:
+        moment_s = email.utils.parsedate_to_datetime(header).timestamp()
+    except (ValueError, OverflowError):  # numbers that no calendar has
         return None
-    return max(0.0, min(moment.timestamp() - time.time(), MAX_RETRY_AFTER_S))
+    return max(0.0, min(moment_s - time.time(), MAX_RETRY_AFTER_S))
 
 
 def _cause(exc: BaseException) -> str:
