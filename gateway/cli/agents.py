@@ -95,10 +95,15 @@ def show_logs(admin: Admin, args: argparse.Namespace) -> int:
     if args.follow:
         query["follow"] = "true"
     found = False
-    as_json = args.output == "json" or (args.output is None and not sys.stdout.isatty())
+    form = args.output or ("table" if sys.stdout.isatty() else "json")
     for raw in admin.lines("agents", *agent_key(target), "logs", query=query, has_end=not args.follow):
         found = True
-        sys.stdout.write((raw.decode() if as_json else _log_text(json.loads(raw))) + "\n")
+        if form == "json":
+            terminal.write_json_line(raw)
+        elif form == "yaml":
+            terminal.write_yaml([json.loads(raw)])  # items of one list
+        else:
+            sys.stdout.write(_log_text(json.loads(raw)) + "\n")
         if args.follow:
             sys.stdout.flush()
     if not found:

@@ -34,6 +34,14 @@ def write_json(document: object) -> None:
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
+def write_json_line(raw: bytes) -> None:
+    """Write one line of the daemon's NDJSON; what is not printable ASCII is in strings, and becomes an escape."""
+    text = raw.decode()
+    if not (text.isascii() and text.isprintable()):
+        text = json.dumps(json.loads(text), separators=(",", ":")).replace("\x7f", "\\u007f")
+    sys.stdout.write(text + "\n")
+
+
 def write_yaml(document: object) -> None:
     """Write a document as YAML."""
     import yaml

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Final
 
 from rich.cells import cell_len, set_cell_size
@@ -32,7 +31,7 @@ def list_traces(admin: Admin, args: argparse.Namespace) -> int:
     lines = admin.lines("traces", query=query)
     if form == "json":
         for line in lines:
-            sys.stdout.write(line.decode() + "\n")
+            terminal.write_json_line(line)
         return 0
     spans = [json.loads(line) for line in lines]
     if form == "yaml":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final
@@ -25,7 +24,7 @@ def show_trace(admin: Admin, args: argparse.Namespace) -> int:
     lines = admin.lines("traces", args.invocation)
     if args.json or args.output == "json":
         for line in lines:
-            sys.stdout.write(line.decode() + "\n")
+            terminal.write_json_line(line)
         return 0
     documents = [json.loads(line) for line in lines]
     if args.output == "yaml":
