@@ -218,12 +218,13 @@ class _Loop:
     def _fork(self, request: ReserveRequest) -> None:
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            spawner = os.getpid()
             pid = os.fork()
         except OSError as exc:
             control.send(self._sock, SpawnFailed(request.request_id, SpawnStep.FORK, exc.errno or 0))
             return
         if pid == 0:
-            _run_child(request, theirs)
+            _run_child(request, theirs, spawner)
         theirs.close()
         ours.setblocking(False)
         groups = [os.path.dirname(path) for path in request.cgroup_procs]
@@ -288,11 +289,13 @@ class _Loop:
         control.send(self._sock, Ended(child.pid, status, cpu_s, usage.ru_maxrss * 1024))
 
 
-def _run_child(request: ReserveRequest, link: socket.socket) -> None:
+def _run_child(request: ReserveRequest, link: socket.socket, spawner: int) -> None:
     """Between fork and exec: no locks, no logging, no imports. Any failure is reported over the link."""
     step = SpawnStep.CGROUP
     try:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != spawner:  # it died before that: this copy of its socket must not make it look alive
+            return
         for signum in _DEFAULT_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         for path in request.cgroup_procs:

@@ -109,3 +109,19 @@ async def test_an_agent_begins_with_no_signal_blocked_or_ignored() -> None:
             pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
     assert done.stdout.split() == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16], done.stderr
+
+
+async def test_a_child_whose_spawner_died_at_once_ends(tmp_path: Path) -> None:
+    """It holds the spawner's socket: the runtime would wait for ever for the end of a spawner that is gone."""
+    (tmp_path / "procs").touch()
+    script = (
+        "import os, socket; from clrk.runtime.spawner_process import ReserveRequest, _run_child; "
+        "request = ReserveRequest([os.environ['PROCS']], 64, 0); link, far = socket.socketpair(); "
+        "_run_child(request, link, int(os.environ['SPAWNER']))"
+    )
+    environment = {"PROCS": str(tmp_path / "procs"), "SPAWNER": "1"}  # not the parent that it has
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", script], env=environment, timeout=10, check=False
+    )
+    assert done.returncode == 127
+    assert (tmp_path / "procs").read_text() == ""
