@@ -115,7 +115,12 @@ def _add_agents(commands: Any) -> None:
     logs.add_argument("name", metavar="NAME[/INVOCATION]", help="[NAMESPACE/]NAME, and the invocation or its beginning")
     logs.add_argument("--tail", type=int, default=1000, metavar="N", help="only the last N lines (default 1000)")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with what it writes from now on")
-    logs.add_argument("-o", "--output", choices=("text", "json"), help="default: text on a terminal, NDJSON in a pipe")
+    logs.add_argument(
+        "-o",
+        "--output",
+        choices=(*_FORMS, "text"),
+        help="default: table (text is another word for it) on a terminal, NDJSON in a pipe",
+    )
     logs.set_defaults(command=_lazy("agents", "show_logs"))
 
     traces = verbs.add_parser("traces", help="the calls of an agent, or one invocation as a tree")

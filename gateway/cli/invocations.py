@@ -60,11 +60,13 @@ def _fetch(
 
 def _write_table(found: list[dict[str, Any]]) -> None:
     columns = ["TIME", "INVOCATION", "TRIGGER", "CALLER", "PHASE", "DURATION", "CALLS", "IN", "OUT", "COST", "DENIED"]
+    columns.append("WHY")
     rows = [
         [
             show_time(item["createdTimeUnixNano"]), item["invocation"][:SHORT_ID], item["trigger"], item["caller"],
             _phase(item), _duration(item), item["calls"], item["inputTokens"] or "", item["outputTokens"] or "",
             show_cost(item["costUsd"]), item["denials"] or "",
+            item["message"],
         ]
         for item in found
     ]  # fmt: skip

@@ -34,7 +34,7 @@ def show_trace(admin: Admin, args: argparse.Namespace) -> int:
     if not spans:
         raise CommandError(f"no spans of {args.invocation}")
     console = terminal.console()
-    for label, value in _summary(spans):
+    for label, value in _summary(spans, _outcome(admin, spans)):
         console.print(Text.assemble((f"{label:<11}", "bold"), terminal.printable(value)), soft_wrap=True)
     console.print()
     for guide, span in _branches(spans):
@@ -42,12 +42,22 @@ def show_trace(admin: Admin, args: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(spans: list[SpanFacts]) -> list[tuple[str, str]]:
-    """Return the lines above the tree."""
-    root = next((span for span in spans if span.name == attr.SPAN_INGRESS_DISPATCH), spans[0])
+def _outcome(admin: Admin, spans: list[SpanFacts]) -> str:
+    """Return how the invocation ended and why: its record knows what no span may say, spans alone do without."""
     phase = next((value for span in spans if (value := span.get(attr.CLRK_PHASE)) is not None), None)
     exit_code = next((value for span in spans if (value := span.get(attr.CLRK_EXIT_CODE)) is not None), None)
-    outcome = str(phase or "not finished") + (f" (exit code {exit_code})" if exit_code else "")
+    message = ""
+    try:
+        record = admin.get("invocations", spans[0].invocation)
+        phase, exit_code, message = record["phase"], record["exitCode"], record["message"]
+    except CommandError:  # an older store has spans and no record
+        phase = phase or "not finished"
+    return f"{phase}{f' (exit code {exit_code})' if exit_code else ''}{f': {message}' if message else ''}"
+
+
+def _summary(spans: list[SpanFacts], outcome: str) -> list[tuple[str, str]]:
+    """Return the lines above the tree."""
+    root = next((span for span in spans if span.name == attr.SPAN_INGRESS_DISPATCH), spans[0])
     took = max(span.end_ns for span in spans) - min(span.start_ns for span in spans)
     rows = [
         ("invocation", root.invocation),

@@ -147,7 +147,7 @@ async def test_invocations_in_every_form_the_newest_last(daemon):
     record_invocation(daemon.telemetry, second)
     done = await daemon.clrk("agents", "invocations", "support")
     head, *lines = done.out.splitlines()
-    assert head.split() == "TIME INVOCATION TRIGGER CALLER PHASE DURATION CALLS IN OUT COST DENIED".split()
+    assert head.split() == "TIME INVOCATION TRIGGER CALLER PHASE DURATION CALLS IN OUT COST DENIED WHY".split()
     assert re.search(
         rf"{second.invocation_id[:13]} +cron +203.0.113.7:40000 +Failed \(3\) +1.5 ?s +2 +320 +85 +", lines[1]
     )
@@ -573,6 +573,32 @@ async def test_run_task_into_a_pipe_that_nobody_reads_ends_quietly(daemon):
     async with asyncio.timeout(30):
         _, err = await process.communicate()
     assert (process.returncode, err) == (141, b"")
+
+
+async def test_the_reason_of_an_end_is_shown(daemon):
+    """A refused request leaves one span, which may not say why; the record does."""
+    who = identity()
+    record(daemon.telemetry, who, "ingress.dispatch", http__response__status_code=400)
+    daemon.telemetry.record_invocation(
+        invocation_record(who, phase=Phase.REJECTED, exit_code=None, message=f"ce-type: must not be empty{HOSTILE}")
+    )
+    for command in (["trace", who.invocation_id], ["agents", "invocations", "support"]):
+        shown = (await daemon.clrk(*command)).out
+        assert "Rejected" in shown
+        assert "ce-type: must not be empty" in shown
+        assert "\x1b" not in shown
+
+
+async def test_logs_in_every_form(daemon):
+    who = identity()
+    for line in (b"- a: [", b"two"):
+        daemon.telemetry.record_log(who, "stdout", line, time.time_ns())
+    forms = {
+        form: (await daemon.clrk("agents", "logs", "support", "-o", form)).out for form in ("table", "yaml", "json")
+    }
+    assert [entry["line"] for entry in yaml.safe_load(forms["yaml"])] == ["- a: [", "two"]
+    assert yaml.safe_load(forms["yaml"]) == [json.loads(line) for line in forms["json"].splitlines()]
+    assert forms["table"] == (await daemon.clrk("agents", "logs", "support", "-o", "text")).out
 
 
 async def test_a_daemons_call_is_of_no_invocation(daemon):
