@@ -11,7 +11,7 @@ import pytest
 
 from clrk.core import wire
 from clrk.core.resources import RuntimeSpec
-from clrk.runtime.doctor import Finding, check_cgroups, check_uids, report
+from clrk.runtime.doctor import Finding, check_cgroups, check_uids, examine, report
 from clrk.runtime.doctor_trial import Trip, judge_escapes, judge_stamp
 
 pytestmark = pytest.mark.kernel
@@ -42,11 +42,12 @@ def test_this_host_is_well_and_nothing_is_left():
     assert made_by_doctors() <= before
 
 
-def test_without_root_it_says_so_and_tries_nothing():
-    done = run_doctor(user=65534, group=65534, env={"HOME": "/nonexistent"})
-    assert done.returncode == 1
-    assert "FAIL  root: uid 65534\n      fix: sudo clrk-runtime doctor\n" in done.stdout
-    assert "not tried: mend the above first" in done.stdout
+def test_without_root_it_says_so_and_tries_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert report(examine(RuntimeSpec(), "doctorx"), as_json=False) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  root: uid 65534\n      fix: sudo clrk-runtime doctor\n" in out
+    assert "not tried: mend the above first" in out
 
 
 @pytest.mark.parametrize(
