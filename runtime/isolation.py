@@ -222,12 +222,12 @@ def _parent_options(path: str) -> Iterator[str]:
 def _hide_options(path: str, template: TemplateSpec) -> Iterator[str]:
     """Cover a hidden folder wherever a bind shows it."""
     shown = []
-    if template.rootfs == "/" and path.split("/")[1] in _PROGRAMS:
-        shown.append(path)
-    for mount in template.mounts:
-        source = os.path.realpath(mount.host_path)
+    for target, folder in (("/", template.rootfs), *((mount.path, mount.host_path) for mount in template.mounts)):
+        source = os.path.realpath(folder)
+        if target == source == "/" and path.split("/")[1] not in _PROGRAMS:
+            continue
         if path == source or path.startswith(source.rstrip("/") + "/"):
-            shown.append(os.path.normpath(f"{mount.path}/{os.path.relpath(path, source)}"))
+            shown.append(os.path.normpath(f"{target.rstrip('/')}/{os.path.relpath(path, source)}"))
     for place in shown if Path(path).is_dir() else ():
         yield from ("--perms", "0000", "--tmpfs", place)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import pytest_asyncio
@@ -17,8 +18,8 @@ from host_harness import FIRST_UID, Host, Outcome, read_all, running_host
 
 from clrk.core.errors import HostError
 from clrk.core.resources import TaskAgent
-from clrk.runtime.isolation import encode_environment
-from clrk.runtime.view import LAUNCHER
+from clrk.runtime.isolation import encode_environment, plan_run
+from clrk.runtime.view import LAUNCHER, HostView
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio(loop_scope="module")]
 
@@ -125,3 +126,19 @@ async def test_a_child_whose_spawner_died_at_once_ends(tmp_path: Path) -> None:
     )
     assert done.returncode == 127
     assert (tmp_path / "procs").read_text() == ""
+
+
+@pytest.mark.parametrize("rootfs", ["/", "//", "/.", "/usr/..", "IMAGE"])
+async def test_the_state_folder_is_covered_however_its_rootfs_is_written(image: Path, rootfs: str) -> None:
+    secret = image / "srv/clrk" if rootfs == "IMAGE" else Path(f"/opt/clrk-test-{os.getpid()}")
+    secret.mkdir(parents=True)
+    try:
+        (secret / "readable").write_text("x")
+        view = HostView(image, image, image, (PurePosixPath(secret),), "")
+        template = agent_of(image if rootfs == "IMAGE" else Path("/"), "true").spec.template.spec
+        template = template.model_copy(update={"rootfs": str(image) if rootfs == "IMAGE" else rootfs})
+        options = plan_run(template, view, uid=FIRST_UID, memory=1 << 26).options
+        place = "/srv/clrk" if rootfs == "IMAGE" else str(secret)
+        assert f"\0--perms\x000000\0--tmpfs\0{place}\0".encode() in options
+    finally:
+        shutil.rmtree(secret)
