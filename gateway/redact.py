@@ -20,6 +20,9 @@ from typing import Final
 REDACTED: Final = "[redacted]"
 REDACTED_IN_URL: Final = "REDACTED"  # semconv 1.41.1, url.full
 _EDGE_BYTES: Final = 4096
+# Places of a text that may hold a secret, and are looked at: texts that people write have a tenth of that.
+_MIN_PLACES: Final = 2000
+_BYTES_PER_PLACE: Final = 256
 
 _Span = tuple[int, int]
 
@@ -138,7 +141,7 @@ def redact_text(text: str, *, cut_start: bool = False, cut_end: bool = False) ->
     """Return text without what looks like a secret.
 
     Shape: cut_start and cut_end say that there was more before and behind it.
-    Cost: about 1 ms for 64 KiB, a few times that for what is made to be slow.
+    Cost: about 1 ms for 64 KiB, some ten ms for what is made to be slow; of that the end may not be shown.
     """
     raw = text.encode("utf-8", "replace")
     spans = list(_find_secrets(raw))
@@ -161,26 +164,53 @@ def _replace(raw: bytes, spans: Iterable[_Span], instead: str) -> str:
     return b"".join(pieces).decode("utf-8", "replace")
 
 
+class _Budget:
+    """How many places of one text are looked at. Behind the first that is not, nothing of the text is shown."""
+
+    def __init__(self, size: int) -> None:
+        self.left = _MIN_PLACES + size // _BYTES_PER_PLACE
+        self.unseen = size
+
+    def places(self, raw: bytes, word: bytes) -> Iterator[int]:
+        """Yield where the word stands."""
+        at = raw.find(word)
+        while at >= 0:
+            self.left -= 1
+            if self.left < 0:
+                self.unseen = min(self.unseen, at)
+                return
+            yield at
+            at = raw.find(word, at + len(word))
+
+
 def _find_secrets(raw: bytes) -> Iterator[_Span]:
+    budget = _Budget(len(raw))
+    yield from _find_each(raw, budget)
+    yield budget.unseen, len(raw)
+
+
+def _find_each(raw: bytes, budget: _Budget) -> Iterator[_Span]:
     lower = raw.lower()  # of ASCII alone, so that places stay the same
-    yield from _private_keys(raw)
+    yield from _private_keys(raw, budget)
     for prefix in [prefix for prefix in _SHAPES if prefix in raw]:  # most texts hold none: a short URL takes some µs
-        for found in _matches_behind(raw, raw, prefix, _SHAPES[prefix], _begins_word):
+        for found in _matches_behind(budget, raw, raw, prefix, _SHAPES[prefix], allowed=_begins_word):
             yield found.start() - len(prefix), found.end()
-    yield from _tokens(raw)
-    yield from _named_values(raw, lower)
+    yield from _tokens(raw, budget)
+    yield from _named_values(raw, lower, budget)
     for scheme in [scheme for scheme in _SCHEMES if scheme in lower]:
-        yield from (found.span(1) for found in _matches_behind(raw, lower, scheme, _CREDENTIALS))
+        yield from (found.span(1) for found in _matches_behind(budget, raw, lower, scheme, _CREDENTIALS))
     for word in [word for word in _URL_WORDS if word in lower]:
-        yield from (found.span() for found in _matches_behind(raw, lower, word, _URL_VALUE, _in_query))
-    yield from (found.span() for found in _matches_behind(raw, raw, b"://", _USERINFO))
+        yield from (found.span() for found in _matches_behind(budget, raw, lower, word, _URL_VALUE, allowed=_in_query))
+    yield from (found.span() for found in _matches_behind(budget, raw, raw, b"://", _USERINFO))
 
 
 def _matches_behind(
+    budget: _Budget,
     raw: bytes,
     searched: bytes,
     word: bytes,
     pattern: re.Pattern[bytes],
+    *,
     allowed: Callable[[bytes, int], bool] | None = None,
 ) -> Iterator[re.Match[bytes]]:
     """Match the pattern behind each place of the word that allowed() lets through; places in a match are passed over.
@@ -188,7 +218,7 @@ def _matches_behind(
     Shape: searched is raw or its lower case. The pattern fails early, or not at all.
     """
     done = 0
-    for start in _places(searched, word):
+    for start in budget.places(searched, word):
         if start < done or (allowed is not None and not allowed(searched, start)):
             continue
         if found := pattern.match(raw, start + len(word)):
@@ -196,36 +226,29 @@ def _matches_behind(
             yield found
 
 
-def _places(raw: bytes, word: bytes) -> Iterator[int]:
-    at = raw.find(word)
-    while at >= 0:
-        yield at
-        at = raw.find(word, at + len(word))
-
-
-def _private_keys(raw: bytes) -> Iterator[_Span]:
+def _private_keys(raw: bytes, budget: _Budget) -> Iterator[_Span]:
     done = 0
-    for start in _places(raw, b"-----BEGIN "):
+    for start in budget.places(raw, b"-----BEGIN "):
         if start >= done and _KEY_BEGIN.match(raw, start):
             end = _KEY_END.search(raw, start)
             done = end.end() if end is not None else len(raw)
             yield start, done
 
 
-def _tokens(raw: bytes) -> Iterator[_Span]:
+def _tokens(raw: bytes, budget: _Budget) -> Iterator[_Span]:
     """JWS and JWE: base64url of `{"`, then dots."""
     done = 0
-    for start in _places(raw, b"eyJ"):
+    for start in budget.places(raw, b"eyJ"):
         if start >= done and (found := _TOKEN_RUN.match(raw, start)):
             done = found.end()
             if b"." in found[0]:
                 yield start, done
 
 
-def _named_values(raw: bytes, lower: bytes) -> Iterator[_Span]:
+def _named_values(raw: bytes, lower: bytes, budget: _Budget) -> Iterator[_Span]:
     done = 0
     nested, tags = _Nested(raw), _Tags(raw)
-    for start, word in sorted((at, named) for named in _WORDS if named in lower for at in _places(lower, named)):
+    for start, word in sorted((at, named) for named in _WORDS if named in lower for at in budget.places(lower, named)):
         if start < done:
             continue
         end = start + len(word)

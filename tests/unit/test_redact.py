@@ -226,6 +226,18 @@ def test_hostile_text_takes_time_in_proportion_to_its_size(name):
     assert time.process_time() - began < 2.0  # of the 0.2 s that it takes; quadratic would be minutes
 
 
+def test_a_text_with_too_many_places_shows_nothing_behind_the_first_that_was_not_looked_at():
+    for word in ("token ", "sk-", "://", "eyJ ", "-----BEGIN ", "?key= "):
+        text = "begin " + word * 50_000
+        shown = redact_text(text + SHAPES["GitHub"] + ' password: "hunter2"')
+        assert shown.startswith("begin ")
+        assert shown.endswith(REDACTED)
+        assert "hunter2" not in shown
+        assert SHAPES["GitHub"] not in shown
+    calls = ",".join(f'{{"token": "t{number}", "logprob": -0.1, "bytes": [1, 2, 3]}}' for number in range(900))
+    assert redact_text(calls).endswith('{"token": "[redacted]", "logprob": -0.1, "bytes": [1, 2, 3]}')
+
+
 def test_random_text_never_fails():
     source = random.Random(7)
     pieces = [*SLOW.values(), *SHAPES.values(), "é", "\U0001f600", "\udc80", "\0", "\n", "=", "}", "a" * 9]
