@@ -221,14 +221,14 @@ class Ingress:
             raise Problem(400, "no agent named: use /agents/NAME, /agents/NAMESPACE/NAME or X-Clrk-TaskAgent")
         if len(segments) > 3 and self._agents.find(segments[2], segments[3]) is not None:
             return Target(self._find(segments[2], segments[3]), "/agents/{namespace}/{name}")
-        if self._agents.find("default", segments[2]) is not None:
-            return Target(self._find("default", segments[2]), "/agents/{name}")
-        raise Problem(404, "no such agent on this host")
+        if len(segments) > 3 and self._agents.find("default", segments[2]) is None:
+            raise Problem(404, f"no agent {_show(*segments[2:4])} on this host, and no default/{segments[2][:63]}")
+        return Target(self._find("default", segments[2]), "/agents/{name}")
 
     def _find(self, namespace: str, name: str) -> TaskAgent:
         agent = self._agents.find(namespace, name)
         if agent is None:
-            raise Problem(404, "no such agent on this host")
+            raise Problem(404, f"no agent {_show(namespace, name)} on this host")
         if not isinstance(agent, TaskAgent):
             raise Problem(405, "a DaemonAgent runs by itself and takes no requests", {"Allow": ""})
         return agent
@@ -322,3 +322,7 @@ async def _continue(request: web.BaseRequest) -> None:
         raise Problem(417, "Expect: only 100-continue")
     if request.transport is not None and not isinstance(request, web.Request):  # an Application has answered already
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def _show(namespace: str, name: str) -> str:
+    return f"{namespace[:63]}/{name[:63]}"

@@ -129,11 +129,15 @@ class Invocation(SandboxRun):
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _on_open(self) -> None:
-        timeout_s = self.order.timeout_s or self.order.agent.spec.timeout
-        self._expect_exit_within(timeout_s + EXIT_GRACE_S, ExitReason.TIMEOUT)
+        self._expect_exit_within(self._timeout_s + EXIT_GRACE_S, ExitReason.TIMEOUT)
+
+    @property
+    def _timeout_s(self) -> float:
+        return self.order.timeout_s or self.order.agent.spec.timeout
 
     def _judge(self, exited: Exited) -> Outcome:
-        return outcome_of(exited, self._cancelled, self.order.metadata_mode and not self.posted.done())
+        lacks_answer = self.order.metadata_mode and not self.posted.done()
+        return outcome_of(exited, self._cancelled, lacks_answer, self._timeout_s)
 
     def _on_finish(self, outcome: Outcome) -> None:
         self.on_end(outcome)

@@ -48,9 +48,13 @@ class Outcome:
 CALLER_GONE: Final = Outcome(Phase.CANCELLED, message="the caller went away")
 
 
-def outcome_of(exited: Exited, cancelled: Outcome | None, lacks_answer: bool) -> Outcome:
+def outcome_of(
+    exited: Exited, cancelled: Outcome | None, lacks_answer: bool, timeout_s: float | None = None
+) -> Outcome:
     """Judge an exit. cancelled: why we asked for it; lacks_answer: Metadata mode, and no answer was posted."""
     phase, message = (cancelled.phase, cancelled.message) if cancelled is not None else _judge(exited, lacks_answer)
+    if timeout_s is not None and cancelled is None and phase is Phase.TIMEOUT:
+        message += f" of {timeout_s:g} s"
     return Outcome(phase, exited.exit_code, message, exit_reason=exited.reason.value)
 
 

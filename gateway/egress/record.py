@@ -31,6 +31,7 @@ from clrk.gateway.telemetry.spans import (
 
 MAX_URL_SIZE: Final = 4096
 _TCP: Final[dict[str, AttributeValue]] = {attr.NETWORK_TRANSPORT: "tcp"}
+_MALFORMED: Final = {"timeout": "the agent connected and sent nothing for too long, so there was no stamp to check"}
 _KNOWN_METHODS: Final = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY".split())
 
 
@@ -161,7 +162,9 @@ class EgressSpans:
     def malformed(self, call: Call, code: str) -> None:
         """A connection that did not begin with the header that the kernel must have stamped."""
         found: dict[str, AttributeValue] = {attr.CLRK_PROXY_ERROR_CODE: code}
-        self._record(call, attr.SPAN_EGRESS_PROXY_MALFORMED, found, code, f"stamp refused: {code}")
+        self._record(
+            call, attr.SPAN_EGRESS_PROXY_MALFORMED, found, code, _MALFORMED.get(code, f"stamp refused: {code}")
+        )
 
     def place(self, call: Call, parent: TraceContext | None = None) -> TraceContext:
         """Hang the span below parent, else where calls of this run hang; return that parent."""

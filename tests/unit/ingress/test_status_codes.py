@@ -67,7 +67,10 @@ ROWS = {
     "no agent named": Row(400, "/", detail="no agent named"),
     "no agent named, path of another kind": Row(400, "/healthz", detail="no agent named"),
     "a name that can not be one": Row(400, "/", detail="namespace/name", headers={"X-Clrk-TaskAgent": "a b"}),
-    "no such agent": Row(404, "/agents/nobody", detail="no such agent"),
+    "no such agent": Row(404, "/agents/nobody", detail="no agent default/nobody on this host"),
+    "no such agent, two ways to read it": Row(
+        404, "/agents/team/nobody", detail="no agent team/nobody on this host, and no default/team"
+    ),
     "a DaemonAgent": Row(405, "/agents/watcher", detail="DaemonAgent", answer={"Allow": ""}),
     "a DaemonAgent, by header": Row(
         405, "/", detail="DaemonAgent", headers={"X-Clrk-TaskAgent": "default/watcher"}, answer={"Allow": ""}
@@ -106,7 +109,7 @@ ROWS = {
     "pool exhausted": Row(
         503, "/agents/poolless", "Rejected", "no sandbox is free", answer={"Retry-After": "1"}, error="503"
     ),
-    "timeout": Row(504, "/agents/slow", "Timeout", "within its timeout", error="504"),
+    "timeout": Row(504, "/agents/slow", "Timeout", "within its timeout of 0.3 s", error="504"),
     "timeout, not streamed": Row(504, "/agents/wholeslow", "Timeout", "within its timeout", error="504"),
     "timeout, nothing posted": Row(504, "/agents/postslow", "Timeout", "within its timeout", error="504"),
     "state over its limit": Row(507, "/agents/full", "Rejected", "scripted", error="507"),
