@@ -26,7 +26,7 @@ def list_invocations(admin: Admin, args: argparse.Namespace) -> int:
     found.reverse()
     if args.output == "json":
         for item in found:
-            sys.stdout.write(msgspec.json.encode(item).decode() + "\n")
+            terminal.write_json_line(msgspec.json.encode(item))
     elif args.output == "yaml":
         terminal.write_yaml(found)
     elif not found:
