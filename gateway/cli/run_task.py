@@ -177,12 +177,12 @@ def _content_type(body: bytes) -> str:
 def _timeout(text: str | None) -> float | None:
     if text is None:
         return None
-    from clrk.core.resources import parse_duration  # pydantic is slow to import: only when asked for
+    from clrk.core.resources import MAX_TIMEOUT_S, parse_duration  # pydantic is slow to import: only when asked for
 
     try:
         timeout_s = parse_duration(text)
     except ValueError as exc:
         raise CommandError(f"--timeout: {exc}", 2) from None
-    if timeout_s <= 0:
-        raise CommandError("--timeout: write more than 0", 2)
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise CommandError(f"--timeout: write more than 0 and at most {MAX_TIMEOUT_S / 3600:g}h, not {text!r}", 2)
     return timeout_s

@@ -561,6 +561,14 @@ async def test_a_stream_that_was_cut_is_no_end(tmp_path):
     assert "the daemon broke off" in done.err
 
 
+@pytest.mark.parametrize(("timeout", "says"), [("0s", "more than 0"), ("3h", "at most 1h"), ("soon", "for example 100s")])
+async def test_a_timeout_that_can_not_be_is_refused_in_the_words_of_the_flag(daemon, timeout, says):
+    done = await daemon.clrk("agents", "run-task", "support", "--timeout", timeout)
+    assert (done.code, done.out, daemon.requests) == (2, "", [])
+    assert done.err.startswith("clrk: --timeout: ")
+    assert says in done.err
+
+
 async def test_run_task_into_a_pipe_that_nobody_reads_ends_quietly(daemon):
     answering(daemon, b"x" * 1_000_000)
     ours, theirs = os.pipe()
@@ -668,7 +676,7 @@ async def test_the_answer_is_shown_as_it_comes(daemon):
         await response.write(b"first")
         await go_on.wait()  # set only after the client has shown the first bytes
         await response.write(b"second")
-        record_invocation(daemon.telemetry, who)
+        daemon.telemetry.record_invocation(invocation_record(who))
         return response
 
     daemon.answer = answer
@@ -689,7 +697,7 @@ async def test_a_cut_answer_is_a_failure(daemon):
         response = web.StreamResponse(headers={"X-Clrk-Invocation-ID": who.invocation_id})
         await response.prepare(request)
         await response.write(b"half")
-        record_invocation(daemon.telemetry, who, phase="Failed", exit_code=9)
+        daemon.telemetry.record_invocation(invocation_record(who, phase=Phase.FAILED, exit_code=9))
         request.transport.abort()
         return response
 
