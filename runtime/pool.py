@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -252,7 +253,7 @@ class SandboxPool:
         except BaseException:
             await self._take_back(undo, uid)
             raise
-        undo.push("namespace fds", space.close)
+        undo.push("namespace fds", lambda: _close_space(space))
         sandbox = Sandbox(
             sandbox_id=sandbox_id, uid=uid, pid=pid, space=space, cgroup=cgroup, spawner=self._spawner,
             view=self._view, stamp=self._stamp, states=self._states, undo=undo, on_removed=self._on_removed,
@@ -298,6 +299,14 @@ def _sandboxes_by_fds() -> int:
     """Say for how many there are fds. It must not come to none: not even cgroup.kill could be written then."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, (soft - _OWN_FDS) // _FDS_OF_A_SANDBOX)
+
+
+def _close_space(space: Namespace) -> None:
+    """Close at once: a gateway may have connected a listener to the backlog of another one, and asked it to linger."""
+    for sock in space.listeners:
+        if sock.fileno() >= 0:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+    space.close()
 
 
 async def _both(reserving: Awaitable[int], making: Awaitable[Namespace]) -> tuple[int, Namespace]:

@@ -312,6 +312,29 @@ async def test_stop_right_behind_start_is_not_lost(desk: Desk) -> None:
     assert failed.reason is StartFailure.SANDBOX_FAILED
 
 
+async def test_listeners_of_a_sandbox_that_linger_hold_up_no_removal(desk: Desk) -> None:
+    """The gateway has them too: one becomes a connection to another's backlog, with bytes that nobody will read."""
+    request = desk.start(ask("sleep"))
+    await desk.peer.hear_all(Started)
+    with (
+        socket.socket(fileno=os.dup(desk.peer.fds[StartedFd.EGRESS_V4])) as sock,
+        socket.socket(fileno=os.dup(desk.peer.fds[StartedFd.METADATA_V4])) as other,
+    ):
+        sock.shutdown(socket.SHUT_RDWR)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 8))
+        sock.settimeout(3)
+        sock.connect(other.getsockname())
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(bytes(65_536))
+    await desk.peer.hear_all(Spawned)  # which drops the fds of Started
+    began_s = time.monotonic()
+    desk.runs.stop(request.run_id, desk.channel)
+    await desk.peer.hear_all(Exited, Removed)
+    assert time.monotonic() - began_s < 4
+
+
 async def test_only_the_life_that_started_a_run_can_stop_it(desk: Desk) -> None:
     request = desk.start(ask("sleep", timeout_s=1.0))
     await desk.peer.hear_all(Started, Spawned)
