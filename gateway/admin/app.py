@@ -6,7 +6,6 @@ Listings are `{"items": […]}`, streams are NDJSON, errors are problem+json (RF
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
@@ -24,6 +23,7 @@ from clrk.gateway.admin.invocations import Recall, await_outcome
 from clrk.gateway.admin.listings import encode_lines, follow_lines, list_invocations
 from clrk.gateway.admin.page.health import HealthSource
 from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
+from clrk.gateway.admin.scrape import Scrape
 from clrk.gateway.agent_status import AgentStatusSource
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.store import StoreError, TraceStore
@@ -91,12 +91,7 @@ def build_health_app(
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     if metrics is not None:
-
-        async def metricsz(_request: web.Request) -> web.Response:
-            text, content_type = await asyncio.to_thread(metrics)
-            return web.Response(body=text, headers={"Content-Type": content_type})
-
-        app.router.add_get("/metrics", metricsz)
+        app.router.add_get("/metrics", Scrape(metrics).__call__)
     return app
 
 
