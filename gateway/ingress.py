@@ -117,10 +117,10 @@ class Ingress:
                 raise Problem(501, "this is no proxy: CONNECT asks for a tunnel", {"Connection": "close"})
             target = replace(target, trigger=_trigger(request, target))
             dispatch = Dispatch(origin, target, self._invocations.claim_id(_one(request, "X-Clrk-Invocation-ID")))
+            dispatch.begin(self._recorder)  # before the record: from the span, a lost record can be made again
             slot = self._invocations.admit(dispatch.pending(), target.agent)
         except Problem as problem:  # a refused id is somebody else's: this request keeps its own
             return self._reject(dispatch, problem)
-        dispatch.begin(self._recorder)
         try:
             response = await self._invoke(request, dispatch, slot)
             dispatch.status = response.status

@@ -41,6 +41,7 @@ class ScheduledRuns:
     def fire(self, agent: TaskAgent, slot_ns: int) -> None:
         """Invoke the agent for one slot of its schedule. One that is refused leaves a record that says why."""
         dispatch = Dispatch(Origin(), Target(agent, trigger=CRON_TRIGGER), new_invocation_id())
+        dispatch.begin(self._recorder)  # before the record, as for a request
         try:
             slot = self._invocations.admit(dispatch.pending(), agent)
         except Problem as problem:
@@ -52,7 +53,6 @@ class ScheduledRuns:
                 extra={"invocation_id": dispatch.invocation_id},
             )  # fmt: skip
             return
-        dispatch.begin(self._recorder)
         try:
             invocation = self._start(dispatch, slot, slot_ns)
         except BaseException:

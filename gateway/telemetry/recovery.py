@@ -11,10 +11,12 @@ from typing import Final
 
 import msgspec
 
+from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry import attributes as attr
-from clrk.gateway.telemetry.items import BeginItem, Item, Journaled, SpanItem, decode, is_agents_own
+from clrk.gateway.telemetry.items import BeginItem, InvocationItem, Item, Journaled, SpanItem, decode, is_agents_own
 from clrk.gateway.telemetry.journal import Journal, Position
-from clrk.gateway.telemetry.spans import Status, StatusCode
+from clrk.gateway.telemetry.records import InvocationRecord
+from clrk.gateway.telemetry.spans import SpanRecord, Status, StatusCode
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ ERROR_TYPE_GATEWAY_LOST: Final = "gateway_lost"  # value of error.type
 # Two of clrk's own spans never have one id; what an agent calls its spans is no matter.
 _IS_STORED: Final = "SELECT 1 FROM spans WHERE trace_id = ? AND span_id = ? AND otlp IS NULL LIMIT 1"
 
+
+_HAS_RECORD: Final = "SELECT 1 FROM invocations WHERE invocation_id = ? AND phase != ''"
 
 Frames = Iterator[tuple[Position, bytes]]
 
@@ -91,7 +95,31 @@ class Recovery:
                 attributes=record.attributes | {attr.ERROR_TYPE: ERROR_TYPE_GATEWAY_LOST},
             )
             items.append(SpanItem(ended, begun.gateway, begun.sampled))
+            if record.name == attr.SPAN_INGRESS_DISPATCH and not self._has_record(connection, record):
+                items.append(InvocationItem(self._record_of(record)))
         return items
+
+    @staticmethod
+    def _has_record(connection: sqlite3.Connection, dispatch: SpanRecord) -> bool:
+        return connection.execute(_HAS_RECORD, (dispatch.attributes[attr.INVOCATION_ID],)).fetchone() is not None
+
+    def _record_of(self, dispatch: SpanRecord) -> InvocationRecord:
+        """Return the record of an invocation whose gateway was killed between its first span and its record."""
+        known = {name: str(value) for name, value in dispatch.attributes.items()}
+        return InvocationRecord(
+            invocation_id=known[attr.INVOCATION_ID],
+            namespace=known[attr.AGENT_NAMESPACE],
+            agent=known[attr.AGENT_NAME],
+            revision=known[attr.AGENT_REVISION],
+            trigger=known.get(attr.CLRK_TRIGGER, ""),
+            phase=Phase.FAILED,
+            trace_id=dispatch.trace_id,
+            dispatch_span_id=dispatch.span_id,
+            run_span_id="",
+            created_ns=dispatch.start_time_unix_nano,
+            ended_ns=max(dispatch.start_time_unix_nano, self.ended_ns),
+            message=LOST_INVOCATION_MESSAGE,
+        )
 
     @property
     def ended_ns(self) -> int:

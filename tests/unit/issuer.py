@@ -47,7 +47,7 @@ KEYS = jwks(public_jwk(RSA, "rsa"), public_jwk(EC, "ec"), public_jwk(ED, "ed"))
 def claims(**changed: Any) -> dict[str, Any]:
     """Return good claims with changes; None takes one away."""
     now = time.time()
-    found = {"iss": ISSUER, "aud": AUDIENCE, "exp": now + 600, "sub": "alice", "tier": 3, "admin": True} | changed
+    found = {"iss": ISSUER, "aud": AUDIENCE, "exp": now + 86_400, "sub": "alice", "tier": 3, "admin": True} | changed
     return {name: value for name, value in found.items() if value is not None}
 
 

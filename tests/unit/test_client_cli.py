@@ -561,7 +561,9 @@ async def test_a_stream_that_was_cut_is_no_end(tmp_path):
     assert "the daemon broke off" in done.err
 
 
-@pytest.mark.parametrize(("timeout", "says"), [("0s", "more than 0"), ("3h", "at most 1h"), ("soon", "for example 100s")])
+@pytest.mark.parametrize(
+    ("timeout", "says"), [("0s", "more than 0"), ("3h", "at most 1h"), ("soon", "for example 100s")]
+)
 async def test_a_timeout_that_can_not_be_is_refused_in_the_words_of_the_flag(daemon, timeout, says):
     done = await daemon.clrk("agents", "run-task", "support", "--timeout", timeout)
     assert (done.code, done.out, daemon.requests) == (2, "", [])

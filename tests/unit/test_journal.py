@@ -373,6 +373,21 @@ async def test_a_span_that_was_stored_while_the_journal_was_full_is_not_called_l
     assert rows(store.path, "SELECT count(*) FROM spans") == [(1,)]
 
 
+async def test_an_invocation_that_was_killed_before_its_record_has_one(tmp_path):
+    """The span of the request comes first; a gateway may be killed between the two."""
+    writer = StoreWriter(tmp_path / "traces.db", retention_s=1e6, max_file_bytes=2**40, on_commit=lambda: None)
+    store = await reopened(tmp_path / "other")
+    telemetry, who, start_ns = Telemetry(store, {}), identity(), time.time_ns()
+    store._writer = writer
+    telemetry.begin(who, component=Component.INGRESS, name=attr.SPAN_INGRESS_DISPATCH, kind=SpanKind.SERVER,
+                    start_ns=start_ns, span_id=new_span_id(), parent_span_id="",
+                    attributes={attr.CLRK_TRIGGER: "http"})  # fmt: skip
+    found = await (await reopened(tmp_path)).find_invocation(who.invocation_id)
+    assert (found.record.phase, found.record.trigger, found.record.agent) == (Phase.FAILED, "http", "support")
+    assert found.record.created_ns == start_ns
+    assert "the gateway ended" in found.record.message
+
+
 async def test_a_store_that_was_damaged_gets_what_the_journal_still_has(tmp_path):
     journaled(tmp_path)
     (tmp_path / "traces.db").write_bytes(os.urandom(9000))

@@ -345,7 +345,6 @@ async def test_retention_takes_all_that_is_old_except_what_is_not_over(tmp_path)
     fresh = identity()
     telemetry.record_invocation(pending(fresh, phase=Phase.SUCCEEDED))
     await first.flush()
-    first.set_retention(60)
     purge(first, 60, 2**40, frozenset({"default/default"}))
     assert set(await listed(first)) == {
         fresh.invocation_id, whos[Phase.PENDING].invocation_id, whos[Phase.RUNNING].invocation_id
