@@ -54,6 +54,10 @@ _SHAPES: Final = {
         "xapp-": rb"[A-Za-z0-9-]{6,}",
         **dict.fromkeys(("hf_", "npm_", "gsk_", "xai-"), rb"[A-Za-z0-9]{16,}"),
         "pypi-": rb"[A-Za-z0-9_-]{16,}",
+        # in the path of a URL: Telegram, webhooks of Slack and Discord
+        "bot": rb"\d{6,12}:[A-Za-z0-9_-]{20,}",
+        "services/": rb"T[A-Z0-9]{6,16}/[A-Z0-9]{6,16}/[A-Za-z0-9]{16,}",
+        "webhooks/": rb"\d{5,20}/[A-Za-z0-9_-]{30,}",
     }.items()
 }
 _KEY_BEGIN: Final = re.compile(rb"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")

@@ -94,6 +94,20 @@ NAMED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/bot123456789:AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw-/getMe", "/REDACTED/getMe"),
+        ("/services/T0000AAAA/B0000BBBB/XXXXhunter2XXXXhunter2XX", "/REDACTED"),
+        ("/api/webhooks/123456789012345678/hunter2hunter2hunter2hunter2hunter2", "/api/REDACTED"),
+        ("/bot/1:2/services/TODO/webhooks/7/list", "/bot/1:2/services/TODO/webhooks/7/list"),
+    ],
+)
+def test_paths_that_are_credentials(path, shown):
+    assert redact_url(f"https://host.test{path}") == f"https://host.test{shown}"
+    assert redact_url(path) == shown
+
+
 @pytest.mark.parametrize(("text", "shown"), NAMED)
 def test_names_that_say_what_follows_is_secret(text, shown):
     assert redact_text(text) == shown
