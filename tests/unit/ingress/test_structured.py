@@ -200,3 +200,21 @@ def test_binary_mode_keeps_the_body():
     assert read_binary({"id": "1"}, headers, b" { } ") == Received({"id": "1"}, "application/json", b" { } ")
     with pytest.raises(EnvelopeError):
         read_binary({}, headers, b"{")
+
+
+@pytest.mark.parametrize("number", ["1e999999999", "-1e999999999", "9" * 5000, "1" + "0" * 30_000])
+def test_numbers_that_nobody_can_read_are_no_attributes(number):
+    raw = event()[:-1] + f', "count": {number}}}'.encode()
+    with pytest.raises(EnvelopeError, match="count: an attribute is"):
+        read_structured(raw)
+
+
+def test_attributes_are_bounded_and_data_is_not():
+    assert len(read_structured(event(data=["a" * 100_000])).body) == 100_004
+    assert len(read_structured(event(data_base64="AAAA" * 50_000)).body) == 150_000
+    for members in ({"a" * 70_000: "x"}, {"x": "a" * 70_000}, {f"a{number}": 1 for number in range(8000)}):
+        with pytest.raises(EnvelopeError, match="over 65536 bytes"):
+            read_structured(event(**members))
+    twice = event(data="a" * 70_000)[:-1] + b', "data": 1}'
+    with pytest.raises(EnvelopeError, match="over 65536 bytes"):
+        read_structured(twice)
