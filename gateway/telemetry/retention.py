@@ -68,11 +68,12 @@ class Purge:
         return removed
 
     def _drop_oldest(self, max_file_bytes: int) -> bool:
-        removed = 0
-        for signal in SIGNALS:
-            removed += self._delete(signal, f"SELECT seq FROM {TABLES[signal]} ORDER BY seq LIMIT {_CHUNK}")  # noqa: S608
-        first = self.connection.execute("SELECT min(start_ns) FROM spans").fetchone()[0]
-        removed += self._delete_invocations(first if first is not None else 2**62)
+        """Drop what agents reported of themselves before anything of ours: no agent can push others' calls out."""
+        removed = sum(self._delete(signal, _oldest(signal, "otlp IS NOT NULL")) for signal in SIGNALS)
+        if not removed:
+            removed = sum(self._delete(signal, _oldest(signal, "TRUE")) for signal in SIGNALS)
+            first = self.connection.execute("SELECT min(start_ns) FROM spans").fetchone()[0]
+            removed += self._delete_invocations(first if first is not None else 2**62)
         self.counters["dropped_disk_limit"] += removed
         _log.warning("trace store: over %d bytes, %d oldest entries removed", max_file_bytes, removed)
         return removed > 0
@@ -83,3 +84,7 @@ class Purge:
             for name in ("page_count", "freelist_count", "page_size")
         )
         return int((pages - free) * size)
+
+
+def _oldest(signal: Signal, condition: str) -> str:
+    return f"SELECT seq FROM {TABLES[signal]} WHERE {condition} ORDER BY seq LIMIT {_CHUNK}"  # noqa: S608 - fixed names

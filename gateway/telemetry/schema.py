@@ -50,6 +50,7 @@ CREATE INDEX spans_llm ON spans
     (start_ns, system, model, response_model, input_tokens, agent_name, agent_namespace, invocation_id, llm) WHERE llm;
 CREATE INDEX spans_denied ON spans (start_ns, agent_name, agent_namespace, denied) WHERE denied;
 CREATE INDEX spans_error ON spans (start_ns, agent_name, agent_namespace, error) WHERE error;
+CREATE INDEX spans_agents_own ON spans (seq) WHERE otlp IS NOT NULL;
 """
 _LOGS: Final = """
 CREATE TABLE logs (
@@ -123,6 +124,7 @@ CREATE TABLE agent_metrics (
     otlp BLOB NOT NULL
 );
 CREATE INDEX agent_metrics_time ON agent_metrics (time_ns);
+CREATE INDEX logs_agents_own ON logs (seq) WHERE otlp IS NOT NULL;
 CREATE TABLE cursors (
     exporter TEXT NOT NULL, signal TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (exporter, signal)
 ) WITHOUT ROWID;

@@ -381,6 +381,26 @@ async def test_what_was_not_exported_when_it_left_is_counted_and_the_count_survi
     await second.close()
 
 
+async def test_over_the_disk_limit_what_agents_say_of_themselves_goes_first(tmp_path):
+    """An agent that floods its receiver pushes out its own words, not the calls of others."""
+    first = TraceStore(tmp_path / "traces.db", retention_s=1e9)
+    telemetry, victim, flooder, now = Telemetry(first, {}), identity(), identity("flooder"), time.time_ns()
+    telemetry.record_invocation(pending(victim, phase=Phase.SUCCEEDED))
+    record(telemetry, victim, "GET tools.internal")
+    telemetry.record_log(victim, "stdout", b"line", now)
+    for number in range(200):
+        span = SpanRecord(flooder.context.trace_id, f"{number + 1:016x}", "", "mine", SpanKind.INTERNAL, now, now)
+        telemetry.record_agent_span(flooder, span, bytes(10_000))
+        telemetry.record_agent_metrics(flooder, time_ns=now, otlp=bytes(10_000))
+    await first.flush()
+    purge(first, 10**9, 1_000_000, frozenset())
+    assert [span.otlp for span in await first.after("traces", 0, 500)] == [None]
+    assert len(await first.after("logs", 0, 500)) == 1
+    assert await first.after("metrics", 0, 500) == []
+    assert (await first.find_invocation(victim.invocation_id)).totals.calls == 1
+    await first.close()
+
+
 async def test_over_the_disk_limit_records_go_with_the_spans_they_had(tmp_path, monkeypatch):
     first = TraceStore(tmp_path / "traces.db", retention_s=86_400)
     telemetry, start = Telemetry(first, {}), time.time_ns() - 10_000 * MS
