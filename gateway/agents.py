@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from clrk.core.resources import Agent, DaemonAgent, EgressGateway, GatewayConfig, TaskAgent
+from clrk.core.egress_resources import EgressGateway
+from clrk.core.gateway_config import GatewayConfig
+from clrk.core.resources import Agent, DaemonAgent, TaskAgent
 
 _Key = tuple[str, str]  # namespace, name
 

@@ -18,6 +18,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from clrk.core.errors import ProtocolError
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.messages import (
     PROTOCOL_VERSION,
     Configure,
@@ -34,7 +35,7 @@ from clrk.core.messages import (
     Started,
     StartFailed,
 )
-from clrk.core.resources import GatewayConfig, TaskAgent
+from clrk.core.resources import TaskAgent
 from clrk.gateway._aio import spawn
 from clrk.gateway.admin.app import build_admin_app, build_health_app
 from clrk.gateway.admin.page.app import add_page, page_url

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from clrk.core.egress_resources import EgressGateway
 from clrk.core.ids import InvocationId, SandboxId, new_span_id, new_trace_id
 from clrk.core.messages import AgentKey, AgentKind, Exited, ExitReason, StartRun
-from clrk.core.resources import DaemonAgent, EgressGateway
+from clrk.core.resources import DaemonAgent
 from clrk.gateway.metadata import MetadataService
 from clrk.gateway.outcome import Outcome, Phase, outcome_of
 from clrk.gateway.output_log import DAEMON_WINDOW_S, LogAllowance

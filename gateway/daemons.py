@@ -17,7 +17,9 @@ from typing import Final
 
 import msgspec
 
-from clrk.core.resources import DaemonAgent, DaemonAgentSpec, EgressGateway, EgressL4Route, GatewayConfig
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
+from clrk.core.gateway_config import GatewayConfig
+from clrk.core.resources import DaemonAgent, DaemonAgentSpec
 from clrk.gateway._aio import spawn
 from clrk.gateway.agent_status import DaemonStatus
 from clrk.gateway.agents import AgentTable

@@ -17,8 +17,9 @@ from typing import Any, Final, Protocol
 import msgspec
 from jsonpath import JSONPathError
 
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.json_path import compile_json_path
-from clrk.core.resources import BodyExtractor, GatewayConfig, HeaderExtractor, JwtExtractor, TaskAgent
+from clrk.core.resources import BodyExtractor, HeaderExtractor, JwtExtractor, TaskAgent
 from clrk.gateway.identity_token import read_token, refused, verify
 from clrk.gateway.jwks import Jwks, KeysUnavailableError
 from clrk.gateway.media import parse_media_type

@@ -11,8 +11,9 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from clrk.core.egress_resources import EgressGateway
 from clrk.core.messages import AgentKey, Exited, ExitReason, StartRun
-from clrk.core.resources import EgressGateway, TaskAgent
+from clrk.core.resources import TaskAgent
 from clrk.gateway._aio import spawn
 from clrk.gateway.envelope import Event, to_structured
 from clrk.gateway.metadata import MetadataService, PostedAnswer

@@ -16,8 +16,9 @@ from typing import Final
 import aiohttp
 
 from clrk.core.errors import ClrkError
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.jwks import KeySet, is_url, parse_jwks
-from clrk.core.resources import GatewayConfig, JwtExtractor
+from clrk.core.resources import JwtExtractor
 from clrk.gateway._aio import spawn
 
 REFRESH_S: Final = 300.0

@@ -16,7 +16,7 @@ from typing import Final
 import uvloop
 
 from clrk.core.errors import ClrkError
-from clrk.core.resources import GatewayConfig
+from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.app import App, EgressSide
 from clrk.gateway.egress.service import EgressService
 from clrk.gateway.lifeline import watch_lifeline

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final
 
-from clrk.core.resources import EgressGateway, EgressL4Route, HttpMatch, L4Rule
+from clrk.core.egress_resources import EgressGateway, EgressL4Route, HttpMatch, L4Rule
 from clrk.core.wire import IPAddress, map_address, unmap
 from clrk.gateway.policy_names import HostPattern, normalise_name, parse_ip
 from clrk.gateway.policy_paths import PathPattern, path_readings

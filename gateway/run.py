@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from clrk.core.resources import Agent, EgressGateway
+from clrk.core.egress_resources import EgressGateway
+from clrk.core.resources import Agent
 from clrk.gateway.telemetry.spans import Identity
 
 

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Final, Protocol
 
+from clrk.core.egress_resources import EgressGateway
 from clrk.core.errors import ClrkError, ProtocolError
 from clrk.core.ids import SandboxId
 from clrk.core.messages import (
@@ -33,7 +34,7 @@ from clrk.core.messages import (
     StartRun,
     StopRun,
 )
-from clrk.core.resources import Agent, EgressGateway
+from clrk.core.resources import Agent
 from clrk.gateway import run_spans
 from clrk.gateway._aio import spawn
 from clrk.gateway.control_client import ControlError, close_fds

@@ -20,7 +20,7 @@ from typing import Final
 
 from cronsim import CronSim
 
-from clrk.core.resources import CRON_MNEMONICS
+from clrk.core.values import CRON_MNEMONICS
 
 LATE_NS: Final = 30 * 10**9  # more than the scheduler sleeps at a time, less than the shortest distance of two slots
 MAX_COUNTED: Final = 10_000

@@ -8,7 +8,7 @@ import os
 from pyroute2 import IPRoute
 
 from clrk.core.errors import HostError
-from clrk.core.resources import GatewayConfig
+from clrk.core.gateway_config import GatewayConfig
 from clrk.runtime.ca import HostCa
 from clrk.runtime.config.declared import Resources
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from clrk.core.errors import ClrkError, HostError, ProtocolError
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.messages import (
     PROTOCOL_VERSION,
     Configure,
@@ -26,7 +27,6 @@ from clrk.core.messages import (
     StartRun,
     StopRun,
 )
-from clrk.core.resources import GatewayConfig
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.control_channel import ChannelClosedError, ControlChannel
 from clrk.runtime.gateway_config import open_memfd

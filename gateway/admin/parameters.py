@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from clrk.core.errors import ClrkError
-from clrk.core.resources import parse_duration
+from clrk.core.values import parse_duration
 from clrk.gateway.telemetry.query import SpanFilter
 
 MAX_LIMIT: Final = 10_000

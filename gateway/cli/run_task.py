@@ -177,7 +177,8 @@ def _content_type(body: bytes) -> str:
 def _timeout(text: str | None) -> float | None:
     if text is None:
         return None
-    from clrk.core.resources import MAX_TIMEOUT_S, parse_duration  # pydantic is slow to import: only when asked for
+    from clrk.core.resources import MAX_TIMEOUT_S  # pydantic is slow to import: only when asked for
+    from clrk.core.values import parse_duration  # pydantic is slow to import: only when asked for
 
     try:
         timeout_s = parse_duration(text)

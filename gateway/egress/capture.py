@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from clrk.core.resources import CaptureBody
+from clrk.core.egress_resources import CaptureBody
 from clrk.gateway.egress.http1 import Body, Head
 from clrk.gateway.interpret import Allowance
 from clrk.gateway.llm.decompress import decoder

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Final
 
 from clrk.core import wire
+from clrk.core.egress_resources import EgressGateway
 from clrk.core.errors import ConfigError
-from clrk.core.resources import EgressGateway, GatewayConfig
+from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway._aio import spawn
 from clrk.gateway.ca import LeafIssuer
 from clrk.gateway.dns import SandboxResolver

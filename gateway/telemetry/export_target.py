@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from clrk.core.resources import Otlp
+from clrk.core.egress_resources import Otlp
 from clrk.gateway.telemetry.outbox import SIGNALS, Signal
 
 _log = logging.getLogger(__name__)

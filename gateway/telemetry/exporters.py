@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from clrk.core.resources import GatewayConfig
+from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway._aio import spawn
 from clrk.gateway.telemetry.export_metrics import MetricsPush
 from clrk.gateway.telemetry.export_target import (

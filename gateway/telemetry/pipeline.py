@@ -14,9 +14,9 @@ from urllib.parse import unquote
 import msgspec
 
 from clrk import __version__
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.ids import InvocationId, SpanId, TraceId, new_span_id
 from clrk.core.messages import Counters
-from clrk.core.resources import GatewayConfig
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.exporters import Exporters, ExportStatus
 from clrk.gateway.telemetry.items import STREAM_OTLP, LogItem, MetricsItem

@@ -10,19 +10,18 @@ from typing import Any, Final, TypeVar
 from cryptography import x509
 
 from clrk.core import jwks
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.resources import (
     Agent,
     AgentSpec,
     DaemonAgent,
-    EgressGateway,
-    EgressL4Route,
     JwtExtractor,
-    Resource,
     Runtime,
     RuntimeSpec,
     Secret,
     TaskAgent,
 )
+from clrk.core.values import Resource
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import nearest
 from clrk.runtime.config.exporters import check_otlp, read_environment_files

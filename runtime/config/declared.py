@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 
-from clrk.core.resources import DaemonAgent, EgressGateway, EgressL4Route, Resource, RuntimeSpec, TaskAgent
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
+from clrk.core.resources import DaemonAgent, RuntimeSpec, TaskAgent
+from clrk.core.values import Resource
 from clrk.runtime.config.describe import format_path
 from clrk.runtime.config.nodes import Document, Path
 

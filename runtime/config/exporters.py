@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from clrk.core.resources import EgressGateway
+from clrk.core.egress_resources import EgressGateway
 from clrk.runtime.config.declared import Declared, Problems
 
 MAX_PEM_BYTES: Final = 1024 * 1024

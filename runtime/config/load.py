@@ -9,19 +9,17 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.errors import ConfigError
 from clrk.core.jwks import is_url
 from clrk.core.resources import (
-    API_VERSIONS,
     KINDS,
     DaemonAgent,
-    EgressGateway,
-    EgressL4Route,
-    Resource,
     Runtime,
     Secret,
     TaskAgent,
 )
+from clrk.core.values import API_VERSIONS, Resource
 from clrk.runtime.config.check import resolve
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import describe_errors, describe_kind, nearest

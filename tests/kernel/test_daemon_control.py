@@ -24,6 +24,7 @@ import pytest_asyncio
 from clrk.core import control, wire
 from clrk.core.control import RUNTIME_MESSAGES
 from clrk.core.errors import HostError
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.ids import new_invocation_id
 from clrk.core.layout import HostLayout
 from clrk.core.messages import (
@@ -48,7 +49,13 @@ from clrk.core.messages import (
     StartRun,
     StopRun,
 )
-from clrk.core.resources import Agent, DaemonAgent, GatewayConfig, RuntimeSpec, TaskAgent, UidRange
+from clrk.core.resources import (
+    Agent,
+    DaemonAgent,
+    RuntimeSpec,
+    TaskAgent,
+    UidRange,
+)
 from clrk.ebpf.loader import Stamp
 from clrk.runtime import ca
 from clrk.runtime.cgroup import Cgroups

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from clrk.core.resources import GatewayConfig, RuntimeSpec, TaskAgent
+from clrk.core.gateway_config import GatewayConfig
+from clrk.core.resources import RuntimeSpec, TaskAgent
 
 ISSUER, AUDIENCE = "https://issuer.test/", "clrk"
 RSA = rsa.generate_private_key(public_exponent=65_537, key_size=2048)

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clrk.core.resources import EgressGateway, EgressL4Route
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.gateway.policy import EgressPolicy, Verdict
 from clrk.gateway.policy_names import normalise_name
 from clrk.gateway.policy_paths import PathPattern, path_readings

@@ -4,153 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from datetime import UTC, datetime
-from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Annotated, Any, Final, Literal
 
-from cronsim import CronSim, CronSimError
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import BeforeValidator, Field, model_validator
 
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.ids import agent_uid
-from clrk.core.json_path import compile_json_path
+from clrk.core.values import (
+    DnsLabel,
+    GatewayRef,
+    IdentityField,
+    IdentityHeader,
+    IpPort,
+    JsonPath,
+    Model,
+    Resource,
+    Schedule,
+    Seconds,
+    parse_quantity,
+)
 
-CRON_MNEMONICS: Final = {
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
-    "@monthly": "0 0 1 * *",
-    "@weekly": "0 0 * * 0",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
-    "@hourly": "0 * * * *",
-}
-API_VERSIONS: Final = ("clrk/v1alpha1", "clrk.apoxy.dev/v1alpha1")
 MAX_TIMEOUT_S: Final = 3600.0
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-
-_SECRET_HEADERS: Final = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-goog-api-key")
-_DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
-_LABEL: Final = re.compile(r"[a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9_])?")
-_QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|m)?")
-_MAX_QUANTITY_CHARS: Final = 32  # far from where a float becomes infinite
-_SCALE: Final = {
-    "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
-    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
-}  # fmt: skip
-
-
-def parse_duration(value: object) -> float:
-    """Return seconds of `90`, `90s`, `1m30s`, `250ms`, `1h`, `7d`.
-
-    Raises: ValueError with the accepted forms.
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str) and value and (found := _DURATION.fullmatch(value)):
-        days, hours, minutes, seconds, millis = (float(group or 0) for group in found.groups())
-        return days * 86_400 + hours * 3600 + minutes * 60 + seconds + millis / 1000
-    raise ValueError(f"{value!r} is not a duration; write for example 100s, 5m, 1h30m or 7d")
-
-
-def parse_quantity(value: object) -> float:
-    """Return the number of a Kubernetes quantity: `512Mi`, `1`, `500m`, `1.5`.
-
-    Raises: ValueError with the accepted forms.
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str) and len(value) <= _MAX_QUANTITY_CHARS and (found := _QUANTITY.fullmatch(value)):
-        return float(found[1]) * _SCALE[found[2] or ""]
-    raise ValueError(f"{value!r} is not a quantity; write for example 512Mi, 1Gi, 500m or 2")
-
-
-def parse_whole_quantity(value: object) -> int:
-    """Return a quantity that must be whole: `65536`, `64Ki`.
-
-    Raises: ValueError with the accepted forms.
-    """
-    number = parse_quantity(value)
-    if number != int(number):
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(number)
-
-
-def _check_schedule(value: str) -> str:
-    """Five cron fields or a mnemonic, in UTC."""
-    if value in CRON_MNEMONICS:
-        return value
-    if len(value.split()) != 5:
-        raise ValueError(f"{value!r} is not a schedule: write five fields, or one of {', '.join(CRON_MNEMONICS)}")
-    try:
-        CronSim(value, datetime(2026, 1, 1, tzinfo=UTC))
-    except CronSimError as exc:
-        raise ValueError(f"{value!r} is not a schedule: {exc}") from None
-    return value
-
-
-def _check_identity_header(value: str) -> str:
-    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}", value):
-        raise ValueError(f"{value!r} is not a header name")
-    if value.lower().startswith("ce-"):
-        raise ValueError(f"{value!r}: ce-* headers say what the caller likes, so they are no identity")
-    if value.lower() in _SECRET_HEADERS:
-        raise ValueError(f"{value!r} holds a secret, which would be shown on every span; use a JWT extractor")
-    return value
-
-
-def _check_json_path(value: str) -> str:
-    compile_json_path(value)
-    return value
-
-
-def _check_dns_label(value: str) -> str:
-    if len(value) > 63 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", value):
-        raise ValueError(f"{value!r} is not a DNS label: a-z, 0-9 and -, at most 63 characters")
-    return value
-
-
-def _check_host_pattern(value: str) -> str:
-    """`example.com`, `*.example.com` (one label) or `**.example.com` (any depth)."""
-    labels = re.sub(r"^\*\*?\.", "", value).split(".")
-    if len(value) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise ValueError(f"{value!r} is not a host name; write it lower-case, no scheme, no port; *.x and **.x allowed")
-    return value
-
-
-def _check_ip_port(value: str) -> str:
-    host, sep, port = value.rpartition(":")
-    try:
-        ip_address(host.removeprefix("[").removesuffix("]"))
-        if not sep or not 0 < int(port) < 65_536:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"{value!r} is not ip:port; write for example 127.0.0.1:8080 or [::1]:8080") from None
-    return value
-
-
-Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
-ByteCount = Annotated[float, BeforeValidator(parse_quantity), Field(ge=0)]
-DnsLabel = Annotated[str, AfterValidator(_check_dns_label)]
-HostPattern = Annotated[str, AfterValidator(_check_host_pattern)]
-IpPort = Annotated[str, AfterValidator(_check_ip_port)]
-Port = Annotated[int, Field(ge=1, le=65_535)]
-Schedule = Annotated[str, AfterValidator(_check_schedule)]
-IdentityField = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
-
-
-class Model(BaseModel):
-    """Base of every resource part: camelCase in YAML, unknown fields refused, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True)
-
-
-class Metadata(Model):
-    """Name of a resource."""
-
-    name: DnsLabel
-    namespace: DnsLabel = "default"
-    labels: dict[str, str] = {}
 
 
 # --- Runtime --------------------------------------------------------------------------------------------------------
@@ -185,13 +60,6 @@ class RuntimeSpec(Model):
     uid_range: UidRange = UidRange()
     limits: HostLimits = HostLimits()
     retention: Seconds = 7 * 86_400.0
-
-
-class Resource(Model):
-    """Common head of every document."""
-
-    api_version: Literal["clrk/v1alpha1", "clrk.apoxy.dev/v1alpha1"] = "clrk/v1alpha1"
-    metadata: Metadata
 
 
 class Runtime(Resource):
@@ -264,12 +132,6 @@ class Resources(Model):
     pids: Annotated[int, Field(ge=4)] = 256
 
 
-class GatewayRef(Model):
-    """Names an EgressGateway of the same namespace."""
-
-    name: DnsLabel = "default"
-
-
 class EgressRef(Model):
     """Which gateway carries the agent's calls."""
 
@@ -287,7 +149,7 @@ class HeaderExtractor(Model):
     """Takes a request header's value; ce-* headers are the caller's word and are never an identity."""
 
     type: Literal["Header"]
-    name: Annotated[str, AfterValidator(_check_identity_header)]
+    name: IdentityHeader
     field: IdentityField
 
 
@@ -295,7 +157,7 @@ class BodyExtractor(Model):
     """Takes the string, number or boolean that a JSONPath (RFC 9535) selects in a JSON body."""
 
     type: Literal["Body"]
-    json_path: Annotated[str, Field(pattern=r"^\$", max_length=1024), AfterValidator(_check_json_path)]
+    json_path: JsonPath
     field: IdentityField
 
 
@@ -426,105 +288,6 @@ class DaemonAgent(AgentResource):
 Agent = TaskAgent | DaemonAgent
 
 
-# --- Egress ---------------------------------------------------------------------------------------------------------
-
-
-class HostAlias(Model):
-    """The operator's word on where a name lives; exempt from the address refusals of CONTRACT section 10."""
-
-    hostnames: Annotated[list[HostPattern], Field(min_length=1)]
-    address: IpPort
-
-
-class TlsSpec(Model):
-    """Which TLS connections are opened and read."""
-
-    mode: Literal["Intercept", "Passthrough"] = "Intercept"
-    passthrough_hosts: list[HostPattern] = []
-
-
-class UpstreamTls(Model):
-    """Extra roots, beside the system's, for verifying upstreams (PEM file, relative to the declaring file)."""
-
-    ca_file: str | None = None
-
-
-class CaptureBody(Model):
-    """Keep headers and bodies of calls as span events, up to maxBytes each; secrets are redacted.
-
-    Shape: include_content_types are media types or `type/*`; empty: JSON, text, form and event streams.
-    """
-
-    max_bytes: Annotated[int, BeforeValidator(parse_whole_quantity), Field(ge=1, le=4 * 2**20)] = 65_536
-    include_content_types: list[Annotated[str, Field(pattern=r"^[a-z0-9.+-]+/([a-z0-9.+-]+|\*)$")]] = []
-
-
-class Otlp(Model):
-    """Where telemetry is exported, beside the embedded store. Every OTLP server takes gzip."""
-
-    endpoint: str
-    protocol: Literal["http/protobuf", "grpc"] = "http/protobuf"
-    headers: dict[str, str] = Field(default={}, repr=False)
-    timeout: Annotated[Seconds, Field(gt=0)] = 10.0
-    compression: Literal["none", "gzip"] = "gzip"
-    capture_body: CaptureBody | None = None
-
-
-class EgressGatewaySpec(Model):
-    """How agents reach the outside."""
-
-    default_policy: Literal["deny-all", "allow-all"] = "deny-all"
-    tls: TlsSpec = TlsSpec()
-    otlp: Otlp | None = None
-    upstream_tls: UpstreamTls = Field(default=UpstreamTls(), alias="upstreamTLS")
-    host_aliases: list[HostAlias] = []
-    request_timeout: Seconds = 300.0
-
-
-class EgressGateway(Resource):
-    """An exit for agents."""
-
-    kind: Literal["EgressGateway"]
-    spec: EgressGatewaySpec = EgressGatewaySpec()
-
-
-class HttpMatch(Model):
-    """Narrows an HTTP host: methods upper-case, paths are prefixes or globs with `*`."""
-
-    methods: list[Annotated[str, Field(pattern=r"^[A-Z]+$")]] = []
-    paths: list[Annotated[str, Field(pattern=r"^/")]] = []
-
-
-class L4Rule(Model):
-    """Matches if (host or CIDR) and port match; with http, the request must match it too."""
-
-    cidrs: list[IPv4Network | IPv6Network] = []
-    hostnames: list[HostPattern] = []
-    ports: list[Port] = []
-    protocols: list[Literal["TCP"]] = ["TCP"]
-    http: HttpMatch | None = None
-
-    @model_validator(mode="after")
-    def _some_destination(self) -> L4Rule:
-        if not self.cidrs and not self.hostnames:
-            raise ValueError("give hostnames or cidrs; a rule without either would match nothing")
-        return self
-
-
-class EgressL4RouteSpec(Model):
-    """Allow rules of one gateway."""
-
-    gateway_ref: GatewayRef = GatewayRef()
-    rules: Annotated[list[L4Rule], Field(min_length=1)]
-
-
-class EgressL4Route(Resource):
-    """Allows destinations."""
-
-    kind: Literal["EgressL4Route"]
-    spec: EgressL4RouteSpec
-
-
 class Secret(Resource):
     """Values that are never printed and never in a sandbox unless valueFrom asks."""
 
@@ -545,26 +308,3 @@ NOT_YET_FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "Runtime": ("gateway.workers",),
     "EgressGateway": ("upstreamProxy", "mode"),
 }
-
-
-class GatewayConfig(Model):
-    """What the runtime hands to the gateway: no secrets of agents, no commands it could run.
-
-    Shape: ca_cert_pem and ca_key_pem are the per-host CA; upstream_ca_pem maps namespace/name of an EgressGateway to
-    the PEM text of its upstreamTLS.caFile, jwks_files a JwtExtractor's file to its text, environment_files the path in
-    an OTEL_EXPORTER_OTLP_*CERTIFICATE or *CLIENT_KEY variable to its text (all read by the runtime, since the gateway
-    sees no host files).
-    """
-
-    runtime: RuntimeSpec
-    agents: list[TaskAgent]
-    daemons: list[DaemonAgent] = []
-    gateways: list[EgressGateway]
-    routes: list[EgressL4Route]
-    ca_cert_pem: str
-    ca_key_pem: str = Field(repr=False)
-    upstream_ca_pem: dict[str, str] = {}
-    jwks_files: dict[str, str] = {}
-    host_addresses: list[str] = []
-    environment: dict[str, Any] = Field(default={}, repr=False)
-    environment_files: dict[str, str] = Field(default={}, repr=False)

@@ -23,8 +23,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from clrk.core import wire
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.ids import SandboxId, new_invocation_id, new_span_id, new_trace_id
-from clrk.core.resources import EgressGateway, EgressL4Route, GatewayConfig, RuntimeSpec, TaskAgent
+from clrk.core.resources import RuntimeSpec, TaskAgent
 from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.egress.service import EgressService, RunEgress
 from clrk.gateway.interpret import Interpreter, RequestHead

@@ -10,7 +10,7 @@ import zlib
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
-from clrk.core.resources import CaptureBody
+from clrk.core.egress_resources import CaptureBody
 from clrk.gateway.egress import capture as module
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.http1 import parse_request, parse_response, request_body, response_body

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
-from clrk.core.resources import L4Rule
+from clrk.core.egress_resources import L4Rule
 
 NAME = "tools.internal"
 ALLOW = [{"hostnames": [NAME]}]

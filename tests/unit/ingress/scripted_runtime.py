@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from clrk.core.control import GATEWAY_MESSAGES, receive, send
+from clrk.core.gateway_config import GatewayConfig
 from clrk.core.messages import (
     PROTOCOL_VERSION,
     AgentKind,
@@ -34,7 +35,7 @@ from clrk.core.messages import (
     StartRun,
     StopRun,
 )
-from clrk.core.resources import DaemonAgent, GatewayConfig, RuntimeSpec, TaskAgent
+from clrk.core.resources import DaemonAgent, RuntimeSpec, TaskAgent
 from clrk.gateway.app import App
 
 METADATA_HOST = {"Host": "169.254.169.254"}

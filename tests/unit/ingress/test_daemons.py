@@ -6,8 +6,8 @@ import json
 import pytest
 from scripted_runtime import CURL, daemon
 
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.messages import AgentKind, Drain, StartFailure, StartRun, StopRun
-from clrk.core.resources import EgressGateway, EgressL4Route
 from clrk.gateway.daemon_run import STOP_GRACE_S
 from clrk.gateway.telemetry.query import SpanFilter
 

@@ -1,0 +1,106 @@
+"""The resource kinds of the way out, EgressGateway and EgressL4Route (CONTRACT section 3). Unknown fields: errors."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network, IPv6Network
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from clrk.core.values import GatewayRef, HostPattern, IpPort, Model, Port, Resource, Seconds, parse_whole_quantity
+
+
+class HostAlias(Model):
+    """The operator's word on where a name lives; exempt from the address refusals of CONTRACT section 10."""
+
+    hostnames: Annotated[list[HostPattern], Field(min_length=1)]
+    address: IpPort
+
+
+class TlsSpec(Model):
+    """Which TLS connections are opened and read."""
+
+    mode: Literal["Intercept", "Passthrough"] = "Intercept"
+    passthrough_hosts: list[HostPattern] = []
+
+
+class UpstreamTls(Model):
+    """Extra roots, beside the system's, for verifying upstreams (PEM file, relative to the declaring file)."""
+
+    ca_file: str | None = None
+
+
+class CaptureBody(Model):
+    """Keep headers and bodies of calls as span events, up to maxBytes each; secrets are redacted.
+
+    Shape: include_content_types are media types or `type/*`; empty: JSON, text, form and event streams.
+    """
+
+    max_bytes: Annotated[int, BeforeValidator(parse_whole_quantity), Field(ge=1, le=4 * 2**20)] = 65_536
+    include_content_types: list[Annotated[str, Field(pattern=r"^[a-z0-9.+-]+/([a-z0-9.+-]+|\*)$")]] = []
+
+
+class Otlp(Model):
+    """Where telemetry is exported, beside the embedded store. Every OTLP server takes gzip."""
+
+    endpoint: str
+    protocol: Literal["http/protobuf", "grpc"] = "http/protobuf"
+    headers: dict[str, str] = Field(default={}, repr=False)
+    timeout: Annotated[Seconds, Field(gt=0)] = 10.0
+    compression: Literal["none", "gzip"] = "gzip"
+    capture_body: CaptureBody | None = None
+
+
+class EgressGatewaySpec(Model):
+    """How agents reach the outside."""
+
+    default_policy: Literal["deny-all", "allow-all"] = "deny-all"
+    tls: TlsSpec = TlsSpec()
+    otlp: Otlp | None = None
+    upstream_tls: UpstreamTls = Field(default=UpstreamTls(), alias="upstreamTLS")
+    host_aliases: list[HostAlias] = []
+    request_timeout: Seconds = 300.0
+
+
+class EgressGateway(Resource):
+    """An exit for agents."""
+
+    kind: Literal["EgressGateway"]
+    spec: EgressGatewaySpec = EgressGatewaySpec()
+
+
+class HttpMatch(Model):
+    """Narrows an HTTP host: methods upper-case, paths are prefixes or globs with `*`."""
+
+    methods: list[Annotated[str, Field(pattern=r"^[A-Z]+$")]] = []
+    paths: list[Annotated[str, Field(pattern=r"^/")]] = []
+
+
+class L4Rule(Model):
+    """Matches if (host or CIDR) and port match; with http, the request must match it too."""
+
+    cidrs: list[IPv4Network | IPv6Network] = []
+    hostnames: list[HostPattern] = []
+    ports: list[Port] = []
+    protocols: list[Literal["TCP"]] = ["TCP"]
+    http: HttpMatch | None = None
+
+    @model_validator(mode="after")
+    def _some_destination(self) -> L4Rule:
+        if not self.cidrs and not self.hostnames:
+            raise ValueError("give hostnames or cidrs; a rule without either would match nothing")
+        return self
+
+
+class EgressL4RouteSpec(Model):
+    """Allow rules of one gateway."""
+
+    gateway_ref: GatewayRef = GatewayRef()
+    rules: Annotated[list[L4Rule], Field(min_length=1)]
+
+
+class EgressL4Route(Resource):
+    """Allows destinations."""
+
+    kind: Literal["EgressL4Route"]
+    spec: EgressL4RouteSpec

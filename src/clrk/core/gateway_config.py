@@ -1,0 +1,34 @@
+"""What the runtime tells the gateway: the configuration of one generation, as JSON in a sealed memfd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from clrk.core.egress_resources import EgressGateway, EgressL4Route
+from clrk.core.resources import DaemonAgent, RuntimeSpec, TaskAgent
+from clrk.core.values import Model
+
+
+class GatewayConfig(Model):
+    """What the runtime hands to the gateway: no secrets of agents, no commands it could run.
+
+    Shape: ca_cert_pem and ca_key_pem are the per-host CA; upstream_ca_pem maps namespace/name of an EgressGateway to
+    the PEM text of its upstreamTLS.caFile, jwks_files a JwtExtractor's file to its text, environment_files the path in
+    an OTEL_EXPORTER_OTLP_*CERTIFICATE or *CLIENT_KEY variable to its text (all read by the runtime, since the gateway
+    sees no host files).
+    """
+
+    runtime: RuntimeSpec
+    agents: list[TaskAgent]
+    daemons: list[DaemonAgent] = []
+    gateways: list[EgressGateway]
+    routes: list[EgressL4Route]
+    ca_cert_pem: str
+    ca_key_pem: str = Field(repr=False)
+    upstream_ca_pem: dict[str, str] = {}
+    jwks_files: dict[str, str] = {}
+    host_addresses: list[str] = []
+    environment: dict[str, Any] = Field(default={}, repr=False)
+    environment_files: dict[str, str] = Field(default={}, repr=False)
