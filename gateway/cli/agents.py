@@ -33,7 +33,7 @@ def list_agents(admin: Admin, args: argparse.Namespace) -> int:
         terminal.write_document(items, args.output)
         return 0
     if not items:
-        terminal.error("no agents; declare one in /etc/clrk and reload with SIGHUP")
+        terminal.error("no agents; declare one in /etc/clrk and run `sudo clrk apply`")
         return 0
     columns = ["NAMESPACE", "NAME", "KIND", "REVISION", "TIMEOUT", "STATE"]
     keys = ("namespace", "name", "kind", "revision")

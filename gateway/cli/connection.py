@@ -41,7 +41,8 @@ class AdminConnection(http.client.HTTPConnection):
             self.sock.connect(str(self._path))
         except (FileNotFoundError, ConnectionRefusedError):
             raise CommandError(
-                f"no clrk daemon at {self._path}: start it with `sudo clrk-runtime`, or name its socket with --socket"
+                f"no clrk daemon at {self._path}: start it with `sudo clrk-runtime`, "
+                "or name another one with CLRK_INSTANCE or --socket"
             ) from None
         except PermissionError:
             raise CommandError(

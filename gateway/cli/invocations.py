@@ -21,20 +21,31 @@ _FILTERS: Final = ("phase", "trigger", "since", "until", "system", "model", "min
 def list_invocations(admin: Admin, args: argparse.Namespace) -> int:
     """Print invocations of an agent, the newest last; JSON is one a line, and all of them without --limit."""
     limit = args.limit if args.limit is not None else _TABLE_ROWS if args.output == "table" else None
-    found, more = _fetch(admin, agent_key(args.name), _query(args), limit)
+    key = agent_key(args.name)
+    found, more = _fetch(admin, key, _query(args), limit)
     found.reverse()
+    if not found:
+        terminal.error(_why_none(admin, key, args.name))
     if args.output == "json":
         for item in found:
             terminal.write_json_line(msgspec.json.encode(item))
     elif args.output == "yaml":
         terminal.write_yaml(found)
-    elif not found:
-        terminal.error(f"no invocation of {args.name} fits; widen the filter, or see `clrk agents list`")
-    else:
+    elif found:
         _write_table(found)
         if more:
             terminal.error(f"only the newest {len(found)} are shown; see more with --limit")
     return 0
+
+
+def _why_none(admin: Admin, key: tuple[str, str], name: str) -> str:
+    """Return what to tell who finds no invocation. Raises: CommandError where there is no such agent either."""
+    if admin.get("agents", *key)["kind"] == "DaemonAgent":
+        return (
+            f"{name} is a DaemonAgent: it runs by itself and has no invocations; "
+            f"see `clrk traces --agent {name}` and `clrk agents logs {name}`"
+        )
+    return f"no invocation of {name} fits; widen the filter, or see `clrk agents list`"
 
 
 def _query(args: argparse.Namespace) -> dict[str, str]:

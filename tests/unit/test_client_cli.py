@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import yaml
 from aiohttp import web
+from page_samples import daemon_agent
 from span_samples import (
     Running,
     admin_sources,
@@ -78,7 +79,9 @@ async def daemon(tmp_path):
         this.requests.append((namespace, name, request.headers, body))
         return await this.answer(request)
 
-    catalogue = AgentTable(config([gateway()], [agent(), agent("orders", "team-b")]))
+    resources = config([gateway()], [agent(), agent("orders", "team-b")])
+    resources.daemons.append(daemon_agent())
+    catalogue = AgentTable(resources)
     app = build_admin_app(
         store=telemetry.store, catalogue=catalogue, run_task=run_task,
         **admin_sources(telemetry, this.news, this.running),
@@ -120,7 +123,7 @@ async def test_agents_list_and_get_in_every_form(daemon):
     assert "\x1b" not in table.out
     assert max(map(len, table.out.splitlines())) <= 80
     listed = json.loads((await daemon.clrk("agents", "list", "-o", "json")).out)
-    assert [item["name"] for item in listed] == ["support", "orders"]
+    assert [item["name"] for item in listed] == ["support", "watcher", "orders"]
     assert yaml.safe_load((await daemon.clrk("agents", "list", "-o", "yaml")).out) == listed
     one = json.loads((await daemon.clrk("agents", "get", "team-b/orders", "-o", "json")).out)
     assert one["spec"]["template"]["spec"]["command"] == ["/bin/agent"]
@@ -183,6 +186,20 @@ async def test_filters_of_invocations(daemon, arguments, found):
     done = await daemon.clrk("agents", "invocations", "support", "-o", "json", *arguments)
     assert done.code == 0, done.err
     assert len(done.out.splitlines()) == found
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+async def test_where_no_invocation_is_found_it_says_why(daemon, form):
+    filtered = await daemon.clrk("agents", "invocations", "support", "-o", form)
+    assert (filtered.code, filtered.out) == (0, "")
+    assert "no invocation of support fits" in filtered.err
+    missing = await daemon.clrk("agents", "invocations", "suport", "-o", form)
+    assert (missing.code, missing.out) == (1, "")
+    assert "no agent" in missing.err
+    poller = await daemon.clrk("agents", "invocations", "watcher", "-o", form)
+    assert (poller.code, poller.out) == (0, "")
+    assert "is a DaemonAgent" in poller.err
+    assert "clrk agents logs watcher" in poller.err
 
 
 async def test_all_invocations_are_fetched_page_by_page(daemon):
