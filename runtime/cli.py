@@ -26,7 +26,7 @@ examples:
   sudo clrk-runtime serve -c my-agents/   serve those of a folder; -c may be given several times
   clrk-runtime check -c agent.yaml        validate: every problem with file, line and field
   sudo clrk-runtime doctor                prove what this host can do; says how to mend what is missing
-  sudo systemctl reload clrk              reload, also by SIGHUP: all valid, or nothing changes
+  sudo clrk apply                         reload, also by SIGHUP: all valid, or nothing changes
 
 `clrk --help` is the client: run agents, list invocations, read traces.
 """
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(paths)
         if options.command == "doctor":
             return _doctor(options)
-        return _serve(HostLayout(options.instance), paths)
+        # A reload's problems are read in another folder than the one that the daemon was started in.
+        return _serve(HostLayout(options.instance), [path.absolute() for path in paths])
     except ConfigError as exc:
         for problem in exc.problems:
             print(problem, file=sys.stderr)
@@ -84,9 +85,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "doctor", parents=[config], help="prove what this host can do, and say how to mend what is missing (root)"
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    known = ("-h", "--help", "--version", *commands.choices)
-    if not argv or argv[0] not in known:  # plain `clrk-runtime [-c PATH]` serves
-        argv = ["serve", *argv]
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
+        argv = ["serve", *argv]  # plain `clrk-runtime [-c PATH]` serves
     return parser.parse_args(argv)
 
 

@@ -80,6 +80,21 @@ def test_usage_errors_exit_2(arguments, capsys):
     assert "usage: clrk-runtime" in capsys.readouterr().err
 
 
+def test_a_word_that_is_no_command_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["apply"])
+    assert "invalid choice: 'apply'" in capsys.readouterr().err
+
+
+def test_the_daemon_reads_absolute_paths_so_that_its_problems_name_them(monkeypatch, tmp_path):
+    """`clrk apply` prints them in another folder than the daemon's."""
+    served = []
+    monkeypatch.setattr("clrk.runtime.cli._serve", lambda layout, paths: served.extend(paths) or 0)
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "-c", "etc", "-c", "/a/b.yaml"]) == 0
+    assert [str(path) for path in served] == [str(tmp_path / "etc"), "/a/b.yaml"]
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
