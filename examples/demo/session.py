@@ -87,6 +87,10 @@ def walk_the_trace(caller_trace_id: str) -> None:
     expect(root["trace_id"] == caller_trace_id, "the root belongs to the caller's own trace")
     expect(all(span["trace_id"] == caller_trace_id for span in spans), "and so does every span of the chain")
 
+    title("And also: what the agent was asked, and the same for the browser (while the daemon runs)")
+    expect(invocation_id[:13] in clrk("agents invocations support --since 5m"), "the invocation is listed")
+    expect("?token=" in clrk("page"), "the page has an address")
+
 
 # --- what it starts -----------------------------------------------------------------------------------------------
 

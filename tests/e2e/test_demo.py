@@ -32,6 +32,8 @@ async def test_the_demo_works_after_one_that_was_killed() -> None:
     assert second.returncode == 0, text
     for step in range(1, 6):
         assert f"### Step {step}" in text
+    assert "$ clrk agents invocations support" in text
+    assert "$ clrk page" in text
     assert runtimes() == []
     assert not Path("/run/clrkdemo").exists()
     assert not [name for name in os.listdir("/run/netns") if name.startswith("clrkdemo-")]
