@@ -75,11 +75,17 @@ static void drop_privileges(unsigned int uid)
 /* Exec keeps what is ignored and what is blocked; neither may be whatever the runtime was started with. */
 static void reset_signals(void)
 {
-	struct sigaction by_default = {.sa_handler = SIG_DFL};
+	/* The kernel's own call: glibc keeps 32 and 33 to itself, and whoever started the runtime may ignore them. */
+	struct {
+		void (*handler)(int);
+		unsigned long flags;
+		void (*restorer)(void);
+		unsigned long mask;
+	} by_default = {.handler = SIG_DFL};
 	sigset_t none;
 
-	for (int signum = 1; signum <= SIGRTMAX; signum++)
-		sigaction(signum, &by_default, NULL); /* refused for SIGKILL and SIGSTOP, which have no other */
+	for (int signum = 1; signum <= 64; signum++) /* refused for SIGKILL and SIGSTOP, which have no other */
+		syscall(SYS_rt_sigaction, signum, &by_default, NULL, sizeof(by_default.mask));
 	must(sigemptyset(&none), "signals");
 	must(sigprocmask(SIG_SETMASK, &none, NULL), "signals");
 }

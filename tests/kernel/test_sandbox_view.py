@@ -389,18 +389,19 @@ async def test_an_images_preload_file_is_not_for_the_drop(host: Host, tmp_path: 
 
 
 async def test_secrets_are_not_on_any_command_line(host: Host) -> None:
+    secret = f"hunter2-{os.urandom(8).hex()}"
     sandbox = await host.pool.acquire()
     try:
         stdin, stdout, stderr = sandbox.open_stdio()
         agent = task_agent("/bin/sh", "-c", "echo $TOKEN; read line")
         # The last two only look like variables of the loader and the C library.
-        secrets = dict.fromkeys(("TOKEN", "LANGSMITH_API_KEY", "LD_SDK_KEY"), "hunter2")
+        secrets = dict.fromkeys(("TOKEN", "LANGSMITH_API_KEY", "LD_SDK_KEY"), secret)
         spawned = await sandbox.spawn(agent=agent, environment=secrets)
-        assert await asyncio.to_thread(wait_readable, stdout) == b"hunter2\n"
+        assert await asyncio.to_thread(wait_readable, stdout) == f"{secret}\n".encode()
         family = subprocess.run(["ps", "-ww", "-eo", "args="], capture_output=True, text=True, check=True).stdout
         assert f"/run/clrk/launch {sandbox.uid}" in family
-        assert "hunter2" not in family
-        assert b"hunter2" not in Path(f"/proc/{spawned.pid}/environ").read_bytes()
+        assert secret not in family
+        assert secret.encode() not in Path(f"/proc/{spawned.pid}/environ").read_bytes()
         for fd in (stdin, stdout, stderr):
             os.close(fd)
         await sandbox.wait()
