@@ -181,7 +181,7 @@ class App:
                 self._parts.daemons.drain()
         else:
             self._parts.reconfigure(config)
-        self._news.take(message.generation)
+        self._news.take(message.generation, message.notes)
         self._control.send(Ready(PROTOCOL_VERSION, message.generation))
         self._parts.daemons.reconfigure(config)  # from Ready on the runtime starts runs of this generation
         count = len(config.agents) + len(config.daemons)

@@ -20,16 +20,17 @@ class RuntimeNews:
     generation: int = 0
     refusals: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def refuse(self, problems: list[str]) -> None:
         """Note a reload that changed nothing."""
         self.refusals += 1
         self.problems = problems
 
-    def take(self, generation: int) -> None:
-        """Note a configuration that is in force."""
+    def take(self, generation: int, notes: list[str] | None = None) -> None:
+        """Note a configuration that is in force, and what of it is not yet."""
         self.generation = generation
-        self.problems = []
+        self.problems, self.notes = [], notes or []
 
 
 class Health:
@@ -50,6 +51,7 @@ class Health:
             generation=self._news.generation,
             refusals=self._news.refusals,
             reload_problems=self._news.problems,
+            reload_notes=self._news.notes,
             exporters=await self._exporters(),
         )
 

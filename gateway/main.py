@@ -24,6 +24,7 @@ from clrk.gateway.privileges import drop_privileges, raise_open_files
 from clrk.gateway.sandbox_run import TelemetrySink
 
 _LOG: Final = logging.getLogger(__name__)
+_LOG_FORMAT: Final = "%(levelname)s gateway %(name)s: %(message)s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr,
         level=os.environ.get("CLRK_GATEWAY_LOG_LEVEL", "INFO").upper(),
-        format="%(levelname)s gateway %(name)s: %(message)s",  # the runtime's own log has the time
+        format=_LOG_FORMAT if "JOURNAL_STREAM" in os.environ else f"%(asctime)s {_LOG_FORMAT}",
     )
     logging.getLogger("aiohttp.server").setLevel(logging.ERROR)  # its warnings are what strangers send
     try:

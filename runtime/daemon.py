@@ -38,6 +38,7 @@ from clrk.runtime.view import HostView
 
 _LOG: Final = logging.getLogger(__name__)
 DRAIN_DEADLINE_S: Final = 30.0
+_RUNTIME_CHANGED: Final = "the Runtime resource changed; that takes effect at the next start"
 _READY_SANDBOXES: Final = 4
 _MAX_WARM_AGENTS: Final = 256  # that the gateway is told of
 
@@ -181,11 +182,12 @@ class _Daemon:
                 _LOG.error("reload: nothing was changed")
                 await supervisor.refuse_reload(exc.problems)
                 continue
-            if loaded.runtime != self._resources.runtime:
-                _LOG.warning("reload: the Runtime resource changed; that takes effect at the next start")
+            notes = [_RUNTIME_CHANGED] if loaded.runtime != self._resources.runtime else []
+            for note in notes:
+                _LOG.warning("reload: %s", note)
             self._resources = loaded.with_runtime(self._resources.runtime)
             try:
-                await supervisor.reload(self._resources)
+                await supervisor.reload(self._resources, notes)
             except HostError as exc:  # the gateway of now does not know; the next one begins with these resources
                 _LOG.error("reload: %s", exc)
             else:

@@ -25,7 +25,7 @@ _MODULE: Final = "clrk.gateway.main"
 # What an operator may set for the gateway: resolver and TLS trust, logging. OTEL_* goes with the configuration: in the
 # process's own environment, libraries would read it, and send an exporter's credentials with other requests.
 _PASSED_PREFIXES: Final = ("CLRK_GATEWAY_",)
-_PASSED_NAMES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR", "TZ", "PYTHONASYNCIODEBUG")
+_PASSED_NAMES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR", "TZ", "PYTHONASYNCIODEBUG", "JOURNAL_STREAM")
 _MAX_DELAY_S: Final = 30.0
 _STABLE_S: Final = 10.0
 

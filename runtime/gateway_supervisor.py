@@ -105,12 +105,12 @@ class GatewaySupervisor:
             raise
         return why
 
-    async def reload(self, resources: Resources) -> None:
-        """Announce other resources; runs use them from the gateway's Ready on."""
+    async def reload(self, resources: Resources, notes: Sequence[str] = ()) -> None:
+        """Announce other resources, and what of them has to wait; runs use them from the gateway's Ready on."""
         self.resources = resources  # should this gateway die before it is ready, the next begins with these
         if self._live is not None:
             try:
-                await self._configure(self._live, first=False)
+                await self._configure(self._live, first=False, notes=notes)
             except ChannelClosedError as exc:  # run() buries it
                 _LOG.warning("reload: for the next gateway: %s", exc)
 
@@ -185,7 +185,7 @@ class GatewaySupervisor:
                     raise ProtocolError("control_order", "Drained before Drain")
                 self.drained.set()
 
-    async def _configure(self, channel: ControlChannel, *, first: bool) -> None:
+    async def _configure(self, channel: ControlChannel, *, first: bool, notes: Sequence[str] = ()) -> None:
         self._generation += 1
         self._announced[self._generation] = self.resources
         resources = self.resources
@@ -193,7 +193,8 @@ class GatewaySupervisor:
         sockets = self._listeners
         rest = (self._flows_fd, sockets.ingress.fileno(), sockets.admin_unix.fileno(), sockets.admin_tcp.fileno())
         try:
-            await channel.send(Configure(PROTOCOL_VERSION, self._generation), (memfd, *(rest if first else ())))
+            message = Configure(PROTOCOL_VERSION, self._generation, list(notes))
+            await channel.send(message, (memfd, *(rest if first else ())))
         finally:
             os.close(memfd)
 

@@ -149,6 +149,7 @@ class _AdminApi:
                 "agents": agents,
                 "refusals": health.refusals,
                 "problems": health.reload_problems,
+                "notes": health.reload_notes,
             },
             "sandboxes": health.counters.sandboxes,
             "kernel": health.counters.values,

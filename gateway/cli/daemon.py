@@ -38,6 +38,7 @@ def show_status(admin: Admin, args: argparse.Namespace) -> int:
         ("dropped", _drops(store["counters"]) or "nothing"),
     ]
     facts += [("reload refused", problem) for problem in configuration["problems"]]
+    facts += [("not yet", note) for note in configuration["notes"]]
     facts += [(f"export {exporter['name']}", _exporter(exporter)) for exporter in status["exporters"]]
     facts += [(f"kernel {name}", count) for name, count in sorted(status["kernel"].items()) if count]
     terminal.write_table(("FACT", "VALUE"), facts)
@@ -70,6 +71,8 @@ def apply(admin: Admin, _args: argparse.Namespace) -> int:
             return _EXIT_INVALID
         if now["generation"] != before["generation"]:
             terminal.write_table(("APPLIED", "AGENTS"), [(f"generation {now['generation']}", now["agents"])])
+            for note in now["notes"]:
+                terminal.error(note)
             return 0
         time.sleep(_POLL_S)
     raise CommandError(f"no word of the reload within {_RELOAD_DEADLINE_S:.0f} s; the daemon's log says why")

@@ -69,11 +69,25 @@ def _fetch(
 
 
 def _write_table(found: list[dict[str, Any]]) -> None:
-    columns = ["TIME", "INVOCATION", "TRIGGER", "CALLER", "PHASE", "DURATION", "CALLS", "IN", "OUT", "COST", "DENIED"]
+    columns = [
+        "TIME",
+        "INVOCATION",
+        "TRIGGER",
+        "CALLER",
+        "IDENTITY",
+        "PHASE",
+        "DURATION",
+        "CALLS",
+        "IN",
+        "OUT",
+        "COST",
+        "DENIED",
+    ]
     columns.append("WHY")
     rows = [
         [
             show_time(item["createdTimeUnixNano"]), item["invocation"][:SHORT_ID], item["trigger"], item["caller"],
+            ", ".join(f"{name}={value}" for name, value in sorted(item["identity"].items())),
             _phase(item), _duration(item), item["calls"], item["inputTokens"] or "", item["outputTokens"] or "",
             show_cost(item["costUsd"]), item["denials"] or "",
             item["message"],

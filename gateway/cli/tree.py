@@ -64,6 +64,7 @@ def _summary(spans: list[SpanFacts], outcome: str) -> list[tuple[str, str]]:
         ("agent", f"{root.get(attr.AGENT_KIND)} {root.agent}, revision {root.get(attr.AGENT_REVISION)}"),
         ("trigger", _trigger(root)),
         ("caller", _caller(root)),
+        ("identity", _identity(root)),
         ("started", f"{show_time(root.start_ns)}, took {show_duration(took)}"),
         ("outcome", outcome),
         ("usage", _usage(spans)),
@@ -76,6 +77,14 @@ def _trigger(root: SpanFacts) -> str:
     method, path = root.get(attr.HTTP_REQUEST_METHOD), root.get(attr.URL_PATH)
     request = f"{method} {path or ''}".rstrip() if method else ""
     return ", ".join(str(part) for part in (root.get(attr.CLRK_TRIGGER), request) if part)
+
+
+def _identity(root: SpanFacts) -> str:
+    """Return who the caller is by the agent's identity extractors: `tenant=acme, user=bob`."""
+    prefix = attr.AGENT_IDENTITY_PREFIX
+    attributes = root.raw["attributes"]
+    found = {name.removeprefix(prefix): value for name, value in attributes.items() if name.startswith(prefix)}
+    return ", ".join(f"{name}={value}" for name, value in sorted(found.items()))
 
 
 def _caller(root: SpanFacts) -> str:

@@ -163,6 +163,14 @@ async def test_invocations_in_every_form_the_newest_last(daemon):
     assert yaml.safe_load((await daemon.clrk("agents", "invocations", "support", "-o", "yaml")).out)[1] == item
 
 
+async def test_who_asked_is_seen_where_one_looks(daemon):
+    who = replace(identity(), caller_fields=(("user", "bob"), ("tenant", "acme")))
+    daemon.telemetry.record_invocation(invocation_record(who, identity={"user": "bob", "tenant": "acme"}))
+    record_invocation(daemon.telemetry, who)
+    assert "tenant=acme, user=bob" in (await daemon.clrk("agents", "invocations", "support")).out
+    assert re.search(r"^identity +tenant=acme, user=bob$", (await daemon.clrk("trace", who.invocation_id)).out, re.M)
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -244,13 +252,14 @@ async def test_traces_of_an_agent_and_of_one_invocation(daemon):
 
 async def test_status_says_what_was_dropped_and_what_was_refused(daemon):
     daemon.news.counters = Counters({"stamp_push_failed": 2, "fine": 0}, {"running": 3, "warm": 1})
-    daemon.news.take(7)
+    daemon.news.take(7, ["the Runtime resource changed; that takes effect at the next start"])
     daemon.news.refuse(["a.yaml:3: TaskAgent/a: spec.timeot: unknown field"])
     daemon.telemetry.store.counters["dropped_log_lines"] += 4
     out = (await daemon.clrk("status")).out
     for line in (
         r"sandboxes +3 running, 1 warm", r"configuration +generation 7", r"dropped +dropped_log_lines 4",
         r"reload refused +a\.yaml:3: TaskAgent/a", r"kernel stamp_push_failed +2",
+        r"not yet +the Runtime resource changed",
     ):  # fmt: skip
         assert re.search(line, out), line
     assert "kernel fine" not in out

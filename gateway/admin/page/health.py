@@ -22,7 +22,8 @@ class ExporterHealth:
 
 @dataclass(frozen=True, slots=True)
 class DaemonHealth:
-    """How the daemon stands. reload_problems are those of the last reload, empty when it was taken.
+    """How the daemon stands. reload_problems are those of the last reload, empty when it was taken;
+    reload_notes say what of it waits for the next start.
 
     Shape: generation counts the configurations that were taken, refusals the reloads that were not.
     """
@@ -33,6 +34,7 @@ class DaemonHealth:
     generation: int = 0
     refusals: int = 0
     reload_problems: list[str] = field(default_factory=list)
+    reload_notes: list[str] = field(default_factory=list)
     exporters: list[ExporterHealth] = field(default_factory=list)
 
 

@@ -52,10 +52,14 @@ class ConfigureFd(enum.IntEnum):
 
 
 class Configure(msgspec.Struct, frozen=True, tag=True):
-    """First message, and again after each reload (then with the CONFIG fd alone)."""
+    """First message, and again after each reload (then with the CONFIG fd alone).
+
+    Shape: notes say, for people, what of the reload does not take effect now.
+    """
 
     version: int
     generation: int
+    notes: list[_Text] = []
 
 
 class StartedFd(enum.IntEnum):
