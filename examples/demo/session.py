@@ -82,7 +82,7 @@ def walk_the_trace(caller_trace_id: str) -> None:
     title("Step 5: back to the trigger and the caller")
     spans = spans_of(clrk(f"trace {invocation_id} --json", show=False))
     root = next(span for span in spans if span["name"] == "ingress.dispatch")
-    print(f"$ clrk trace {invocation_id} --json | grep '"ingress.dispatch"' | python3 -m json.tool")
+    print(f"$ clrk trace {invocation_id} --json | grep ingress.dispatch | python3 -m json.tool")
     print(json.dumps(root, indent=2))
     expect(root["trace_id"] == caller_trace_id, "the root belongs to the caller's own trace")
     expect(all(span["trace_id"] == caller_trace_id for span in spans), "and so does every span of the chain")
