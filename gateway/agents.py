@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from clrk.core.egress_resources import EgressGateway
 from clrk.core.gateway_config import GatewayConfig
+from clrk.core.ids import InvocationId, SandboxId
 from clrk.core.resources import Agent, DaemonAgent, TaskAgent
+from clrk.gateway.telemetry.spans import Identity, TraceContext
 
 _Key = tuple[str, str]  # namespace, name
+
+
+def identity_of(agent: Agent, invocation_id: InvocationId, context: TraceContext) -> Identity:
+    """Return who an agent's run is before it has a sandbox. A DaemonAgent's has the invocation id ""."""
+    return Identity(
+        invocation_id=invocation_id,
+        agent_kind=agent.kind,
+        agent_namespace=agent.metadata.namespace,
+        agent_name=agent.metadata.name,
+        agent_uid=agent.uid,
+        agent_revision=agent.revision,
+        sandbox_id=SandboxId(""),
+        egress_gateway=f"{agent.metadata.namespace}/{agent.gateway_name}",
+        context=context,
+    )
 
 
 class AgentTable:

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from clrk.core.egress_resources import EgressGateway
-from clrk.core.ids import InvocationId, SandboxId, new_span_id, new_trace_id
+from clrk.core.ids import InvocationId, new_span_id, new_trace_id
 from clrk.core.messages import AgentKey, AgentKind, Exited, ExitReason, StartRun
 from clrk.core.resources import DaemonAgent
+from clrk.gateway.agents import identity_of
 from clrk.gateway.metadata import MetadataService
 from clrk.gateway.outcome import Outcome, Phase, outcome_of
 from clrk.gateway.output_log import DAEMON_WINDOW_S, LogAllowance
 from clrk.gateway.pipes import Pipe
 from clrk.gateway.sandbox_run import EXIT_GRACE_S, Commands, Egress, SandboxRun, TelemetrySink
-from clrk.gateway.telemetry.spans import Identity, TraceContext
+from clrk.gateway.telemetry.spans import TraceContext
 
 STOP_GRACE_S: Final = 5.0  # CONTRACT section 3: between SIGTERM and SIGKILL
 _KILLED: Final = 137
@@ -56,8 +57,9 @@ class DaemonRun(SandboxRun):
         telemetry: TelemetrySink,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        identity = identity_of(agent, InvocationId(""), TraceContext(new_trace_id(), new_span_id()))
         super().__init__(
-            str(uuid.uuid4()), _identity(agent), agent, gateway,
+            str(uuid.uuid4()), identity, agent, gateway,
             parent_span_id="", commands=commands, egress=egress, telemetry=telemetry,
             allowance=LogAllowance(DAEMON_WINDOW_S),
         )  # fmt: skip
@@ -115,17 +117,3 @@ class DaemonRun(SandboxRun):
 
     def _on_lost(self) -> None:
         """Its pipes are only logged, and that has a deadline."""
-
-
-def _identity(agent: DaemonAgent) -> Identity:
-    return Identity(
-        invocation_id=InvocationId(""),
-        agent_kind=agent.kind,
-        agent_namespace=agent.metadata.namespace,
-        agent_name=agent.metadata.name,
-        agent_uid=agent.uid,
-        agent_revision=agent.revision,
-        sandbox_id=SandboxId(""),
-        egress_gateway=f"{agent.metadata.namespace}/{agent.gateway_name}",
-        context=TraceContext(new_trace_id(), new_span_id()),
-    )

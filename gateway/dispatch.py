@@ -11,12 +11,15 @@ import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Final
 
 from aiohttp import web
 
-from clrk.core.ids import InvocationId, SandboxId, SpanId, new_span_id, new_trace_id
+from clrk.core.ids import InvocationId, SpanId, new_span_id, new_trace_id
 from clrk.core.resources import TaskAgent
+from clrk.gateway.agents import identity_of
+from clrk.gateway.envelope import EventContext
 from clrk.gateway.outcome import Outcome, Phase
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.records import InvocationRecord
@@ -24,7 +27,6 @@ from clrk.gateway.telemetry.spans import (
     UNSET,
     AttributeValue,
     Component,
-    Identity,
     Recorder,
     SpanKind,
     Status,
@@ -81,24 +83,31 @@ class Dispatch:
         self.disconnected = False
         self.outcome: Outcome | None = None
         self._origin = origin
-        agent, context = target.agent, origin.context
-        self.identity = Identity(
-            invocation_id=invocation_id,
-            agent_kind=agent.kind,
-            agent_namespace=agent.metadata.namespace,
-            agent_name=agent.metadata.name,
-            agent_uid=agent.uid,
-            agent_revision=agent.revision,
-            sandbox_id=SandboxId(""),
-            egress_gateway=f"{agent.metadata.namespace}/{agent.gateway_name}",
-            context=TraceContext(new_trace_id(), new_span_id(), baggage=origin.baggage)
-            if context is None
-            else replace(context, span_id=new_span_id(), baggage=origin.baggage),
-        )
+        caller = origin.context or TraceContext(new_trace_id(), new_span_id())
+        context = replace(caller, span_id=new_span_id(), baggage=origin.baggage)
+        self.identity = identity_of(target.agent, invocation_id, context)
 
     def identify(self, caller_fields: tuple[tuple[str, str], ...]) -> None:
         """Say who the caller is (CONTRACT section 12); before anything runs."""
         self.identity = replace(self.identity, caller_fields=caller_fields)
+
+    def event_context(self, moment: datetime, *, method: str = "", path: str = "", query: str = "") -> EventContext:
+        """Return what clrk itself says in the event; without a method there was no HTTP request."""
+        identity = self.identity
+        return EventContext(
+            namespace=identity.agent_namespace,
+            agent=identity.agent_name,
+            revision=identity.agent_revision,
+            invocation_id=self.invocation_id,
+            trigger=self.target.trigger,
+            traceparent=identity.context.traceparent,
+            tracestate=identity.context.tracestate,
+            method=method,
+            path=path,
+            query=query,
+            time=moment,
+            identity=identity.caller_fields,
+        )
 
     def pending(self) -> InvocationRecord:
         """Return the record of an invocation of which nothing has happened yet."""

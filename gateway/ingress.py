@@ -27,7 +27,6 @@ from clrk.gateway.dispatch import Dispatch, Target, http_origin, split_target
 from clrk.gateway.envelope import (
     EnvelopeError,
     Event,
-    EventContext,
     Received,
     caller_attributes,
     event_attributes,
@@ -190,21 +189,7 @@ class Ingress:
             found = await self._identities.check_body(agent, data_type, received.body)
             dispatch.identify(dispatch.identity.caller_fields + found)
         path, query = (dispatch.target.path, "") if dispatch.target.path else split_target(request)
-        identity = dispatch.identity
-        context = EventContext(
-            namespace=agent.metadata.namespace,
-            agent=agent.metadata.name,
-            revision=identity.agent_revision,
-            invocation_id=dispatch.invocation_id,
-            trigger=dispatch.target.trigger,
-            traceparent=identity.context.traceparent,
-            tracestate=identity.context.tracestate,
-            method=request.method,
-            path=path,
-            query=query,
-            time=datetime.now(UTC),
-            identity=identity.caller_fields,
-        )
+        context = dispatch.event_context(datetime.now(UTC), method=request.method, path=path, query=query)
         return Event(event_attributes(received, context, request_id(tuple(request.headers.items()))), received.body)
 
     # --- which agent ------------------------------------------------------------------------------------------------

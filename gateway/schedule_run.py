@@ -18,7 +18,7 @@ from clrk.core.resources import TaskAgent
 from clrk.gateway._aio import spawn
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.dispatch import Dispatch, Origin, Target
-from clrk.gateway.envelope import Event, EventContext, Received, event_attributes
+from clrk.gateway.envelope import Event, Received, event_attributes
 from clrk.gateway.invocation import Invocation, Order
 from clrk.gateway.invocations import Invocations, Slot
 from clrk.gateway.outcome import Outcome, Phase
@@ -94,20 +94,7 @@ class ScheduledRuns:
 
 def _event(dispatch: Dispatch, slot_ns: int) -> Event:
     """Return the event of a slot: its time is the slot's, its data scheduleInput."""
-    agent, identity = dispatch.target.agent, dispatch.identity
-    data = agent.spec.schedule_input
+    data = dispatch.target.agent.spec.schedule_input
     body = msgspec.json.encode(data) if data is not None else b""
-    context = EventContext(
-        namespace=agent.metadata.namespace,
-        agent=agent.metadata.name,
-        revision=identity.agent_revision,
-        invocation_id=dispatch.invocation_id,
-        trigger=dispatch.target.trigger,
-        traceparent=identity.context.traceparent,
-        tracestate=identity.context.tracestate,
-        method="",
-        path="",
-        query="",
-        time=datetime.fromtimestamp(slot_ns // 10**9, UTC),
-    )
+    context = dispatch.event_context(datetime.fromtimestamp(slot_ns // 10**9, UTC))
     return Event(event_attributes(Received({}, "application/json" if body else "", body), context), body)
