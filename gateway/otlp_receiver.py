@@ -50,6 +50,13 @@ _SLICE: Final = 256  # items that are recorded in one turn of the loop
 _PATHS: Final = {signal.value: signal for signal in Signal}
 _STATUS: Final = {"malformed": 400, "too_large": 413}
 _CODINGS: Final = ("gzip", "deflate")
+_Success = ExportTraceServiceResponse | ExportLogsServiceResponse | ExportMetricsServiceResponse
+# The signal's own answer, and where it says how many items were dropped.
+_SUCCESSES: Final[dict[Signal, tuple[type[_Success], str]]] = {
+    Signal.TRACES: (ExportTraceServiceResponse, "rejected_spans"),
+    Signal.LOGS: (ExportLogsServiceResponse, "rejected_log_records"),
+    Signal.METRICS: (ExportMetricsServiceResponse, "rejected_data_points"),
+}
 _RETRY: Final = {"Retry-After": "1"}
 
 # One for the process: two decoding at once would only take turns, and hold twice the memory.
@@ -261,25 +268,12 @@ def _success(signal: Signal, rejected: Counter[str]) -> Message:
     """Return the signal's own answer; it says what was dropped and why, and nothing when nothing was."""
     count = rejected.total()
     reasons = ", ".join(f"{number} {reason}" for reason, number in rejected.most_common(8) if number)
-    match signal:
-        case Signal.TRACES:
-            traces = ExportTraceServiceResponse()
-            if count:
-                traces.partial_success.rejected_spans = count
-                traces.partial_success.error_message = reasons
-            return traces
-        case Signal.LOGS:
-            logs = ExportLogsServiceResponse()
-            if count:
-                logs.partial_success.rejected_log_records = count
-                logs.partial_success.error_message = reasons
-            return logs
-        case Signal.METRICS:
-            metrics = ExportMetricsServiceResponse()
-            if count:
-                metrics.partial_success.rejected_data_points = count
-                metrics.partial_success.error_message = reasons
-            return metrics
+    kind, rejected_field = _SUCCESSES[signal]
+    response = kind()
+    if count:
+        setattr(response.partial_success, rejected_field, count)
+        response.partial_success.error_message = reasons
+    return response
 
 
 def _answer(
