@@ -86,9 +86,9 @@ def _with_calls(wanted: InvocationFilter) -> tuple[str, list[object]] | None:
         clauses.append("system = ?")
         values.append(wanted.system)
     if wanted.model:
-        operator = "GLOB" if set(wanted.model) & set("*?") else "="
-        clauses.append(f"(model {operator} ? OR response_model {operator} ?)")
-        values += [wanted.model, wanted.model]
+        clause, models = wanted.by_model()
+        clauses.append(clause)
+        values += models
     if wanted.min_input_tokens is not None:
         clauses.append("input_tokens >= ?")
         values.append(wanted.min_input_tokens)

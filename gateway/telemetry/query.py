@@ -14,6 +14,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from clrk.gateway.telemetry.call_filter import CallFilter
+
 PAGE_SIZE: Final = 500
 _BUSY_TIMEOUT_S: Final = 5.0
 
@@ -22,24 +24,12 @@ Position = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class SpanFilter:
-    """What `clrk traces` may ask for; empty fields do not filter.
+class SpanFilter(CallFilter):
+    """What `clrk traces` may ask for: calls, by the span's start; empty fields do not filter."""
 
-    Shape: agent is `name` (any namespace) or `namespace/name`; system and model match whole values, model also with
-    the wildcards `*` and `?`. Units: since_ns inclusive, until_ns exclusive, on the span's start, CLOCK_REALTIME.
-    """
-
-    agent: str = ""
     invocation_id: str = ""
     trace_id: str = ""
     name: str = ""
-    since_ns: int | None = None
-    until_ns: int | None = None
-    system: str = ""
-    model: str = ""
-    denied: bool = False
-    errors: bool = False
-    min_input_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +86,8 @@ def _conditions(wanted: SpanFilter) -> tuple[list[str], list[object]]:
         if value:
             add(f"{column} = ?", value)
     if wanted.model:
-        operator = "GLOB" if set(wanted.model) & set("*?") else "="
-        add(f"(model {operator} ? OR response_model {operator} ?)", wanted.model, wanted.model)
+        clause, models = wanted.by_model()
+        add(clause, *models)
     if wanted.since_ns is not None:
         add("start_ns >= ?", wanted.since_ns)
     if wanted.until_ns is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from clrk.gateway.outcome import Phase
+from clrk.gateway.telemetry.call_filter import CallFilter
 
 # Position in a listing: (created_ns, invocation_id) of the last one seen.
 InvocationPosition = tuple[int, str]
@@ -69,21 +70,12 @@ class InvocationSummary(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class InvocationFilter:
-    """What listings of invocations may ask for; empty fields do not filter.
+class InvocationFilter(CallFilter):
+    """What listings of invocations may ask for, by created_ns; empty fields do not filter.
 
-    Shape: agent is `name` or `namespace/name`. system, model, denied, errors and min_input_tokens ask for invocations
-    with at least one such call (errors: one such span, as `clrk traces --errors` shows them). Units: since_ns
-    inclusive, until_ns exclusive, on created_ns.
+    Shape: system, model, denied, errors and min_input_tokens ask for invocations with at least one such call (errors:
+    one such span, as `clrk traces --errors` shows them).
     """
 
-    agent: str = ""
     phase: str = ""
     trigger: str = ""
-    since_ns: int | None = None
-    until_ns: int | None = None
-    system: str = ""
-    model: str = ""
-    denied: bool = False
-    errors: bool = False
-    min_input_tokens: int | None = None
