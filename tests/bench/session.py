@@ -3,24 +3,26 @@
     .venv/bin/python -P tests/bench/store.py --keep /var/tmp/million
     .venv/bin/python -P tests/bench/session.py /var/tmp/million
 
-Each command is a process of its own, as at a prompt, against the real admin API on a unix socket; asked seven times,
-the table shows the median and the slowest. The first row is `clrk --version`: what a process costs by itself.
+Each command is a process of its own, as at a prompt, against the real admin API on a unix socket. The first row is
+`clrk --version`: what a process costs by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
+from asked import Asked, open_kept, run
 from span_samples import admin_sources, agent, config
 
 from clrk.gateway.admin.app import build_admin_app
@@ -31,29 +33,22 @@ from clrk.gateway.telemetry.records import InvocationFilter
 from clrk.gateway.telemetry.store import TraceStore
 
 CLRK = str(Path(sys.executable).parent / "clrk")
-LIMIT_S = 1.0
-ROUNDS = 7
 
 
 async def refuse(_request: web.Request, _namespace: str, _name: str) -> web.StreamResponse:
     raise web.HTTPNotFound
 
 
-async def time_command(socket: str, arguments: list[str]) -> tuple[list[float], int]:
-    """Return milliseconds of each round, and the lines that were printed."""
-    times, lines = [], 0
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        process = await asyncio.create_subprocess_exec(
-            CLRK, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            env={"PATH": os.environ["PATH"], "CLRK_ADMIN_SOCKET": socket},
-        )  # fmt: skip
-        out, _ = await process.communicate()
-        times.append((time.perf_counter() - start) * 1000)
-        if process.returncode != 0:
-            sys.exit(f"clrk {' '.join(arguments)}: exit code {process.returncode}")
-        lines = out.count(b"\n")
-    return times, lines
+async def run_command(socket: str, arguments: list[str]) -> str:
+    """Run one command to its end. Returns: how many lines it printed."""
+    process = await asyncio.create_subprocess_exec(
+        CLRK, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], "CLRK_ADMIN_SOCKET": socket},
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    if process.returncode != 0:
+        sys.exit(f"clrk {' '.join(arguments)}: exit code {process.returncode}")
+    return str(out.count(b"\n"))
 
 
 async def session(store: TraceStore) -> list[list[str]]:
@@ -80,34 +75,22 @@ async def session(store: TraceStore) -> list[list[str]]:
 
 async def measure(folder: Path) -> int:
     """Ask; returns the number of commands that took too long."""
-    store = TraceStore(folder / "traces.db", retention_s=365 * 86_400.0, max_file_bytes=2**40)
+    store = await open_kept(folder)
     telemetry = Telemetry(store, {})
-    await store.flush(60)
     app = build_admin_app(
         store=store, catalogue=AgentTable(config([], [agent()])), run_task=refuse, **admin_sources(telemetry)
     )
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     await runner.setup()
-    slow = 0
+    asked = Asked("clrk …", "lines")
     with tempfile.TemporaryDirectory() as short:
         await web.UnixSite(runner, f"{short}/s").start()
-        print(f"{'clrk …':90} {'lines':>6} {'median ms':>10} {'slowest ms':>11}")
         for arguments in await session(store):
-            times, lines = await time_command(f"{short}/s", arguments)
-            slow += max(times) > LIMIT_S * 1000
-            print(f"{' '.join(arguments)[:90]:90} {lines:6} {statistics.median(times):10.0f} {max(times):11.0f}")
+            await asked.ask(" ".join(arguments), partial(run_command, f"{short}/s", arguments))
         await runner.cleanup()
     await telemetry.close()
-    return slow
-
-
-def main() -> None:
-    """Measure the store in the folder that is named."""
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "traces.db").exists():
-        sys.exit(__doc__)
-    if slow := asyncio.run(measure(Path(sys.argv[1]))):
-        sys.exit(f"{slow} commands took longer than {LIMIT_S} s")
+    return asked.slow
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, __doc__)
