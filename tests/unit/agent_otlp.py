@@ -6,8 +6,10 @@ import json
 import time
 from typing import Any
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue, KeyValueList
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, NumberDataPoint, ResourceMetrics, ScopeMetrics
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
@@ -23,6 +25,7 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 RUN_SPAN = "b7ad6b7169203331"
 OTHER_TRACE = "ab" * 16
 SPAN_ID = "00000000000000ab"
+SPAN = bytes.fromhex(SPAN_ID)
 IDENTITY = Identity(
     new_invocation_id(), "TaskAgent", "default", "honest", "uid-1", "rev-1", SandboxId("0badcafe"), "default/egress",
     TraceContext(TraceId(TRACE), SpanId(RUN_SPAN)), (("user", "alice"),),
@@ -139,3 +142,26 @@ def plain(attributes: Any) -> dict[str, Any]:
     names = [pair.key for pair in attributes]
     assert len(names) == len(set(names)), names
     return {pair.key: getattr(pair.value, pair.value.WhichOneof("value") or "string_value") for pair in attributes}
+
+
+def number(**fields: Any) -> NumberDataPoint:
+    return NumberDataPoint(**({"time_unix_nano": NOW, "as_int": 1} | fields))
+
+
+def metrics(*made: Metric, resource: dict[str, Any] | None = None) -> ExportMetricsServiceRequest:
+    return ExportMetricsServiceRequest(
+        resource_metrics=[
+            ResourceMetrics(
+                resource=Resource(attributes=pairs(resource or {})), scope_metrics=[ScopeMetrics(metrics=made)]
+            )
+        ]
+    )
+
+
+def field(number: int, content: bytes) -> bytes:
+    """Return a length-delimited field as it is on the wire."""
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + varint(value >> 7)
