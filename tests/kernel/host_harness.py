@@ -99,6 +99,12 @@ async def read_all(fd: int) -> str:
     return (await asyncio.to_thread(read)).decode()
 
 
+def wait_readable(fd: int) -> bytes:
+    """Return what comes next from a pipe; blocks until then."""
+    os.set_blocking(fd, True)
+    return os.read(fd, 4096)
+
+
 @asynccontextmanager
 async def running_host(
     *,
