@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import FIRST_UID, LAYOUT, Host, Outcome, count_leftovers, read_all, running_host
+from host_harness import FIRST_UID, Host, running_host
+from warm_host import filled, finish, in_range, run, until, waiting_processes, warm_agent
 
 from clrk.core.errors import HostError
-from clrk.core.layout import HostLayout
-from clrk.core.resources import TaskAgent
-from clrk.netns.reconcile import remove_leftovers
-from clrk.runtime.cgroup import Cgroups, find_hierarchy
-from clrk.runtime.pool import PoolExhaustedError, SandboxPool
-from clrk.runtime.sandbox import Sandbox
 from clrk.runtime.view import LAUNCHER
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio(loop_scope="module")]
-
-OTHER_LAYOUT = HostLayout(f"{LAYOUT.instance}b")  # hosts of one test, beside that of the module
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -45,65 +33,6 @@ async def host(module_host: Host) -> AsyncIterator[Host]:
     yield module_host
     module_host.pool.set_agents([])
     await until(module_host.pool, lambda: not waiting_processes())
-
-
-class Clock:
-    """A clock that the test turns."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def warm_agent(*command: str, name: str = "warm", size: int = 1, **spec: object) -> TaskAgent:
-    template = {"command": list(command), **spec.pop("template", {})}  # type: ignore[dict-item] # a mapping
-    body = {"template": {"spec": template}, "warmPoolSize": size, **spec}
-    return TaskAgent.model_validate({"kind": "TaskAgent", "metadata": {"name": name}, "spec": body})
-
-
-async def until(pool: SandboxPool, condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await pool.changed()
-
-
-async def filled(host: Host, *agents: TaskAgent) -> None:
-    """Make these all the agents, and wait until what they ask for is prepared."""
-    host.pool.set_agents(agents)
-    wanted = {"/".join(agent.key): agent.spec.warm_pool_size for agent in agents}
-    await until(host.pool, lambda: host.pool.warm_agents() == wanted)
-
-
-async def finish(sandbox: Sandbox, agent: TaskAgent, **environment: str) -> Outcome:
-    stdin, stdout, stderr = sandbox.open_stdio()
-    os.close(stdin)
-    reading = asyncio.gather(read_all(stdout), read_all(stderr))
-    try:
-        await sandbox.spawn(agent=agent, environment=environment)
-        ended = await sandbox.wait()
-    finally:
-        await sandbox.remove()
-        out, err = await reading
-    return Outcome(out, err, ended)
-
-
-async def run(host: Host, agent: TaskAgent, *, warm: bool, **environment: str) -> Outcome:
-    sandbox = await host.pool.acquire(agent)
-    assert sandbox.warm is warm
-    return await finish(sandbox, agent, **environment)
-
-
-def waiting_processes() -> list[int]:
-    """The launchers that wait: processes of our uids."""
-    shown = subprocess.run(["ps", "-eo", "pid=,uid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(maxsplit=2) for line in shown.splitlines()]
-    return [int(pid) for pid, uid, args in rows if args.startswith("/run/clrk/launch") and in_range(int(uid))]
-
-
-def in_range(uid: int) -> bool:
-    return FIRST_UID <= uid < FIRST_UID + 1000
 
 
 # --- as any other sandbox -------------------------------------------------------------------------------------------
@@ -214,179 +143,6 @@ async def test_a_neighbour_can_not_reach_who_waits(host: Host) -> None:
     # The launcher in its own hands does nothing either: it can not drop what it does not have.
     ran = await host.sh("/run/clrk/launch 1 /bin/true 7<>/tmp/x; echo $?")
     assert ran.out == "125\n"
-
-
-# --- how many -------------------------------------------------------------------------------------------------------
-
-
-async def test_used_ones_are_replaced_and_counts_say_so() -> None:
-    async with running_host(ready=1, layout=OTHER_LAYOUT) as host:
-        agent = warm_agent("/bin/true", size=2)
-        await filled(host, agent)
-        assert host.pool.counts() == {"ready": 1, "warm": 2, "running": 0}
-        sandbox = await host.pool.acquire(agent)
-        assert host.pool.counts()["running"] == 1
-        await until(host.pool, lambda: host.pool.counts() == {"ready": 1, "warm": 2, "running": 1})
-        assert (await finish(sandbox, agent)).exit.exit_code == 0
-        assert host.pool.counts() == {"ready": 1, "warm": 2, "running": 0}
-        assert host.pool.warm_agents() == {"default/warm": 2}
-
-
-async def test_they_give_way_to_runs_at_the_hosts_limit() -> None:
-    async with running_host(ready=0, max_sandboxes=3, layout=OTHER_LAYOUT) as host:
-        old, used = warm_agent("/bin/true", name="old"), warm_agent("/bin/true", name="used", size=2)
-        other = warm_agent("/bin/true", name="other")
-        host.pool.set_agents([old, used])
-        await until(host.pool, lambda: host.pool.counts()["warm"] == 3)
-        first = await host.pool.acquire(used)
-        assert first.warm
-        second = await host.pool.acquire(other)
-        assert not second.warm
-        assert host.pool.warm_agents() == {"default/used": 1}  # the one nobody invoked gave way
-        third = await host.pool.acquire(other)
-        assert host.pool.warm_agents() == {}
-        with pytest.raises(PoolExhaustedError, match="the limit is 3"):
-            await host.pool.acquire(old)
-        for sandbox in (first, second, third):
-            await sandbox.remove()
-        await until(host.pool, lambda: host.pool.counts()["warm"] == 3)
-
-
-async def test_at_the_limit_those_made_for_anybody_become_the_agents() -> None:
-    async with running_host(ready=2, max_sandboxes=2, layout=OTHER_LAYOUT) as host:
-        await filled(host, warm_agent("/bin/true", size=2))
-        assert host.pool.counts() == {"ready": 0, "warm": 2, "running": 0}
-
-
-async def test_nothing_is_kept_for_an_agent_that_nobody_invokes() -> None:
-    clock = Clock()
-    async with running_host(ready=0, clock=clock, layout=OTHER_LAYOUT) as host:
-        agent = warm_agent("/bin/true", warmPoolIdleTTL="10m")
-        await filled(host, agent)
-        clock.now_s += 599
-        host.pool.set_agents([agent])  # a reload that changes nothing is no invocation
-        assert host.pool.counts()["warm"] == 1
-        clock.now_s += 1
-        host.pool.set_agents([agent])
-        await until(host.pool, lambda: not waiting_processes())
-        assert host.pool.counts() == {"ready": 0, "warm": 0, "running": 0}
-        sandbox = await host.pool.acquire(agent)
-        assert not sandbox.warm
-        clock.now_s += 3600  # a long run is no idleness
-        host.pool.set_agents([agent])
-        await until(host.pool, lambda: host.pool.counts()["warm"] == 1)
-        await finish(sandbox, agent)
-        assert (await run(host, agent, warm=True)).exit.exit_code == 0
-
-
-async def test_a_reload_replaces_what_changed_and_nothing_else(host: Host) -> None:
-    same, changed, gone = (warm_agent("/bin/echo", "1", name=name) for name in ("same", "changed", "gone"))
-    await filled(host, same, changed, gone)
-    before = set(waiting_processes())
-    new = warm_agent("/bin/echo", "2", name="changed")
-    await filled(host, same, new)
-    await until(host.pool, lambda: len(waiting_processes()) == 2)
-    assert len(before & set(waiting_processes())) == 1
-    assert (await run(host, changed, warm=False)).out == "1\n"  # a run that began with the old resources
-    assert (await run(host, new, warm=True)).out == "2\n"
-
-
-async def test_a_replaced_mount_is_seen_at_once(host: Host, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    script = tmp_path / "agent.sh"
-    script.write_text("echo old\n")
-    mounts = {"mounts": [{"hostPath": str(script), "path": "/opt/agent.sh"}]}
-    agent = warm_agent("/bin/sh", "/opt/agent.sh", template=mounts)
-    await filled(host, agent)
-    (tmp_path / "new").write_text("echo new\n")
-    (tmp_path / "new").rename(script)
-    assert (await run(host, agent, warm=False)).out == "new\n"
-    await until(host.pool, lambda: host.pool.counts()["warm"] == 1)
-    assert (await run(host, agent, warm=True)).out == "new\n"
-
-
-# --- ends -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-async def test_one_that_dies_while_it_waits_is_replaced_after_a_while(signum: signal.Signals) -> None:
-    clock = Clock()
-    async with running_host(ready=0, clock=clock, layout=OTHER_LAYOUT) as host:
-        agent = warm_agent("/bin/echo", "fine")
-        await filled(host, agent)
-        (pid,) = waiting_processes()
-        os.kill(pid, signum)
-        await until(host.pool, lambda: host.pool.counts()["warm"] == 0)
-        assert (await run(host, agent, warm=False)).out == "fine\n"
-        clock.now_s += 2
-        await filled(host, agent)
-        assert (await run(host, agent, warm=True)).out == "fine\n"
-
-
-async def test_a_view_that_can_not_be_built_is_said_and_not_tried_for_ever(
-    host: Host, caplog: pytest.LogCaptureFixture
-) -> None:
-    agent = warm_agent("/bin/true", template={"workdir": "/no/such/folder"})
-    host.pool.set_agents([agent])
-    await until(host.pool, lambda: "not prepared ahead" in caplog.text)
-    assert "/no/such/folder" in caplog.text  # bwrap's own words
-    with pytest.raises(HostError, match="bwrap ended with 1"):
-        await run(host, agent, warm=False)
-    assert caplog.text.count("not prepared ahead") == 1
-
-
-async def test_no_agents_any_more_and_close_leave_nothing(host: Host) -> None:
-    before = count_leftovers()
-    await filled(host, warm_agent("/bin/true", size=3))
-    host.pool.set_agents([])
-    await until(host.pool, lambda: count_leftovers() == before)
-    async with running_host(ready=0, layout=OTHER_LAYOUT) as other:
-        await filled(other, warm_agent("/bin/true", size=3))
-    assert waiting_processes() == []
-    assert count_leftovers(OTHER_LAYOUT.netns_prefix)["namespaces"] == 0
-    assert count_leftovers() == before
-
-
-RUNTIME = f"""
-import asyncio, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from host_harness import running_host
-from test_warm_sandboxes import OTHER_LAYOUT, filled, warm_agent
-async def main():
-    async with running_host(ready=0, layout=OTHER_LAYOUT) as host:
-        await filled(host, warm_agent("/bin/true", size=3))
-        print("filled", flush=True)
-        await asyncio.sleep(600)
-asyncio.run(main())
-"""
-
-
-@asynccontextmanager
-async def other_runtime() -> AsyncIterator[subprocess.Popen[str]]:
-    with subprocess.Popen([sys.executable, "-c", RUNTIME], stdout=subprocess.PIPE, text=True) as runtime:
-        try:
-            assert runtime.stdout is not None
-            assert await asyncio.to_thread(runtime.stdout.readline) == "filled\n"
-            yield runtime
-        finally:
-            runtime.kill()
-
-
-async def test_kill_9_of_the_runtime_ends_who_waits() -> None:
-    async with other_runtime() as runtime:
-        assert len(waiting_processes()) == 3
-        runtime.kill()
-        await asyncio.to_thread(runtime.wait)
-        root = find_hierarchy(Path("/proc/self/mounts").read_text()).v2
-        deadline_s = time.monotonic() + 10
-        while "populated 1" in (root / OTHER_LAYOUT.cgroup_name / "cgroup.events").read_text():
-            assert time.monotonic() < deadline_s, "processes live on"
-    assert waiting_processes() == []
-    cgroups = Cgroups.open(OTHER_LAYOUT)
-    assert len(cgroups.remove_leftovers()) == 3
-    assert len(remove_leftovers(OTHER_LAYOUT.netns_prefix)) == 3
-    cgroups.close()
-    shutil.rmtree(OTHER_LAYOUT.run_dir)  # the view of the one that was killed; a runtime's next start makes it anew
 
 
 @pytest.mark.parametrize(
