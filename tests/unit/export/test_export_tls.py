@@ -1,23 +1,15 @@
 """Export over TLS: whom the exporter trusts, and how it proves itself; over http/protobuf and gRPC."""
 
-import asyncio
-
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from exporting_telemetry import until
 from otlp_receiver import Receiver, Tls
 from span_samples import config, gateway, identity, record
 from tls_material import Authority
 
-from clrk.gateway.telemetry import export_task
 from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.runtime.config.declared import Problems
 from clrk.runtime.config.exporters import read_environment_files
-
-
-@pytest.fixture(autouse=True)
-def fast_backoff(monkeypatch):
-    monkeypatch.setattr(export_task, "_FIRST_BACKOFF_S", 0.02)
-    monkeypatch.setattr(export_task, "_BATCH_DELAY_S", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +41,7 @@ def with_ca(settings, pem):
 
 
 async def failures(telemetry):
-    async with asyncio.timeout(20):
-        while telemetry.store.counters["export_failures"] < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: telemetry.store.counters["export_failures"] >= 2)
 
 
 async def test_a_gateways_own_roots_are_trusted_beside_the_systems(tmp_path, authority, protocol):
