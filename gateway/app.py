@@ -41,7 +41,7 @@ from clrk.gateway.admin.app import build_admin_app, build_health_app
 from clrk.gateway.admin.page.app import add_page, page_url
 from clrk.gateway.admin.page.token import PageToken
 from clrk.gateway.admin.page.views import PageSources
-from clrk.gateway.agent_states import AgentStates
+from clrk.gateway.agent_status import AgentStates
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.control_client import ControlClient, ControlError, close_fds
 from clrk.gateway.daemons import Daemons

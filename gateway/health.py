@@ -5,11 +5,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from clrk.core.messages import Counters
-from clrk.gateway.admin.page.health import DaemonHealth, ExporterHealth
+from clrk.gateway.telemetry.exporters import ExportStatus
 from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.store import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonHealth:
+    """How the daemon stands. reload_problems are those of the last reload, empty when it was taken;
+    reload_notes say what of it waits for the next start.
+
+    Shape: generation counts the configurations that were taken, refusals the reloads that were not.
+    """
+
+    ready: bool
+    started_ns: int
+    counters: Counters
+    generation: int = 0
+    refusals: int = 0
+    reload_problems: list[str] = field(default_factory=list)
+    reload_notes: list[str] = field(default_factory=list)
+    exporters: list[ExportStatus] = field(default_factory=list)
+
+
+class HealthSource(Protocol):
+    """Knows how the daemon stands."""
+
+    async def health(self) -> DaemonHealth:
+        """Return it as it is now; without exporters when the store can not be read."""
 
 
 @dataclass(slots=True)
@@ -55,19 +81,8 @@ class Health:
             exporters=await self._exporters(),
         )
 
-    async def _exporters(self) -> list[ExporterHealth]:
+    async def _exporters(self) -> list[ExportStatus]:
         try:
-            found = await self._telemetry.export_status()
+            return await self._telemetry.export_status()
         except StoreError:  # then they stand still; that the store can not be read is said by who shows it
             return []
-        return [
-            ExporterHealth(
-                name=f"{one.name} {one.signal}",
-                endpoint=one.endpoint,
-                behind=one.behind,
-                failing_since_ns=one.failing_since_ns,
-                error=one.last_error,
-                dropped=one.dropped,
-            )
-            for one in found
-        ]

@@ -21,10 +21,10 @@ from clrk.core.resources import MAX_BODY_BYTES, Agent
 from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_summary, exporter_document
 from clrk.gateway.admin.invocations import Recall, await_outcome
 from clrk.gateway.admin.listings import encode_lines, follow_lines, list_invocations
-from clrk.gateway.admin.page.health import HealthSource
 from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
 from clrk.gateway.admin.scrape import Scrape
 from clrk.gateway.agent_status import AgentStatusSource
+from clrk.gateway.health import HealthSource
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.store import StoreError, TraceStore
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from clrk.core.resources import Agent, TaskAgent
-from clrk.gateway.admin.page.health import ExporterHealth
 from clrk.gateway.agent_status import AgentStatus
+from clrk.gateway.telemetry.exporters import ExportStatus
 
 
 class AgentCatalogue(Protocol):
@@ -61,14 +61,14 @@ def _daemon_facts(status: AgentStatus) -> dict[str, Any]:
     }
 
 
-def exporter_document(exporter: ExporterHealth) -> dict[str, Any]:
+def exporter_document(exporter: ExportStatus) -> dict[str, Any]:
     """Return how an exporter stands."""
     return {
-        "name": exporter.name,
+        "name": f"{exporter.name} {exporter.signal}",
         "endpoint": exporter.endpoint,
         "behind": exporter.behind,
         "failingSinceUnixNano": exporter.failing_since_ns or None,
-        "error": exporter.error,
+        "error": exporter.last_error,
         "dropped": exporter.dropped,
     }
 

@@ -10,10 +10,11 @@ from span_samples import MS, agent, config, gateway, identity, record
 from clrk.core.ids import new_span_id
 from clrk.core.messages import Counters
 from clrk.core.resources import DaemonAgent
-from clrk.gateway.admin.page.health import DaemonHealth, ExporterHealth
 from clrk.gateway.agent_status import AgentStatus, DaemonStatus
+from clrk.gateway.health import DaemonHealth
 from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry import attributes as attr
+from clrk.gateway.telemetry.exporters import ExportStatus
 from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import Component, SpanEvent, SpanKind, Status, StatusCode
 
@@ -228,9 +229,11 @@ class Health:
             ),
             reload_problems=self.problems,
             exporters=[
-                ExporterHealth("default/default", "http://127.0.0.1:4318/v1/traces", 0),
-                ExporterHealth("team-b/default", "https://otlp.example.net/v1/traces", 1204,
-                               self.now_ns - 600_000 * MS, f"503 Service Unavailable {HOSTILE}", 17),
+                ExportStatus("default/default", "traces", "http://127.0.0.1:4318/v1/traces",
+                             18_233, 0, 18_233, 0, 0, 0, ""),
+                ExportStatus("team-b/default", "traces", "https://otlp.example.net/v1/traces",
+                             17_029, 1204, 9000, 17, 12, self.now_ns - 600_000 * MS,
+                             f"503 Service Unavailable {HOSTILE}"),
             ],
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ from clrk.core.egress_resources import EgressGateway
 from clrk.core.gateway_config import GatewayConfig
 from clrk.core.ids import SandboxId, new_invocation_id, new_span_id, new_trace_id
 from clrk.core.resources import RuntimeSpec, TaskAgent
-from clrk.gateway.agent_states import AgentStates
+from clrk.gateway.agent_status import AgentStates
 from clrk.gateway.health import Health, RuntimeNews
 from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry import attributes as attr

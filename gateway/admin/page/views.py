@@ -15,7 +15,6 @@ from aiohttp import web
 from clrk.core.resources import Agent, DaemonAgent
 from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail
 from clrk.gateway.admin.page.details import ALONE, IN_WATERFALL, Text, details_of
-from clrk.gateway.admin.page.health import HealthSource
 from clrk.gateway.admin.page.listing import (
     PAGE_ROWS,
     PHASES,
@@ -38,6 +37,7 @@ from clrk.gateway.admin.page.rendering import path, render
 from clrk.gateway.admin.page.waterfall import Axis, Place, Row
 from clrk.gateway.admin.parameters import ParameterError
 from clrk.gateway.agent_status import AgentStatusSource
+from clrk.gateway.health import HealthSource
 from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry.query import LogLine, SpanFilter
 from clrk.gateway.telemetry.records import InvocationSummary
