@@ -28,11 +28,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from clrk.core.ids import new_invocation_id
 from clrk.gateway.http_server import BoundedServer
 from clrk.gateway.problem import SERVER, Problem, read_body
-from clrk.gateway.telemetry.meter import Meter
 from clrk.gateway.telemetry.pipeline import identity_attributes
 from clrk.gateway.telemetry.receive import AgentLog, AgentMetric, AgentSpan, Batch, Intake, Received
 from clrk.gateway.telemetry.receive_wire import MAX_PLAIN_BYTES, Encoding, ReceiveError, Signal, inflate
 from clrk.gateway.telemetry.spans import Identity, SpanRecord
+from clrk.gateway.telemetry.token_bucket import TokenBucket
 
 _LOG: Final = logging.getLogger(__name__)
 HOSTS: Final = frozenset({"169.254.0.1:4318", "169.254.0.1"})
@@ -109,17 +109,17 @@ class OtlpReceiver:
     """Serves one run on the OTLP listener of its sandbox."""
 
     def __init__(
-        self, identity: Identity, sink: AgentSink, *, meter: Meter | None = None, held: HeldBytes = _HELD
+        self, identity: Identity, sink: AgentSink, *, bucket: TokenBucket | None = None, held: HeldBytes = _HELD
     ) -> None:
         self._identity = identity
         self._sink = sink
         self._held = held
-        self._meter = meter or Meter()
+        self._bucket = bucket or TokenBucket()
         self._intake = Intake(
             identity,
             identity_attributes=identity_attributes(identity),
             host_name=socket.gethostname(),
-            meter=self._meter,
+            bucket=self._bucket,
         )
         self._turn = asyncio.Lock()
         self._active = 0
@@ -179,7 +179,7 @@ class OtlpReceiver:
     ) -> Counter[str]:  # fmt: skip
         """Read, decode and record one request, while no other one of this sandbox is; return what was refused."""
         async with self._turn:
-            if not self._meter.is_open:
+            if not self._bucket.is_open:
                 raise Problem(429, "this run has sent as much telemetry as it may for now", _RETRY)
             if "Expect" in request.headers and request.transport is not None:
                 request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -204,9 +204,9 @@ class OtlpReceiver:
         try:
             plain = inflate(body, coding) if coding else body
         except ReceiveError:
-            self._meter.take(MAX_PLAIN_BYTES // _READING_SHARE)
+            self._bucket.take(MAX_PLAIN_BYTES // _READING_SHARE)
             raise
-        self._meter.take(len(plain) // _READING_SHARE)  # what holds nothing is read all the same
+        self._bucket.take(len(plain) // _READING_SHARE)  # what holds nothing is read all the same
         return self._intake.read(plain, signal, encoding, now_ns=time.time_ns())
 
     async def _record(self, batch: Batch, signal: Signal) -> Counter[str]:

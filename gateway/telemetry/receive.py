@@ -21,7 +21,6 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 from opentelemetry.proto.trace.v1.trace_pb2 import Status as OtlpStatus
 
 from clrk.gateway.telemetry import attributes as attr
-from clrk.gateway.telemetry.meter import Meter
 from clrk.gateway.telemetry.receive_points import clean_metric
 from clrk.gateway.telemetry.receive_traces import RefusedItemError, Traces, is_plausible
 from clrk.gateway.telemetry.receive_values import (
@@ -47,6 +46,7 @@ from clrk.gateway.telemetry.spans import (
     Status,
     StatusCode,
 )
+from clrk.gateway.telemetry.token_bucket import TokenBucket
 
 _MAX_SPAN_NAME: Final = 1024
 _MAX_EVENTS: Final = 128
@@ -112,9 +112,9 @@ class Intake:
         *,
         identity_attributes: Mapping[str, AttributeValue],
         host_name: str,
-        meter: Meter,
+        bucket: TokenBucket,
     ) -> None:
-        self._meter = meter
+        self._bucket = bucket
         self._traces = Traces(identity)
         self._identity_values = dict(identity_attributes)
         self._identity_pairs = key_values(identity_attributes)
@@ -124,7 +124,7 @@ class Intake:
         self._resource_pairs = key_values(ours)
 
     def read(self, body: bytes, signal: Signal, encoding: Encoding, *, now_ns: int) -> Batch:
-        """Take a plain body apart. Cost: bounded by receive_wire's limits and the meter.
+        """Take a plain body apart. Cost: bounded by receive_wire's limits and the bucket.
 
         Raises: ReceiveError when the body is no request at all.
         """
@@ -164,7 +164,7 @@ class Intake:
         links: bool,
     ) -> bool:
         """Read one item into the batch; False when it is a span with links, and those are not asked for yet."""
-        if not self._meter.is_open:
+        if not self._bucket.is_open:
             batch.rejected["over this run's limit"] += 1
             return True
         made: Received
@@ -186,7 +186,7 @@ class Intake:
         except RefusedItemError as exc:
             batch.rejected[str(exc)] += exc.count
             return True
-        self._meter.take(len(made.otlp))
+        self._bucket.take(len(made.otlp))
         batch.items.append(made)
         return True
 

@@ -14,11 +14,11 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 from clrk.core.ids import InvocationId, SandboxId, SpanId, TraceId, new_invocation_id
-from clrk.gateway.telemetry.meter import Meter
 from clrk.gateway.telemetry.pipeline import identity_attributes
 from clrk.gateway.telemetry.receive import Batch, Intake
 from clrk.gateway.telemetry.receive_wire import Encoding, Signal
 from clrk.gateway.telemetry.spans import Identity, TraceContext
+from clrk.gateway.telemetry.token_bucket import TokenBucket
 
 NOW = time.time_ns()
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -62,9 +62,9 @@ FORGED = {
 }
 
 
-def intake(identity: Identity = IDENTITY, meter: Meter | None = None) -> Intake:
+def intake(identity: Identity = IDENTITY, bucket: TokenBucket | None = None) -> Intake:
     return Intake(
-        identity, identity_attributes=identity_attributes(identity), host_name="host-1", meter=meter or Meter()
+        identity, identity_attributes=identity_attributes(identity), host_name="host-1", bucket=bucket or TokenBucket()
     )
 
 

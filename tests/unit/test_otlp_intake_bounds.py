@@ -36,7 +36,6 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.proto.trace.v1.trace_pb2 import Status as OtlpStatus
 
-from clrk.gateway.telemetry.meter import ITEM_BYTES, Meter
 from clrk.gateway.telemetry.receive_wire import (
     MAX_ITEM_BYTES,
     MAX_ITEMS,
@@ -45,6 +44,7 @@ from clrk.gateway.telemetry.receive_wire import (
     Signal,
     inflate,
 )
+from clrk.gateway.telemetry.token_bucket import ITEM_BYTES, TokenBucket
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ def test_a_resource_that_can_not_be_read_is_as_good_as_none():
 def test_a_run_has_a_share_and_no_more():
     clock = [0.0]
     size = len(read(traces(make_span())).items[0].otlp) + ITEM_BYTES
-    reader = intake(meter=Meter(burst_bytes=size * 3, bytes_per_s=size, clock=lambda: clock[0]))
+    reader = intake(bucket=TokenBucket(burst_bytes=size * 3, bytes_per_s=size, clock=lambda: clock[0]))
     many = traces(*(make_span(span_id=struct.pack(">Q", i + 1)) for i in range(10)))
     batch = read(many, reader=reader)
     assert (len(batch.items), dict(batch.rejected)) == (3, {"over this run's limit": 7})

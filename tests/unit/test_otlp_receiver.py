@@ -37,7 +37,7 @@ from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord, ResourceLogs, ScopeL
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, Metric, NumberDataPoint, ResourceMetrics, ScopeMetrics
 
 from clrk.gateway.otlp_receiver import MAX_BODY_BYTES, HeldBytes, OtlpReceiver
-from clrk.gateway.telemetry.meter import Meter
+from clrk.gateway.telemetry.token_bucket import TokenBucket
 
 PROTOBUF = {"Host": "169.254.0.1:4318", "Content-Type": "application/x-protobuf"}
 JSON = {"Host": "169.254.0.1:4318", "Content-Type": "application/json; charset=utf-8"}
@@ -210,7 +210,7 @@ async def test_a_span_id_of_ours_is_refused_and_said_so():
 
 async def test_over_the_rate_drops_are_told_and_then_429():
     many = traces(*(make_span(span_id=struct.pack(">Q", i + 1)) for i in range(20))).SerializeToString()
-    async with serving(meter=Meter(burst_bytes=10_000, bytes_per_s=0)) as (sink, client, _):
+    async with serving(bucket=TokenBucket(burst_bytes=10_000, bytes_per_s=0)) as (sink, client, _):
         async with client.post("/v1/traces", data=many, headers=JSON | PROTOBUF) as answer:
             partial = ExportTraceServiceResponse.FromString(await answer.read()).partial_success
             assert answer.status == 200
@@ -231,7 +231,7 @@ async def test_over_the_rate_drops_are_told_and_then_429():
     ids=["bomb", "nothing", "junk"],
 )
 async def test_what_is_only_read_has_its_price_too(body, headers, status):
-    async with serving(meter=Meter(burst_bytes=300_000, bytes_per_s=0)) as (_, client, _port):
+    async with serving(bucket=TokenBucket(burst_bytes=300_000, bytes_per_s=0)) as (_, client, _port):
         statuses = []
         for _ in range(4):
             async with client.post("/v1/traces", data=io.BytesIO(body), headers=headers) as answer:

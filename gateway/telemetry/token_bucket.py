@@ -11,7 +11,7 @@ BYTES_PER_S: Final = 512 * 1024
 ITEM_BYTES: Final = 512  # what an item costs beside its own bytes: many small ones are as dear as few large ones
 
 
-class Meter:
+class TokenBucket:
     """Fills with time, up to a burst; a daemon that runs for months gets its rate, a short run the burst."""
 
     def __init__(
