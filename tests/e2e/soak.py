@@ -22,24 +22,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
-from aiohttp import web
 from leftovers import difference, footprint, settled
-from stack import ROOT, Daemon, agent, document
+from soak_judge import FINAL, Attempt, Verdict, judge
+from soak_upstream import upstream
+from stack import Daemon, agent, document
 
 from clrk.core.ids import new_invocation_id
 
-sys.path.insert(0, str(ROOT / "examples/standin"))
-from certificates import make_server_context
-
-FINAL = {"Succeeded", "Failed", "Timeout", "Rejected", "Cancelled"}
 WORKER = """
 import json, os, sys, time, urllib.request as r
 if os.environ.get("SOAK_METADATA"):
@@ -71,70 +65,6 @@ sys.exit(plan["code"])
 """
 PATHS = ["/ok"] * 6 + ["/v1/chat/completions"] * 3 + ["/error", "/reset", "/cut", "/slow", "/big"]
 ENDS = ["well"] * 12 + ["crash", "sleep", "flood", "half"]
-USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
-
-
-@dataclass
-class Upstream:
-    """Answers well or badly, and keeps every request it saw: call id -> invocation id."""
-
-    seen: dict[str, str] = field(default_factory=dict)
-    twice: list[str] = field(default_factory=list)
-
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        query = parse_qs(urlsplit(request.raw_path).query)
-        call, invocation = query["call"][0], query["inv"][0]
-        if call in self.seen:
-            self.twice.append(call)
-        self.seen[call] = invocation
-        await request.read()
-        match request.path:
-            case "/error":
-                return web.Response(status=500, text="no")
-            case "/reset":
-                assert request.transport is not None
-                request.transport.abort()
-            case "/cut":
-                response = web.StreamResponse(headers={"Content-Length": "1000"})
-                await response.prepare(request)
-                await response.write(b"x" * 10)
-                assert request.transport is not None
-                request.transport.abort()
-                return response
-            case "/slow":
-                await asyncio.sleep(0.3)
-            case "/big":
-                return web.Response(body=b"x" * 400_000)
-            case "/v1/chat/completions":
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}
-                answer = {"id": f"c-{call}", "object": "chat.completion", "model": "gpt-4o-mini", "choices": [choice]}
-                return web.json_response(answer | {"usage": USAGE})
-        return web.Response(text="ok")
-
-
-@dataclass
-class Attempt:
-    """One request of a caller, and what came of it on the caller's side."""
-
-    invocation: str
-    agent: str
-    plan: dict[str, Any]
-    caller: str  # patient, hasty or slow
-    status: int | None = None
-    body: bytes = b""
-    failure: str = ""
-
-
-@dataclass
-class Verdict:
-    """What the checks found; problems is empty when everything is accounted for."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def expect(self, condition: bool, problem: str) -> None:
-        if not condition:
-            self.problems.append(problem)
 
 
 @contextlib.contextmanager
@@ -164,21 +94,6 @@ def soak_daemon(folder: Path, plain: str, tls: str, ca_file: Path, instance: str
     finally:
         if daemon.process is not None and daemon.process.poll() is None:
             assert daemon.stop() == 0, daemon.log()
-
-
-@contextlib.asynccontextmanager
-async def upstream(folder: Path) -> AsyncIterator[tuple[Upstream, str, str, Path]]:
-    this = Upstream()
-    context, ca_file = make_server_context(folder, ("tls.soak",))
-    runner = web.ServerRunner(web.Server(this.handle))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
-    plain, tls = (f"127.0.0.1:{address[1]}" for address in runner.addresses)
-    try:
-        yield this, plain, tls, ca_file
-    finally:
-        await runner.cleanup()
 
 
 def plan_attempt(chance: random.Random) -> Attempt:
@@ -291,65 +206,6 @@ async def all_records(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
         if page["before"] is None:
             return records
         query["before"] = page["before"]
-
-
-def judge(
-    attempts: list[Attempt], seen: Upstream, records: list[dict[str, Any]], spans: list[dict[str, Any]]
-) -> Verdict:
-    """Hold what callers and the upstream know against what clrk tells."""
-    verdict = Verdict()
-    by_id = {record["invocation"]: record for record in records}
-    verdict.expect(len(by_id) == len(records), "an invocation has two records")
-    names: dict[str, Counter[str]] = {}
-    calls: dict[str, list[dict[str, Any]]] = {}
-    for span in spans:
-        invocation = span["attributes"].get("invocation.id", "")
-        names.setdefault(invocation, Counter())[span["name"].partition(" ")[0]] += 1
-        query = parse_qs(urlsplit(str(span["attributes"].get("url.full", ""))).query)
-        for call in query.get("call", []):
-            calls.setdefault(call, []).append(span)
-    called = Counter(seen.seen.values())
-    for this in attempts:
-        judge_attempt(verdict, this, by_id.get(this.invocation), names.get(this.invocation, Counter()), called)
-    verdict.expect(not set(by_id) - {this.invocation for this in attempts}, "a record of nobody's invocation")
-    for call, invocation in seen.seen.items():
-        found = [span["attributes"].get("invocation.id") for span in calls.get(call, [])]
-        verdict.expect(found == [invocation], f"call {call} of {invocation}: spans of {found}")
-        # A pooled connection that dies under a safe request: sent again once, and its span says so (RFC 9110, 9.2.2).
-        resent = [span["attributes"].get("http.request.resend_count", 0) for span in calls.get(call, [])]
-        verdict.expect(
-            resent == [seen.twice.count(call)], f"call {call}: resent {resent}, seen {seen.twice.count(call)}"
-        )
-    verdict.facts |= {
-        "attempts": len(attempts),
-        "records": len(records),
-        "phases": dict(Counter(record["phase"] for record in records)),
-        "callers_without_answer": dict(Counter(this.failure for this in attempts if this.failure)),
-        "unheard": sum(this.invocation not in by_id for this in attempts),
-        "upstream_calls": len(seen.seen),
-        "spans": len(spans),
-        "spans_of_a_lost_gateway": sum(span["attributes"].get("error.type") == "gateway_lost" for span in spans),
-    }
-    return verdict
-
-
-def judge_attempt(
-    verdict: Verdict, this: Attempt, record: dict[str, Any] | None, names: Counter[str], called: Counter[str]
-) -> None:
-    who = f"{this.invocation} ({this.agent}, {this.caller}, {this.plan['end']}, {this.status or this.failure})"
-    if record is None:
-        verdict.expect(this.status is None, f"{who}: answered, and no record")
-        verdict.expect(called[this.invocation] == 0, f"{who}: it called, and there is no record")
-        verdict.expect(not names, f"{who}: spans without a record: {dict(names)}")
-        return
-    verdict.expect(record["phase"] in FINAL, f"{who}: {record['phase']}")
-    verdict.expect(names["ingress.dispatch"] == 1, f"{who}: {names['ingress.dispatch']} ingress.dispatch")
-    ran = int(record["startTimeUnixNano"] is not None)
-    verdict.expect(names["invoke_agent"] <= 1, f"{who}: {names['invoke_agent']} invoke_agent")
-    verdict.expect(names["invoke_agent"] >= ran, f"{who}: {record['phase']}, started, and no invoke_agent")
-    if this.status == 200 and not this.failure and this.agent != "meta":
-        verdict.expect(this.body.endswith(b"done\n"), f"{who}: a clean end of {len(this.body)} bytes without its end")
-        verdict.expect(record["phase"] == "Succeeded", f"{who}: a clean 200, and phase {record['phase']}")
 
 
 async def run(folder: Path, *, count: int, at_once: int, kills: int, seed: int, progress: bool = False) -> Verdict:
