@@ -100,7 +100,7 @@ NAMED = [
         ("/bot123456789:AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw-/getMe", "/REDACTED/getMe"),
         ("/services/T0000AAAA/B0000BBBB/XXXXhunter2XXXXhunter2XX", "/REDACTED"),
         ("/api/webhooks/123456789012345678/hunter2hunter2hunter2hunter2hunter2", "/api/REDACTED"),
-        ("/bot/1:2/services/TODO/webhooks/7/list", "/bot/1:2/services/TODO/webhooks/7/list"),
+        ("/bot/1:2/services/TEAM/webhooks/7/list", "/bot/1:2/services/TEAM/webhooks/7/list"),
     ],
 )
 def test_paths_that_are_credentials(path, shown):

@@ -190,3 +190,6 @@ async def test_close_twice_and_reconfigure_do_no_harm(tmp_path):
     record(telemetry, identity(), start_ns=time.time_ns() - MS)
     await telemetry.close()
     await telemetry.close()
+    again = Telemetry.open(tmp_path, config())
+    assert [document["name"] for document in await documents(again)] == ["GET tools.internal"]
+    await again.close()

@@ -102,6 +102,7 @@ async def test_a_target_that_changes_goes_on_where_the_old_one_stopped(tmp_path)
         telemetry.reconfigure(config([exporting(old)]))
         await old.wait(lambda: old.names == ["one", "meanwhile"])
         await telemetry.close()
+        assert (old.names, new.names) == (["one", "meanwhile"], ["two"])
 
 
 async def test_a_store_that_was_replaced_is_exported_from_its_beginning(tmp_path, receiver):
@@ -117,6 +118,7 @@ async def test_a_store_that_was_replaced_is_exported_from_its_beginning(tmp_path
     record(telemetry, identity(), "new")
     await receiver.wait(lambda: "new" in receiver.names)
     await telemetry.close()
+    assert receiver.names == [*(f"old{index}" for index in range(20)), "new"]
 
 
 @pytest.mark.parametrize(

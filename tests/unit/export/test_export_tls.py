@@ -51,6 +51,8 @@ async def test_a_gateways_own_roots_are_trusted_beside_the_systems(tmp_path, aut
         record(telemetry, identity(), "trusted")
         await receiver.wait(lambda: receiver.names == ["trusted"])
         await telemetry.close()
+        assert receiver.names == ["trusted"]
+        assert telemetry.store.counters["export_failures"] == 0
 
 
 async def test_an_unknown_authority_gets_nothing_until_it_is_configured(tmp_path, authority, protocol):
@@ -84,6 +86,8 @@ async def test_a_grpc_endpoint_without_a_scheme_is_encrypted(tmp_path, authority
         record(telemetry, identity(), "secure by default")
         await receiver.wait(lambda: receiver.spans)
         await telemetry.close()
+        assert receiver.names == ["secure by default"]
+        assert telemetry.store.counters["export_failures"] == 0
 
 
 async def test_the_environments_files_reach_the_backend_that_demands_a_certificate(

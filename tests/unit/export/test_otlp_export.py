@@ -72,6 +72,9 @@ async def test_no_answer_within_the_timeout_is_a_failure_and_sent_again(tmp_path
     record(telemetry, identity(), "late")
     await receiver.wait(lambda: receiver.names == ["late"])
     await telemetry.close()
+    assert set(receiver.names) == {"late"}
+    assert len(receiver.refused) == 1
+    assert telemetry.store.counters["export_failures"] >= 1
 
 
 async def test_after_a_restart_the_rest_is_sent_and_nothing_twice(tmp_path, receiver):
@@ -101,6 +104,7 @@ async def test_a_backend_that_is_dead_from_the_beginning_and_over_a_restart_lose
     second = opened(tmp_path, receiver)
     await receiver.wait(lambda: receiver.names == ["before"])
     await second.close()
+    assert receiver.names == ["before"]
 
 
 async def test_killed_in_the_middle_it_sends_again_what_was_not_noted(tmp_path, receiver):

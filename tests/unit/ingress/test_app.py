@@ -232,4 +232,7 @@ async def test_a_message_of_the_other_direction_is_the_end():
     async with asyncio.timeout(10):
         while not handler.gone:
             await asyncio.sleep(0)
+    assert len(handler.gone) == 1
+    assert handler.messages == []
+    assert ours.recv(10) == b""
     ours.close()

@@ -290,6 +290,9 @@ async def test_a_daemon_that_comes_back_while_it_is_stopped_runs_again(desk):
     await desk.configure(daemon("d", STUBBORN))
     await desk.runtime.until(lambda: len(desk.starts()) == 2)
     await desk.state("Running")
+    stopped, runs = desk.starts()
+    assert {message.run_id for message in desk.heard(StopRun)} == {stopped.run_id}
+    assert set(desk.runtime.runs) == {runs.run_id}
 
 
 async def test_drain_stops_every_daemon_before_drained(desk):
