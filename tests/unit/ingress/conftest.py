@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import aiohttp
 import pytest
 import uvloop
-from scripted_runtime import AGENTS, Gateway, ScriptedRuntime
+from gateway_caller import running_gateway
+from scripted_agents import AGENTS
 
 
 def pytest_asyncio_loop_factories(item):
@@ -16,10 +16,5 @@ def pytest_asyncio_loop_factories(item):
 @pytest.fixture
 async def gateway(tmp_path):
     """A gateway in this process, configured and ready, with real agents."""
-    runtime = ScriptedRuntime(AGENTS, tmp_path)
-    await runtime.start()
-    async with aiohttp.ClientSession() as client:
-        yield Gateway(runtime, client)
-    await runtime.stop()
-    assert runtime.crashes == []
-    assert runtime.left_open == []
+    async with running_gateway(AGENTS, tmp_path) as running:
+        yield running

@@ -5,7 +5,6 @@ Speaks the control protocol as clrk-runtime does, and can be told to misbehave. 
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,8 +12,6 @@ import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass
-
-import aiohttp
 
 from clrk.core.control import GATEWAY_MESSAGES, receive, send
 from clrk.core.gateway_config import GatewayConfig
@@ -35,67 +32,10 @@ from clrk.core.messages import (
     StartRun,
     StopRun,
 )
-from clrk.core.resources import DaemonAgent, RuntimeSpec, TaskAgent
+from clrk.core.resources import RuntimeSpec
 from clrk.gateway.app import App
 
 METADATA_HOST = {"Host": "169.254.169.254"}
-
-
-def agent(name, command, *, namespace="default", mode="Stdin", content_type=None, **spec):
-    """Return a TaskAgent that runs a bash script."""
-    delivery = {"mode": mode} | ({"contentType": content_type} if content_type else {})
-    return TaskAgent.model_validate(
-        {
-            "kind": "TaskAgent",
-            "metadata": {"name": name, "namespace": namespace},
-            "spec": {"template": {"spec": {"command": ["bash", "-c", command]}}, "delivery": delivery, **spec},
-        }
-    )
-
-
-def daemon(name, command, **spec):
-    """Return a DaemonAgent that runs a bash script."""
-    template = {"spec": {"command": ["bash", "-c", command]}}
-    return DaemonAgent.model_validate(
-        {"kind": "DaemonAgent", "metadata": {"name": name}, "spec": {"template": template, **spec}}
-    )
-
-
-CURL = "curl -sS --max-time 20 -H 'Host: 169.254.169.254'"
-JSON = "-H 'Content-Type: application/json'"
-AGENTS = [
-    agent("echo", "cat", content_type="application/json"),
-    agent("echo", "echo in team", namespace="team"),
-    agent("text", "printf hello", content_type="text/plain"),
-    agent("silent", "true"),
-    agent("fails", "echo why >&2; exit 3"),
-    agent("cut", "printf part; sleep 0.05; exit 4"),
-    agent("crash", "kill -SEGV $$"),
-    agent("slow", "sleep 60", timeout=0.3),
-    agent("slowtalk", "printf part; sleep 60", timeout=0.3),
-    agent("forever", "echo ready; sleep 600"),
-    agent("mute", "sleep 600"),
-    agent("deaf", "exec 0</dev/null; echo done"),
-    agent("deafopen", "sleep 0.2; echo done"),
-    agent("flood", "head -c 200000000 /dev/zero"),
-    agent("stderrflood", "head -c 300000 /dev/zero | tr '\\0' x >&2; echo ok >&2; echo out"),
-    agent("lines", "yes '' | head -c 2000000"),
-    agent("one", "cat >/dev/null; read -r < \"$GATE\"; echo ok", maxConcurrent=1),
-    agent("env", "echo $TRACEPARENT $CLRK_INVOCATION_ID"),
-    agent("poolless", "true"),
-    agent("broken", "true"),
-    agent("gone", "true"),
-    agent("unstarted", "true"),
-    agent("unspawned", "true"),
-    agent("post", f"{CURL} -d '{{}}' {JSON} -H 'X-Clrk-Status: 201' $URL/v1/response", mode="Metadata"),
-    agent("postlate", f"{CURL} -d early $URL/v1/response; read -r < \"$GATE\"; echo late; exit 5", mode="Metadata"),
-    agent("postnone", "true", mode="Metadata"),
-    agent("postfails", "exit 6", mode="Metadata"),
-    agent("postslow", "sleep 60", mode="Metadata", timeout=0.3),
-    agent("post204", f"{CURL} -X POST -H 'X-Clrk-Status: 204' $URL/v1/response", mode="Metadata"),
-    agent("probe", "echo $URL $URL6; cat >/dev/null; read -r < \"$GATE\""),
-    agent("probemeta", "echo $URL > \"$GATE.url\"; read -r < \"$GATE\"", mode="Metadata"),
-]  # fmt: skip
 
 
 @dataclass
@@ -353,52 +293,3 @@ def _pipes():
         except FileNotFoundError:  # the folder that was listed
             continue
     return Counter(target for target in found if target.startswith("pipe:"))
-
-
-@dataclass
-class Gateway:
-    """What a test holds: the runtime's knobs, and a caller."""
-
-    runtime: ScriptedRuntime
-    client: aiohttp.ClientSession
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.runtime.ingress_port}"
-
-    async def call(self, path, method="POST", **kwargs):
-        """Return status, headers and body of a whole answer."""
-        async with self.client.request(method, self.url + path, **kwargs) as response:
-            return response.status, response.headers, await response.read()
-
-    async def raw(self, request):
-        """Send bytes; return reader and writer of the connection."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.runtime.ingress_port)
-        writer.write(request)
-        return reader, writer
-
-    async def spans(self, invocation_id, name=None):
-        """Return the spans of an invocation, read as `clrk trace --json` reads them."""
-        connector = aiohttp.UnixConnector(str(self.runtime.state_dir / "admin.sock"))
-        async with aiohttp.ClientSession(connector=connector) as client:
-            async with client.get(f"http://clrk/v1/traces/{invocation_id}") as response:
-                assert response.status == 200, await response.text()
-                found = [json.loads(line) for line in (await response.text()).splitlines()]
-        return [span for span in found if name in (None, span["name"])]
-
-    async def span(self, invocation_id, name):
-        """Return the one span of this name, as soon as it is recorded."""
-        async with asyncio.timeout(20):
-            while True:
-                try:
-                    found = await self.spans(invocation_id, name)
-                except AssertionError:
-                    found = []
-                if found:
-                    assert len(found) == 1
-                    return found[0]
-                await asyncio.sleep(0.02)
-
-    def phase(self, invocation_id):
-        """Return what the gateway remembers."""
-        return self.runtime.app._parts.invocations.record(invocation_id).phase

@@ -7,7 +7,8 @@ import sqlite3
 
 import aiohttp
 import pytest
-from scripted_runtime import AGENTS, NoEgress, ScriptedRuntime, agent
+from scripted_agents import AGENTS, agent
+from scripted_runtime import NoEgress, ScriptedRuntime
 
 from clrk.core.control import GATEWAY_MESSAGES, receive, send
 from clrk.core.errors import ProtocolError

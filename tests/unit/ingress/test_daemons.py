@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from scripted_runtime import CURL, daemon
+from scripted_agents import CURL, daemon
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.messages import AgentKind, Drain, StartFailure, StartRun, StopRun

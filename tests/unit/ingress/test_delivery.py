@@ -5,9 +5,9 @@ import io
 import json
 import resource
 
-import aiohttp
 import pytest
-from scripted_runtime import AGENTS, CURL, Gateway, ScriptedRuntime, agent
+from gateway_caller import running_gateway
+from scripted_agents import AGENTS, CURL, agent
 
 from clrk.core.ids import new_invocation_id
 from clrk.core.messages import StartRun, StopRun
@@ -33,14 +33,9 @@ EXTRA = [
 
 @pytest.fixture
 async def ingress(tmp_path):
-    runtime = ScriptedRuntime([*AGENTS, *EXTRA], tmp_path)
-    await runtime.start()
-    async with aiohttp.ClientSession(auto_decompress=False) as client:
-        yield Gateway(runtime, client)
-    await runtime.stop()
-    assert runtime.crashes == []
-    assert runtime.left_open == []
-    assert runtime.app._parts.invocations._held_bytes == 0
+    async with running_gateway([*AGENTS, *EXTRA], tmp_path, auto_decompress=False) as running:
+        yield running
+    assert running.runtime.app._parts.invocations._held_bytes == 0
 
 
 async def exchange(gateway, request, answers=1):

@@ -8,7 +8,9 @@ import socket
 
 import aiohttp
 import pytest
-from scripted_runtime import AGENTS, CURL, Gateway, ScriptedRuntime, agent
+from gateway_caller import Gateway, running_gateway
+from scripted_agents import AGENTS, CURL, agent
+from scripted_runtime import ScriptedRuntime
 
 from clrk.core.messages import Drain
 
@@ -36,12 +38,8 @@ BIG = agent("big", f"head -c {SIZE} /dev/zero | {CURL} --data-binary @- $URL/v1/
 @pytest.fixture
 async def posting(tmp_path):
     """A gateway with an agent that posts a large answer."""
-    runtime = ScriptedRuntime([*AGENTS, BIG], tmp_path)
-    await runtime.start()
-    async with aiohttp.ClientSession() as client:
-        yield Gateway(runtime, client)
-    await runtime.stop()
-    assert runtime.crashes == []
+    async with running_gateway([*AGENTS, BIG], tmp_path) as running:
+        yield running
 
 
 async def unread(gateway, request):

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import aiohttp
 import pytest
-from scripted_runtime import AGENTS, Gateway, ScriptedRuntime, agent
+from gateway_caller import running_gateway
+from scripted_agents import AGENTS, agent
+from scripted_runtime import ScriptedRuntime
 
 from clrk.core.ids import new_invocation_id
 from clrk.core.messages import StartFailure
@@ -38,15 +40,11 @@ DAEMON = DaemonAgent.model_validate(
 
 @pytest.fixture
 async def strict(tmp_path):
-    runtime = ScriptedRuntime([*AGENTS, *EXTRA], tmp_path)
-    runtime.refuse["full"] = StartFailure.STATE_FULL
-    await runtime.start()
-    runtime.app._parts.agents.replace(runtime.config.model_copy(update={"daemons": [DAEMON]}))
-    async with aiohttp.ClientSession() as client:
-        yield Gateway(runtime, client)
-    await runtime.stop()
-    assert runtime.crashes == []
-    assert runtime.left_open == []
+    async with running_gateway([*AGENTS, *EXTRA], tmp_path) as running:
+        runtime = running.runtime
+        runtime.refuse["full"] = StartFailure.STATE_FULL
+        runtime.app._parts.agents.replace(runtime.config.model_copy(update={"daemons": [DAEMON]}))
+        yield running
 
 
 @dataclass(frozen=True)
