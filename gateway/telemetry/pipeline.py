@@ -299,15 +299,17 @@ def clean_attributes(attributes: Attributes) -> dict[str, AttributeValue]:
         if len(cleaned) >= MAX_ATTRIBUTES:
             break
         match value:
+            case str() if type(value) is str and len(value) <= MAX_VALUE_CHARS and value.isascii():
+                cleaned[key] = value  # most are
+            case str():
+                cleaned[key] = _clean_text(value, MAX_BODY_CHARS if key in _BODIES else MAX_VALUE_CHARS)
             case bool():
                 cleaned[key] = value
             case int():
-                cleaned[key] = max(-_INT64, min(_INT64 - 1, value))
+                cleaned[key] = value if -_INT64 <= value < _INT64 else max(-_INT64, min(_INT64 - 1, value))
             case float():
                 if math.isfinite(value):
                     cleaned[key] = value
-            case str():
-                cleaned[key] = _clean_text(value, MAX_BODY_CHARS if key in _BODIES else MAX_VALUE_CHARS)
             case _:
                 cleaned[key] = [_clean_text(item) for item in value[:MAX_ATTRIBUTES]]
     return cleaned
