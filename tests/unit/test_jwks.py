@@ -8,6 +8,7 @@ import ssl
 import pytest
 from issuer import EC, KEYS, OTHER, agent, config, jwks, jwt_extractor, key_server, public_jwk, token
 from multidict import CIMultiDict
+from tls_material import Authority
 
 from clrk.core.jwks import parse_jwks
 from clrk.gateway import jwks as module
@@ -155,7 +156,7 @@ async def test_a_server_that_stalls_is_given_up(monkeypatch):
 
 
 async def test_a_server_whose_certificate_nobody_vouches_for(tmp_path):
-    from egress.egress_lab import Authority, upstream
+    from egress.egress_lab import upstream
 
     async def never(reader, writer):
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + KEYS.encode())

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import os
 import socket
 import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from tls_material import Authority
 
 from clrk.core import wire
 from clrk.core.egress_resources import EgressGateway, EgressL4Route
@@ -44,78 +39,6 @@ from clrk.gateway.telemetry.spans import (
 )
 
 NETNS_COOKIE = 77
-
-
-@dataclass
-class Authority:
-    """A CA and what it signs."""
-
-    name: str
-    key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
-
-    def __post_init__(self) -> None:
-        self.cert = self._sign(self.name, self.key.public_key(), [], ca=True)
-
-    @property
-    def cert_pem(self) -> str:
-        return self.cert.public_bytes(serialization.Encoding.PEM).decode()
-
-    @property
-    def key_pem(self) -> str:
-        return _key_pem(self.key).decode()
-
-    def server_context(self, names: Sequence[str], days: int = 1) -> ssl.SSLContext:
-        key = ec.generate_private_key(ec.SECP256R1())
-        leaf = self._sign(names[0], key.public_key(), names, ca=False, days=days)
-        fd = os.memfd_create("lab-leaf")
-        try:
-            os.write(fd, _key_pem(key) + leaf.public_bytes(serialization.Encoding.PEM))
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
-        return context
-
-    def client_context(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cadata=self.cert_pem)
-
-    def _sign(self, name: str, key, names: Sequence[str], *, ca: bool, days: int = 1) -> x509.Certificate:
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        issuer = subject if ca else self.cert.subject
-        now = datetime.datetime.now(datetime.UTC)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=3))
-            .not_valid_after(now + datetime.timedelta(days=days))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
-        )
-        if names:
-            builder = builder.add_extension(x509.SubjectAlternativeName([_san(name) for name in names]), critical=False)
-        if ca:
-            builder = builder.add_extension(x509.KeyUsage(
-                digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
-                key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
-            ), critical=True)  # fmt: skip
-        return builder.sign(self.key, hashes.SHA256())
-
-
-def _san(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import socket
 import ssl
 
 import pytest
-from egress_lab import Authority, aliased, answer, laboratory, read_request, upstream
+from egress_lab import aliased, answer, laboratory, read_request, upstream
+from tls_material import Authority
 
 NAME = "api.example.com"
 ALLOW = [{"hostnames": [NAME, "other.example.com"]}]
