@@ -2,7 +2,6 @@
 
 import asyncio
 import collections
-import json
 import logging
 import os
 import sqlite3
@@ -12,6 +11,7 @@ from concurrent.futures import Future
 import msgspec
 import pytest
 from span_samples import MS, identity, record
+from stored_records import names
 
 from clrk.gateway.telemetry import outbox, query, schema
 from clrk.gateway.telemetry.items import Barrier, CursorItem, LogItem, SpanItem
@@ -32,11 +32,6 @@ async def store(tmp_path):
 
 def into(store):
     return Telemetry(store, {})
-
-
-async def names(store, wanted, **options):
-    await store.flush()
-    return [json.loads(s.json)["name"] async for page in store.spans(wanted, **options) for s in page]
 
 
 async def test_each_filter_finds_its_spans_and_no_others(store):
