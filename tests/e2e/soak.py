@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -142,7 +141,7 @@ async def soak(
         nonlocal killed
         for number, this in queue:
             if number in kill_at:
-                killed += await asyncio.to_thread(kill_gateway, daemon)
+                killed += await asyncio.to_thread(daemon.kill_gateway)
             await attempt(session, daemon, this)
             if progress and number % 100 == 0:
                 print(f"  {number} of {count}", file=sys.stderr, flush=True)
@@ -152,29 +151,6 @@ async def soak(
         for _ in range(at_once):
             group.create_task(work(session))
     return attempts, killed
-
-
-def kill_gateway(daemon: Daemon) -> int:
-    """kill -9 the gateway that there is now: a descendant of this daemon that is not root."""
-    assert daemon.process is not None
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            if b"clrk.gateway" not in Path(f"/proc/{name}/cmdline").read_bytes().replace(b"-", b"."):
-                continue
-            if os.stat(f"/proc/{name}").st_uid >= 1000 and daemon.process.pid in ancestors(int(name)):
-                os.kill(int(name), signal.SIGKILL)
-                return 1
-    return 0
-
-
-def ancestors(pid: int) -> list[int]:
-    chain = []
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        chain.append(pid)
-    return chain
 
 
 async def settle(daemon: Daemon) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -137,6 +137,23 @@ class Daemon:
         self.process.kill()
         self.process.wait(STOP_TIMEOUT_S)
 
+    def gateway_pid(self) -> int | None:
+        """Return the gateway that there is now, as the host numbers it; None between two of them."""
+        mine = os.fsencode(self.state_dir)
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # gone by now
+                command = Path(f"/proc/{name}/cmdline").read_bytes()
+                if b"clrk.gateway.main" in command and mine in command and not command.startswith(b"/usr/bin/bwrap"):
+                    return int(name)
+        return None
+
+    def kill_gateway(self) -> bool:
+        """kill -9 of the gateway; say whether there was one."""
+        pid = self.gateway_pid()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
+
     def log(self) -> str:
         """Return the end of the daemon's log."""
         return self.log_path.read_text(errors="replace")[-6000:]

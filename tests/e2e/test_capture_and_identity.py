@@ -18,7 +18,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from soak import kill_gateway
 from span_contract import violations
 from stack import ROOT, Daemon, agent, document, free_port
 
@@ -259,7 +258,7 @@ c.getresponse()
     running = asyncio.create_task(_post(caller, own, code))
     target = await asyncio.to_thread(HANGING.get, timeout=20)
     invocation_id = target.rpartition("/")[2]
-    await asyncio.to_thread(kill_gateway, own)
+    assert await asyncio.to_thread(own.kill_gateway)
     assert isinstance(await running, aiohttp.ClientError)
     spans = await asyncio.to_thread(_spans_of_the_next_gateway, own, invocation_id)
     (call,) = [span for span in spans if span["kind"] == "SPAN_KIND_CLIENT"]

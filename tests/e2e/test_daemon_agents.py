@@ -127,7 +127,7 @@ async def test_what_a_daemon_calls_is_attributed_to_it_alone(
 
     before = host_footprint(own)
     last_seen = len(providers.seen())
-    os.kill(next(pid for pid, _, _ in footprint(own).fds if is_gateway(pid)), signal.SIGKILL)
+    assert own.kill_gateway()
     until(lambda: len(providers.seen()), lambda count: count > last_seen + 3)  # the next gateway has started it again
     ended = until(lambda: runs(own, "watcher"), lambda found: len(found) >= 1)
     assert ended[0]["status"]["code"] == "STATUS_CODE_ERROR"  # the run that died with its gateway
@@ -140,14 +140,6 @@ def host_footprint(own: Daemon) -> Footprint:
     found = footprint(own)
     runtime = own.process.pid if own.process is not None else 0
     return replace(found, fds=tuple(one for one in found.fds if one[0] == runtime))
-
-
-def is_gateway(pid: int) -> bool:
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"clrk.gateway" in command and os.stat(f"/proc/{pid}").st_uid >= 1000
-    except OSError:
-        return False
 
 
 def test_a_daemon_that_crashes_comes_back_later_and_later(own: Daemon) -> None:

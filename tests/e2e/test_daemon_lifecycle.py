@@ -177,28 +177,13 @@ async def test_ctrl_c_drains_as_well(own: Daemon, caller: aiohttp.ClientSession)
 async def test_a_gateway_that_dies_is_back_within_a_second_or_so(own: Daemon, caller: aiohttp.ClientSession) -> None:
     """Also three times in a row; callers meanwhile wait in the backlog of the runtime's listener."""
     for _ in range(3):
-        os.kill(gateway_pid(own), signal.SIGKILL)
+        assert own.kill_gateway()
         async with caller.get(f"{own.url}/agents/hello", timeout=aiohttp.ClientTimeout(20)) as answer:
             assert (answer.status, await answer.text()) == (200, "hello\n")
 
 
-def gateway_pid(daemon: Daemon) -> int:
-    """The unprivileged process below the daemon."""
-    uid = 2_000_000
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                command = Path(f"/proc/{name}/cmdline").read_bytes()
-                if os.stat(f"/proc/{name}").st_uid in (uid, 0) and str(daemon.state_dir).encode() in command:
-                    if b"clrk.gateway.main" in command and not command.startswith(b"/usr/bin/bwrap"):
-                        return int(name)
-            except OSError:
-                continue
-    raise AssertionError("no gateway")
-
-
 async def test_the_gateway_sees_little_of_the_host(own: Daemon, caller: aiohttp.ClientSession) -> None:
-    root = f"/proc/{gateway_pid(own)}/root"
+    root = f"/proc/{own.gateway_pid()}/root"
     assert set(os.listdir(f"{root}/etc")) & {"shadow", "sudoers", "clrk", "ssh", "machine-id"} == set()
     for hidden in ("/home", "/var/log", "/run/netns", str(own.state_dir / "ca"), str(own.config), "/sys/fs"):
         assert not os.path.lexists(root + hidden), hidden

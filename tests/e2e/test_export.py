@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +114,8 @@ async def test_a_dead_backend_and_a_killed_gateway_lose_nothing(
     during = [await exporting.call(caller, "plain") for _ in range(3)]
     for invocation in during:
         await asyncio.to_thread(exporting.daemon.spans_when_complete, invocation)
-    before = _gateway_pid(exporting.daemon)
-    os.kill(before, signal.SIGKILL)
+    before = exporting.daemon.gateway_pid()
+    assert exporting.daemon.kill_gateway()
     async with asyncio.timeout(20):
         while True:
             try:
@@ -125,7 +123,7 @@ async def test_a_dead_backend_and_a_killed_gateway_lose_nothing(
                 break
             except (aiohttp.ClientError, AssertionError, KeyError):
                 await asyncio.sleep(0.05)
-    assert _gateway_pid(exporting.daemon) != before
+    assert exporting.daemon.gateway_pid() != before
     await exporting.standard.start()
     for invocation in during:
         found = await exporting.exported(exporting.standard, invocation)
@@ -145,14 +143,3 @@ async def _metrics_are_there(exporting: Exporting, caller: aiohttp.ClientSession
     assert 'clrk_kernel_events_total{clrk_kernel_counter="refused_udp"}' in text
     assert 'clrk_sandboxes{clrk_sandbox_state="ready"}' in text
     assert 'clrk_export_items_total{clrk_export_signal="traces",clrk_exporter="environment"}' in text
-
-
-def _gateway_pid(daemon: Daemon) -> int:
-    """Return the pid of the gateway's own process, below its bwrap."""
-    found = subprocess.run(
-        ["pgrep", "-f", f"clrk.gateway.main .*--state-dir {daemon.state_dir}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return max(map(int, found.stdout.split()))

@@ -59,30 +59,6 @@ async def test_two_hundred_invocations_leave_nothing(own: Daemon, caller: aiohtt
     assert difference(before, after) == {}
 
 
-def gateway_pids(daemon: Daemon) -> list[int]:
-    """The gateway: descendants of the runtime that are not root."""
-    assert daemon.process is not None
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                command = Path(f"/proc/{name}/cmdline").read_bytes()
-                if b"gateway" in command and os.stat(f"/proc/{name}").st_uid >= 1000:
-                    if daemon.process.pid in ancestors(int(name)):
-                        found.append(int(name))
-            except OSError:
-                continue
-    return found
-
-
-def ancestors(pid: int) -> list[int]:
-    chain = []
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        chain.append(pid)
-    return chain
-
-
 async def ten_at_the_gate(
     caller: aiohttp.ClientSession, own: Daemon, providers: StandIn
 ) -> list[asyncio.Task[tuple[int, bytes] | Exception]]:
@@ -118,11 +94,8 @@ async def test_kill_in_the_middle_of_ten_invocations(
     await works(caller, own)  # the store is made for the first span
     before = await asyncio.to_thread(settled, own)
     tasks = await ten_at_the_gate(caller, own, providers)
-    gateways = gateway_pids(own)
-    assert gateways
     if "gateway" in victims:
-        for pid in gateways:
-            os.kill(pid, signal.SIGKILL)
+        assert own.kill_gateway()
     if "runtime" in victims:
         own.kill()
         await all_failed(tasks)
