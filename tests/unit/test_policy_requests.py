@@ -1,0 +1,164 @@
+"""Egress policy of requests: methods and paths, and every way to read a path that must not get out of its prefix."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_samples import API, NARROW, PUBLIC, brief, policy
+
+from clrk.gateway.policy_paths import PathPattern, path_readings
+
+
+def test_narrowed_rules_allow_connections_for_http_only() -> None:
+    compiled = policy(NARROW)
+    connect = compiled.connect("api.example.com", PUBLIC, 443)
+    assert (connect.allowed, connect.needs_http, connect.rule) == (True, True, "EgressL4Route default/web rules[0]")
+    # A rule that does not narrow wins wherever it stands.
+    assert not policy(NARROW, API).connect("api.example.com", PUBLIC, 443).needs_http
+    assert policy(NARROW, API).connect("api.example.com", PUBLIC, 80).needs_http
+    assert not policy(NARROW, defaultPolicy="allow-all").connect("api.example.com", PUBLIC, 443).needs_http
+    # An empty http narrows nothing.
+    assert not policy({"hostnames": ["a.test"], "http": {}}).connect("a.test", None, 443).needs_http
+
+
+@pytest.mark.parametrize(("method", "allowed"), [("GET", True), ("POST", False), ("get", False), ("GET ", False)])
+def test_methods(method: str, allowed: bool) -> None:
+    assert policy(NARROW).request("api.example.com", None, 443, method, "/public").allowed is allowed
+
+
+def test_rules_add_up() -> None:
+    compiled = policy(NARROW, {"hostnames": ["api.example.com"], "http": {"methods": ["POST"]}})
+    assert compiled.request("api.example.com", None, 443, "GET", "/public").rule.endswith("rules[0]")
+    assert compiled.request("api.example.com", None, 443, "POST", "/private").rule.endswith("rules[1]")
+    assert not compiled.request("api.example.com", None, 443, "GET", "/private").allowed
+    assert policy(NARROW, defaultPolicy="allow-all").request("api.example.com", None, 443, "PUT", "/x").allowed
+
+
+BYPASSES = [
+    "/private", "/publicx", "/Public/x", "/", "", "public", "*", "http://api.example.com/public",
+    "/public/../private", "/public/..", "/public/../public/../private", "/public/./../private", "/public//../private",
+    "/public/%2e%2e/private", "/public/%2E%2e/private", "/public/.%2e/private", "/public/%2e%2e%2fprivate",
+    "/public/..%2fprivate", "/public/..%2Fprivate", "/public%2f..%2fprivate", "/public%2f../private",
+    "/public/%252e%252e/private", "/public/..%252fprivate", "/public/%25252e%25252e/private",
+    "/public/a%2fb/../../private", "/public/a%252fb%2f..%2f..%2fprivate", "/public/x/../../private",
+    "/public/..;/private", "/public/..;x=1/private", "/public;/../private", "/public/;x/a%2fb/../../../private",
+    "/public/..%3bx/private", "/public/%2e%2e;/private",
+    "/public\\..\\private", "/public/..\\private", "/public/..%5cprivate", "/public/a\\b%2f..%2f..%2f..%2fprivate",
+    "/public/%c0%ae%c0%ae/private", "/public/..%c0%afprivate", "/public/..%c1%9cprivate", "/public/%c0%ae./private",
+    "/public/%00", "/public/..%00/private", "/public\x00", "/public/x\n/../private", "/public%0d%0a",
+    "/public/..?/private", "/public/..%3f/private", "/public/..#/private",
+    "//public/../private", "/./private", "//private", "/%70rivate", "/private%2f..%2fpublic", "/private/../public",
+    "/private/..%2fpublic", "/private/%2e%2e/public", "//public", "/.//public", "/\\public", "/%2fpublic",
+    "/public%2fx", "/public%5cx", "/public;x", "/public/%" + "25" * 9 + "2e", "/public/" + "%25" * 9 + "2e%2e/..%2f",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BYPASSES)
+def test_no_path_gets_out_of_its_prefix(path: str) -> None:
+    verdict = policy(NARROW).request("api.example.com", None, 443, "GET", path)
+    assert brief(verdict) == (False, "http_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/public", "/public/", "/public/x", "/public/x/y?z=/../private", "/public?next=/private", "/public#x",
+        "/public/x.y", "/public/..x", "/public/x..", "/public/...", "/public//x", "/public/a/../b", "/public/%2e/x",
+        "/%70ublic/x", "/public/%C3%BC", "/public/a%20b", "/public/a%2fb", "/public/a%252fb", "/public/a;v=1/b",
+    ],
+)  # fmt: skip
+def test_paths_inside_the_prefix(path: str) -> None:
+    assert policy(NARROW).request("api.example.com", None, 443, "GET", path).allowed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "fits"),
+    [
+        ("/", "/anything/at/all", True),
+        ("/v1/", "/v1/x", True),
+        ("/v1/", "/v1", False),
+        ("/v1*", "/v1beta/x", True),
+        ("/v1/*/read", "/v1/a/read", True),
+        ("/v1/*/read", "/v1/a/b/read", True),
+        ("/v1/*/read", "/v1/a/write", False),
+        ("/v1/*/read", "/v1/read", False),
+        ("/v1/*/read", "/v1/a/delete%2fread", False),
+        ("/v1/*/read", "/v1/a/delete%3f/read", False),
+        ("/v1/*/read", "/v1/a/../../admin/x/read", False),
+        ("/v1/*/a*/z", "/v1/x/b/az/z", True),
+        ("/v1/*/a*/z", "/v1/x/b/z", False),
+        ("/ab*ba", "/aba", False),
+        ("/ab*ba", "/abba", True),
+        ("/*.json", "/x/y.json", True),
+        ("/*.json", "/x/y.json/z", False),
+        ("/@scope%2fname", "/@scope%2Fname", True),
+        ("/@scope%2fname", "/@scope/name", False),
+        ("/x", "/x/%zz", True),
+        ("/%", "/%", True),
+        ("/a/../b", "/b", False),
+    ],
+)
+def test_path_patterns(pattern: str, path: str, fits: bool) -> None:
+    assert PathPattern.compile(pattern).matches(path_readings(path)) is fits
+
+
+def test_a_pattern_that_can_be_read_in_two_ways_fits_nothing() -> None:
+    assert not PathPattern.compile("/a/..%2fb").matches(path_readings("/b"))
+
+
+def test_globs_do_not_backtrack() -> None:
+    pattern = PathPattern.compile("/" + "a*" * 50 + "b")
+    assert not pattern.matches(path_readings("/" + "a" * 8000))
+
+
+SEGMENT = st.sampled_from(
+    [
+        "public",
+        "private",
+        "..",
+        ".",
+        "",
+        "%2e%2e",
+        "..%2f",
+        "%2f",
+        "%5c",
+        "\\",
+        ";",
+        ";x",
+        "..;",
+        "a",
+        "%252f",
+        "%252e",
+        "?",
+    ]
+)
+
+
+@given(st.lists(SEGMENT, max_size=8), st.lists(st.sampled_from(["/", "", "%2f", "//"]), min_size=8, max_size=8))
+def test_what_is_allowed_stays_inside_however_it_is_read(segments: list[str], joints: list[str]) -> None:
+    """Every server is a choice of: decode 0 to 2 times, backslash is slash, parameters dropped, slashes merged."""
+    path = "/" + "".join(segment + joint for segment, joint in zip(segments, joints, strict=False))
+    if not PathPattern.compile("/public").matches(path_readings(path)):
+        return
+    for decodings in range(3):
+        for options in range(8):
+            served = _serve(path.partition("?")[0], decodings, bool(options & 1), bool(options & 2), bool(options & 4))
+            assert served[:1] == ["public"], (path, decodings, options, served)
+
+
+def _serve(path: str, decodings: int, backslash: bool, parameters: bool, merge: bool) -> list[str]:
+    for _ in range(decodings):
+        for escape, char in (("%2e", "."), ("%2f", "/"), ("%5c", "\\"), ("%25", "%")):
+            path = path.replace(escape, "\0" + char)
+        path = path.replace("\0", "")
+    if backslash:
+        path = path.replace("\\", "/")
+    kept: list[str] = []
+    for segment in path.split("/")[1:]:
+        plain = segment.partition(";")[0] if parameters else segment
+        if plain == "..":
+            del kept[-1:]
+        elif plain != "." and not (merge and plain == ""):
+            kept.append(plain)
+    return kept
