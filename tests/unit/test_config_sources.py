@@ -84,7 +84,6 @@ def test_files_of_the_environments_exporter_are_checked(tmp_path):
 
 # --- Secret ---------------------------------------------------------------------------------------------------------
 
-
 SECRET = HEAD + "kind: Secret\nmetadata: {name: s}\n"
 WITH_SECRET = AGENT.replace(
     "{command: [/bin/true]}", "{command: [x], env: [{name: T, valueFrom: {secretKeyRef: {name: s, key: token}}}]}"
