@@ -144,6 +144,7 @@ INSERT_SPAN: Final = _insert(
     "spans", "invocation_id", "trace_id", "span_id", "agent_namespace", "agent_name", "gateway", "name", "start_ns",
     "system", "model", "response_model", "input_tokens", "llm", "denied", "error", "sampled", "json", "otlp",
 )  # fmt: skip
+_ANOTHER_SPAN: Final = ", " + INSERT_SPAN[INSERT_SPAN.rindex("(") :]
 INSERT_LOG: Final = _insert(
     "logs", "invocation_id", "agent_namespace", "agent_name", "stream", "time_ns", "line", "agent_kind", "agent_uid",
     "agent_revision", "sandbox_id", "caller_fields", "gateway", "trace_id", "span_id", "sampled", "severity", "otlp",
@@ -203,6 +204,11 @@ def prepare(connection: sqlite3.Connection) -> None:
     ).fetchone()  # touch the pages: finds damage
 
 
+def insert_spans(count: int) -> str:
+    """Return INSERT_SPAN for several rows, whose values follow each other."""
+    return INSERT_SPAN + _ANOTHER_SPAN * (count - 1)
+
+
 def span_row(item: SpanItem) -> Row:
     """Return the values of INSERT_SPAN. What an agent says of its own models and denials is not found by those."""
     record, attributes = item.record, item.record.attributes
@@ -230,6 +236,11 @@ def span_row(item: SpanItem) -> Row:
         _ENCODER.encode(record),
         item.otlp,
     )
+
+
+def row_bytes(row: Row) -> int:
+    """Return the size of a span's row without its columns for searching."""
+    return sum(len(value) for value in row[-2:] if isinstance(value, bytes))
 
 
 def log_row(item: LogItem) -> Row:

@@ -7,7 +7,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 # Bind errors (an int over 64 bits, a lone surrogate): the item's fault, not the file's.
 ITEM_ERRORS: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError,
                       OverflowError, ValueError, TypeError, msgspec.MsgspecError)  # fmt: skip
+_MAX_HELD: Final = 32  # rows that wait for one statement
+_HELD_BYTES: Final = 2**20
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _KEPT_COUNTERS: Final = ("dropped_", "damaged_", "gateway_lost_")  # over restarts: a loss is not forgotten with us
 
@@ -64,7 +66,9 @@ class StoreFile:
                 connection.execute("BEGIN IMMEDIATE")
                 totals = Totals()
                 for item in batch:
-                    self._insert(connection, item, totals)
+                    if not isinstance(item, SpanItem):
+                        self._insert(connection, item)
+                self._insert_spans(connection, (item for item in batch if isinstance(item, SpanItem)), totals)
                 connection.executemany(ADD_TOTALS, [total.row(key) for key, total in totals.sums.items()])
                 if applied is not None:
                     connection.execute(schema.UPSERT_APPLIED, applied)
@@ -79,12 +83,47 @@ class StoreFile:
             self.counters["dropped_bad_item"] += len(batch)
         return True
 
-    def _insert(self, connection: sqlite3.Connection, item: Item, totals: Totals) -> None:
+    def _insert_spans(self, connection: sqlite3.Connection, items: Iterable[SpanItem], totals: Totals) -> None:
+        """Insert many spans by one statement, which lets the event loop run meanwhile and takes the GIL back once."""
+        held: list[tuple[SpanItem, schema.Row]] = []
+        held_bytes = 0
+        for item in items:
+            try:
+                row = schema.span_row(item)
+            except ITEM_ERRORS as exc:
+                self._refuse(exc)
+                continue
+            held.append((item, row))
+            held_bytes += schema.row_bytes(row)
+            if len(held) == _MAX_HELD or held_bytes > _HELD_BYTES:
+                self._insert_held(connection, held, totals)
+                held, held_bytes = [], 0
+        if held:
+            self._insert_held(connection, held, totals)
+
+    def _insert_held(
+        self, connection: sqlite3.Connection, held: Sequence[tuple[SpanItem, schema.Row]], totals: Totals
+    ) -> None:
+        try:
+            values = [value for _, row in held for value in row]
+            connection.execute(schema.insert_spans(len(held)), values)
+        except ITEM_ERRORS as exc:  # nothing of it was written
+            if len(held) == 1:
+                self._refuse(exc)
+            else:
+                for one in held:
+                    self._insert_held(connection, [one], totals)
+            return
+        for item, _ in held:
+            totals.add(item)
+
+    def _refuse(self, exc: Exception) -> None:
+        self.counters["dropped_bad_item"] += 1
+        _log.warning("trace store: item refused: %s", type(exc).__name__)
+
+    def _insert(self, connection: sqlite3.Connection, item: Item) -> None:
         try:
             match item:
-                case SpanItem():
-                    connection.execute(schema.INSERT_SPAN, schema.span_row(item))
-                    totals.add(item)
                 case LogItem():
                     connection.execute(schema.INSERT_LOG, schema.log_row(item))
                 case MetricsItem():
@@ -95,11 +134,10 @@ class StoreFile:
                     connection.execute(schema.UPSERT_CURSOR, (exporter, signal, seq))
                 case Lost(ended_ns):
                     connection.execute(schema.END_UNFINISHED, (LOST_INVOCATION_MESSAGE, ended_ns))
-                case Barrier():
+                case SpanItem() | Barrier():
                     pass
         except ITEM_ERRORS as exc:
-            self.counters["dropped_bad_item"] += 1
-            _log.warning("trace store: item refused: %s", type(exc).__name__)
+            self._refuse(exc)
 
     def _save_counters(self, connection: sqlite3.Connection) -> dict[str, int]:
         """Keep the counts of losses; the first time, go on from those of predecessors."""

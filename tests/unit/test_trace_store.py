@@ -322,6 +322,22 @@ def test_an_item_that_sqlite_refuses_does_not_take_the_batch_with_it(tmp_path):
     file.close()
 
 
+@pytest.mark.parametrize("bad", [0, 31, 32, 69])
+def test_spans_that_are_written_together_keep_their_order_and_lose_the_bad_one_alone(tmp_path, bad):
+    file = StoreFile(tmp_path / "traces.db", collections.Counter())
+    called = [f"span {number}" for number in range(70)]
+    items = [
+        SpanItem(SpanRecord("a" * 32, "b" * 16, "", name, SpanKind.CLIENT, 2**70 if number == bad else 1, 2), "")
+        for number, name in enumerate(called)
+    ]
+    assert file.write(items)
+    assert file.counters["dropped_bad_item"] == 1
+    with query.reader(file.path) as reading:
+        rows = reading.execute("SELECT name FROM spans ORDER BY seq").fetchall()
+    assert rows == [(name,) for name in called if name != called[bad]]
+    file.close()
+
+
 async def test_add_after_close_is_dropped_and_counted(tmp_path):
     store = TraceStore(tmp_path / "traces.db", retention_s=1)
     await store.close()
