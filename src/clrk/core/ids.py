@@ -39,12 +39,12 @@ def new_sandbox_id() -> SandboxId:
 
 def new_trace_id() -> TraceId:
     """Return a random W3C trace id."""
-    return TraceId(secrets.token_hex(15) + f"{secrets.randbelow(255) + 1:02x}")
+    return TraceId(f"{int.from_bytes(os.urandom(16), 'big') or 1:032x}")
 
 
 def new_span_id() -> SpanId:
     """Return a random W3C span id."""
-    return SpanId(secrets.token_hex(7) + f"{secrets.randbelow(255) + 1:02x}")
+    return SpanId(f"{int.from_bytes(os.urandom(8), 'big') or 1:016x}")
 
 
 def agent_uid(kind: str, namespace: str, name: str) -> str:
