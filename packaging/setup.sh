@@ -122,7 +122,7 @@ wanted_stamp() {
 	} | sha256sum | cut -d' ' -f1
 }
 
-venv_works() { test -x "$ROOT/runtime/_launch" && "$VENV/bin/python" -I -c 'import clrk, clrk.ebpf._stamp, pytest, mcp, bcc, seccomp, prctl' 2>>"$LOGS/imports.log"; }
+venv_works() { test -x "$ROOT/runtime/_launch" && "$VENV/bin/python" -I -c 'import clrk, clrk.ebpf._stamp, pytest, mcp, re2, bcc, seccomp, prctl' 2>>"$LOGS/imports.log"; }
 
 install_venv() {
 	local stamp
