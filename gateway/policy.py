@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Final
+from typing import Final, Literal
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route, HttpMatch, L4Rule
 from clrk.core.wire import IPAddress, map_address, unmap
@@ -19,6 +19,7 @@ from clrk.gateway.policy_names import HostPattern, normalise_name, parse_ip
 from clrk.gateway.policy_paths import PathPattern, path_readings
 
 IPNetwork = IPv4Network | IPv6Network
+Mode = Literal["Enforce", "Shadow", "Record"]
 
 NO_GATEWAY: Final = "no_gateway"
 NO_RULE: Final = "no_rule"
@@ -126,6 +127,7 @@ class EgressPolicy:
     passthrough: tuple[HostPattern, ...]
     aliases: tuple[tuple[HostPattern, str, int], ...]
     rules: tuple[_Rule, ...]
+    mode: Mode = "Enforce"
 
     @classmethod
     def compile(cls, gateway: EgressGateway | None, routes: Sequence[EgressL4Route]) -> EgressPolicy:
@@ -149,7 +151,13 @@ class EgressPolicy:
                 if route.spec.gateway_ref.name == meta.name and route.metadata.namespace == meta.namespace
                 for index, rule in enumerate(route.spec.rules)
             ),
+            mode=spec.mode,
         )
+
+    @property
+    def enforces(self) -> bool:
+        """Say whether what no rule allows is denied; else it goes out, and its span says what would have been."""
+        return self.mode == "Enforce"
 
     def may_allow_name(self, name: str) -> bool:
         """Say whether the resolver may answer for a name: some connection to it could be allowed by its name."""

@@ -14,13 +14,17 @@ from clrk.runtime.config.declared import Resources
 
 
 def build_gateway_config(resources: Resources, authority: HostCa) -> GatewayConfig:
-    """Select what the gateway may know. Values of Secrets are not among it: agents name them by reference only."""
+    """Select what the gateway may know: of the Secrets those that go out in calls, not those that agents are given."""
     return GatewayConfig(
         runtime=resources.runtime,
         agents=list(resources.agents.values()),
         daemons=list(resources.daemons.values()),
         gateways=list(resources.gateways.values()),
         routes=list(resources.routes.values()),
+        ai_routes=list(resources.ai_routes.values()),
+        mcp_routes=list(resources.mcp_routes.values()),
+        credential_policies=list(resources.credential_policies.values()),
+        secrets=_outgoing_secrets(resources),
         ca_cert_pem=authority.cert_pem,
         ca_key_pem=authority.key_pem,
         upstream_ca_pem=dict(resources.upstream_ca_pem),
@@ -29,6 +33,15 @@ def build_gateway_config(resources: Resources, authority: HostCa) -> GatewayConf
         environment={name: value for name, value in os.environ.items() if name.startswith("OTEL_")},
         environment_files=dict(resources.environment_files),
     )
+
+
+def _outgoing_secrets(resources: Resources) -> dict[str, dict[str, str]]:
+    named = {(space, policy.spec.secret_ref.name) for (space, _), policy in resources.credential_policies.items()}
+    for (space, _), gateway in resources.gateways.items():
+        proxy = gateway.spec.upstream_proxy
+        if proxy is not None and proxy.secret_ref is not None:
+            named.add((space, proxy.secret_ref.name))
+    return {"/".join(key): dict(resources.secrets[key]) for key in sorted(named) if key in resources.secrets}
 
 
 def open_memfd(config: GatewayConfig) -> int:

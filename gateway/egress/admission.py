@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from clrk.core.errors import ProtocolError
 from clrk.gateway.egress import forward
+from clrk.gateway.egress.governed import govern_guarded
 from clrk.gateway.egress.guarded import recognise_guarded
 from clrk.gateway.egress.http1 import Body, Request, request_body
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, request_attributes
 from clrk.gateway.egress.refusal import RefusedError, status_of
 from clrk.gateway.egress.upstream import Target
+from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.telemetry.spans import TraceContext
 from clrk.gateway.trace_context import parse_trace_context
@@ -26,6 +28,7 @@ class Admitted:
     target: Target
     body: Body
     interpreter: Interpreter | None
+    governor: Governor | None
     context: TraceContext
     upgrade: bool
 
@@ -47,12 +50,14 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     _check_policy(way_out, origin, head)
     upgrade = forward.wants_websocket(request)
     server_name = verified if origin.is_tls else None
+    interpreter = None if upgrade else recognise_guarded(way_out.recognise, head)
     return Admitted(
         request=request,
         head=head,
         target=Target(destination.name, destination.address, destination.port, server_name),
         body=body,
-        interpreter=None if upgrade else recognise_guarded(way_out.recognise, head),
+        interpreter=interpreter,
+        governor=govern_guarded(way_out.govern, head, interpreter),
         context=_continue_trace(way_out, request, call),
         upgrade=upgrade,
     )

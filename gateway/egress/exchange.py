@@ -18,7 +18,9 @@ from clrk.gateway._aio import spawn
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted, admit
 from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.download import Download
 from clrk.gateway.egress.http1 import (
+    Body,
     HeadReader,
     Request,
     Response,
@@ -30,11 +32,12 @@ from clrk.gateway.egress.http1 import (
 )
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call
-from clrk.gateway.egress.refusal import RefusedError, render_problem
+from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem
 from clrk.gateway.egress.tcp import tunnel
 from clrk.gateway.egress.upload import AgentGoneError, Upload
 from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, error_type_of
-from clrk.gateway.interpret import ResponseHead
+from clrk.gateway.govern import Answer, Cut, Governor
+from clrk.gateway.interpret import Facts
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import SpanEvent
 
@@ -57,6 +60,8 @@ class Exchange:
         self._continues = True  # the agent connection can carry another exchange
         self._open_ended = False  # the response ends with the connection
         self._sent_at = 0.0
+        self._governor: Governor | None = None  # until it has settled
+        self._cut_short: Cut | None = None
         self._capture = way_out.new_capture() if way_out.new_capture is not None else None
 
     async def run(self) -> bool:
@@ -68,16 +73,26 @@ class Exchange:
             spans.denied(call, exc.reason, str(exc), exc.rule)
             self._answer(exc.status, exc.reason, str(exc), exc.hint)
             return False
+        self._governor = admitted.governor
         upload = Upload(admitted, self._agent, call, self._exit.allowance, self._capture)
         if self._capture is not None:
             self._capture.request(self._request, admitted.body)
         try:
             await upload.prepare(self._exit.request_timeout_s)
+            if upload.answer is not None and self._denies(upload.answer):
+                self._answer_instead(admitted, upload.answer)
+                return True
             await self._carry(admitted, upload)
+        except RefusedError as exc:
+            self._settle(None)
+            spans.denied(call, exc.reason, str(exc), exc.rule)
+            self._answer(exc.status, exc.reason, str(exc), exc.hint)
         except DialDeniedError as exc:
+            self._settle(None)
             spans.denied(call, exc.reason, str(exc))
             self._answer(403, exc.reason, str(exc), exc.hint)
         except DialFailedError as exc:
+            self._settle(None)
             spans.failed(call, exc.error_type, str(exc), self._events())
             self._answer(502, exc.error_type, str(exc))
         except asyncio.CancelledError:
@@ -86,9 +101,11 @@ class Exchange:
         except (OSError, ProtocolError) as exc:
             self._fail(admitted, upload, exc)
         else:
-            self._record(admitted, None, "", complete=True)
+            cut = self._cut_short
+            self._record(admitted, cut.reason if cut else None, cut.message if cut else "", complete=cut is None)
             return self._continues and upload.done
         finally:
+            self._settle(None)
             upload.close()
             if self._capture is not None:
                 self._capture.close()
@@ -165,27 +182,35 @@ class Exchange:
 
     async def _relay(self, admitted: Admitted, upload: Upload, upstream: Channel, response: Response) -> bool:
         """Send the response to the agent as it comes; return whether the upstream connection can be used again."""
+        self._status = response.status
+        download = Download(admitted, self._capture, self._elapsed)
         if response.status == 101:
-            self._status = response.status
-            if self._capture is not None:
-                self._capture.response(response, None)
+            download.head(response, None)
             await self._switch(upstream, response)
             return False
         body = response_body(response, self._request.method)
-        self._status = response.status
-        if self._capture is not None:
-            self._capture.response(response, body)
-        interpreter = admitted.interpreter
-        if interpreter is not None:
-            interpreter.response_head(ResponseHead(response.status, response.headers), self._elapsed())
+        download.head(response, body)
         # A rewritten request may have an answer from which bytes are withheld: its length is not known yet.
-        reframed = upload.rewritten and not body.done and not body.until_close
+        reframed = (upload.rewritten or download.rewrites) and not body.done and not body.until_close
         chunked = (body.chunked or reframed) and self._request.minor == 1
         self._open_ended = body.until_close or ((body.chunked or reframed) and not chunked)
         asked_close = self._request.minor == 0 or "close" in self._request.tokens("connection")
         self._continues = not (self._open_ended or asked_close)
-        headers = forward.response_headers(response, chunked=chunked, drop_length=reframed, close=not self._continues)
+        headers = forward.response_headers(
+            response, chunked=chunked, drop_length=reframed, drop_coding=download.decodes, close=not self._continues
+        )
         pending = [render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)]
+        await self._stream(download, body, upstream, pending, chunked=chunked)
+        if download.cut is not None:
+            self._cut_short, self._continues = download.cut, False
+            return False
+        upstream.unread(body.rest)
+        return response.minor == 1 and not body.until_close and "close" not in response.tokens("connection")
+
+    async def _stream(
+        self, download: Download, body: Body, upstream: Channel, pending: list[bytes], *, chunked: bool
+    ) -> None:
+        """Carry the body to its end, or to where its governor cuts it: cleanly, if the framing can say so."""
         while not body.done:
             data = upstream.read_nowait()
             if not data:
@@ -194,21 +219,18 @@ class Exchange:
                 if not data:
                     body.eof()
                     break
-            piece = body.feed(data)
-            if self._capture is not None and piece:
-                self._capture.response_data(piece)
-            if interpreter is not None and piece:
-                piece = interpreter.response_data(piece, self._elapsed())
-            self._push(pending, piece, chunked=chunked)
+            self._push(pending, download.data(body.feed(data)), chunked=chunked)
+            if download.cut is not None:
+                break
             if len(pending) > 1 or not self._answered:
                 await self._flush(pending)
-        if interpreter is not None:
-            self._push(pending, interpreter.response_end(complete=True), chunked=chunked)
+        if download.cut is None:
+            self._push(pending, download.end(), chunked=chunked)
         if chunked:
             pending.append(render_last_chunk(body.trailers))
         await self._flush(pending)
-        upstream.unread(body.rest)
-        return response.minor == 1 and not body.until_close and "close" not in response.tokens("connection")
+        if download.cut is not None and not chunked:
+            self._cut()
 
     def _push(self, pending: list[bytes], piece: bytes, *, chunked: bool) -> None:
         if piece:
@@ -224,7 +246,7 @@ class Exchange:
 
     async def _switch(self, upstream: Channel, response: Response) -> None:
         """Become a tunnel (RFC 9110, section 15.2.2)."""
-        headers = forward.response_headers(response, chunked=False, drop_length=False, close=False)
+        headers = forward.response_headers(response, chunked=False, drop_length=False, drop_coding=False, close=False)
         self._answered, self._continues = True, False
         self._agent.on_lost(None)
         upstream.set_idle_timeout(0)
@@ -238,10 +260,40 @@ class Exchange:
 
     # --- how it ends ------------------------------------------------------------------------------------------------
 
+    def _denies(self, answer: Answer) -> bool:
+        """Say whether a governor's word holds: where the gateway only watches, it is noted on the span."""
+        if self._exit.policy.enforces:
+            return True
+        self._call.attributes[attr.CLRK_EGRESS_WOULD_DENY] = answer.reason
+        return False
+
+    def _answer_instead(self, admitted: Admitted, answer: Answer) -> None:
+        """Give the governor's answer; the request was read to its end, so the connection can carry another."""
+        if admitted.interpreter is not None:
+            admitted.interpreter.request_end()
+        self._call.attributes.update(answer.attributes)
+        self._call.attributes[attr.CLRK_EGRESS_DENY_REASON] = answer.reason
+        if answer.rule:
+            self._call.attributes[attr.CLRK_EGRESS_ROUTE] = answer.rule
+        self._status, self._answered = answer.status, True
+        raw = render_answer(answer, head_only=self._request.method == "HEAD")
+        self._call.response_bytes = len(answer.body)
+        self._agent.write_nowait(raw)
+        self._record(admitted, answer.reason, answer.message, complete=False)
+
+    def _settle(self, facts: Facts | None) -> None:
+        """Tell the governor, once, how it ended."""
+        governor, self._governor = self._governor, None
+        if governor is not None:
+            self._call.attributes.update(governor.settle(facts, sent=bool(self._sent_at)))
+
     def _fail(self, admitted: Admitted, upload: Upload, exc: OSError | ProtocolError) -> None:
         """One side broke: say so to the other, and in the span."""
+        if self._answered and admitted.governor is not None:
+            admitted.governor.response_end(complete=False)
         broken = upload.error or (exc if isinstance(exc, ProtocolError) and not self._sent_at else None)
         if broken is not None:
+            self._settle(None)
             self._exit.spans.denied(self._call, f"bad_request_{broken.code}", str(broken))
             self._answer(400, f"bad_request_{broken.code}", str(broken))
             return
@@ -259,6 +311,7 @@ class Exchange:
             self._answer(504, kind, f"no answer within {self._exit.request_timeout_s:g} s from {admitted.target.label}")
         else:
             kind = f"bad_response_{exc.code}" if isinstance(exc, ProtocolError) else kind
+            self._settle(None)
             self._exit.spans.failed(self._call, kind, message, self._events())
             self._answer(502, kind, message)
 
@@ -291,6 +344,7 @@ class Exchange:
             if not complete:
                 interpreter.response_end(complete=False)
             facts = interpreter.facts()
+        self._settle(facts)
         self._exit.spans.http(
             self._call, admitted.head, self._status, facts, error=error, message=message, events=self._events()
         )

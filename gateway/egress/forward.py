@@ -102,15 +102,20 @@ def request_headers(
     return kept
 
 
-def response_headers(response: Response, *, chunked: bool, drop_length: bool, close: bool) -> list[tuple[str, str]]:
+def response_headers(
+    response: Response, *, chunked: bool, drop_length: bool, drop_coding: bool, close: bool
+) -> list[tuple[str, str]]:
     """Return the headers that the agent gets.
 
-    Shape: chunked says that we send chunks; drop_length that the upstream's Content-Length no longer holds; close that
-        the connection ends with this response. Alt-Svc goes: it would send the agent to UDP, which goes nowhere.
+    Shape: chunked says that we send chunks; drop_length that the upstream's Content-Length no longer holds; drop_coding
+        that its Content-Encoding was undone; close that the connection ends with this response. Alt-Svc goes: it would
+        send the agent to UDP, which goes nowhere.
     """
     dropped = _HOP_BY_HOP | frozenset(response.tokens("connection")) | {"alt-svc"}
     if response.status == 101:
         dropped -= {"connection", "upgrade"}
+    if drop_coding:
+        dropped |= {"content-encoding"}
     kept: list[tuple[str, str]] = []
     coded = False
     for name, value in response.headers:

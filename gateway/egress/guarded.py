@@ -38,6 +38,11 @@ class GuardedInterpreter:
         self._failed = False
 
     @property
+    def inner(self) -> Interpreter:
+        """The interpreter itself, for whoever guards its own questions."""
+        return self._inner
+
+    @property
     def wants_whole_request(self) -> bool:
         """See Interpreter."""
         return self._ask(lambda: self._inner.wants_whole_request, False)

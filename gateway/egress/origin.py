@@ -10,6 +10,7 @@ from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.record import Call, Destination, EgressSpans
 from clrk.gateway.egress.upstream import Upstream
+from clrk.gateway.govern import Govern, ungoverned
 from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
 from clrk.gateway.policy import EgressPolicy
 
@@ -29,6 +30,7 @@ class Exit:
     request_timeout_s: float
     allowance: Allowance
     new_capture: Callable[[], Capture] | None = None
+    govern: Govern = ungoverned
     _open: dict[tuple[str | None, IPAddress | None, int], bool] = field(default_factory=dict)
 
     def is_open(self, name: str | None, address: IPAddress | None, port: int) -> bool:

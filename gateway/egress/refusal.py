@@ -8,6 +8,7 @@ from typing import Final
 
 from clrk.core.errors import ClrkError
 from clrk.gateway.egress.http1 import render_head
+from clrk.gateway.govern import Answer
 
 PROBLEM_TYPE: Final = "application/problem+json"
 _STATUS_OF_CODE: Final = {"head_too_large": 431, "too_many_headers": 431, "version": 505}
@@ -49,3 +50,16 @@ def render_problem(
         [("Content-Type", PROBLEM_TYPE), ("Content-Length", str(len(content))), ("Connection", "close")],
     )
     return head if head_only else head + content
+
+
+def render_answer(answer: Answer, *, head_only: bool = False) -> bytes:
+    """Return a governor's whole response; the connection goes on after it."""
+    head = render_head(
+        f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
+        [
+            ("Content-Type", answer.content_type),
+            *answer.headers,
+            ("Content-Length", str(len(answer.body))),
+        ],
+    )
+    return head if head_only else head + answer.body

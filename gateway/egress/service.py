@@ -24,6 +24,7 @@ from clrk.gateway.egress.record import EgressSpans
 from clrk.gateway.egress.resolve import Resolver, system_resolver
 from clrk.gateway.egress.tls import upstream_context
 from clrk.gateway.egress.upstream import Upstream, is_local_address
+from clrk.gateway.governance import Governance
 from clrk.gateway.interpret import Allowance
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
@@ -58,6 +59,7 @@ class EgressService:
         self._runs: set[RunEgress] = set()
         self._contexts: dict[str | None, ssl.SSLContext] = {}
         self.counters = EgressCounters()
+        self._governance = Governance(config)
         self._apply(config)
 
     def reconfigure(self, config: GatewayConfig) -> None:
@@ -93,6 +95,7 @@ class EgressService:
                 timeout_s,
                 allowance,
                 _new_capture(run.gateway),
+                self._governance.of_run(run).govern,
             ),
             counters=self.counters,
         )
@@ -117,6 +120,7 @@ class EgressService:
         self._issuer = LeafIssuer(config.ca_cert_pem, config.ca_key_pem)
         self._contexts = contexts
         self._config = config
+        self._governance.reconfigure(config)
 
     def _ca_pem(self, gateway: EgressGateway | None) -> str | None:
         if gateway is None:

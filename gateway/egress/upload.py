@@ -11,6 +11,8 @@ from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.http1 import render_chunk, render_head, render_last_chunk
 from clrk.gateway.egress.record import Call
+from clrk.gateway.egress.refusal import RefusedError
+from clrk.gateway.govern import MAX_GOVERNED_BYTES, Answer
 from clrk.gateway.interpret import Allowance
 
 MAX_REWRITE_SIZE: Final = 8 * 1024 * 1024
@@ -33,7 +35,9 @@ class Upload:
         self._first = b""
         self._length: int | None = None  # of a rewritten body
         self._collecting = False  # the interpreter gets the bytes only after it was asked to rewrite them
+        self._plain = False  # the answer is to come without content coding
         self.rewritten = False
+        self.answer: Answer | None = None  # what the governor says in place of the upstream
         self.error: ProtocolError | None = None  # the agent's body was broken
 
     @property
@@ -47,31 +51,47 @@ class Upload:
         return bool(self._first) or not self._body.done
 
     async def prepare(self, timeout_s: float) -> None:
-        """Answer Expect; take what is here of the body, or all of it when the interpreter may rewrite it.
+        """Answer Expect; take what is here of the body, or all of it when somebody judges or may rewrite it.
 
-        Raises: OSError, ProtocolError of the agent's side.
+        Raises: OSError, ProtocolError of the agent's side; RefusedError for a body that can not be judged as a whole.
         """
-        request, interpreter = self._admitted.request, self._admitted.interpreter
+        request, governor, interpreter = self._admitted.request, self._admitted.governor, self._admitted.interpreter
         if not self._body.done and request.minor and "100-continue" in request.tokens("expect"):
             await self._agent.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if interpreter is None or not interpreter.wants_whole_request:
+        if governor is None and (interpreter is None or not interpreter.wants_whole_request):
             self._first = self._feed(self._agent.read_nowait()) if not self._body.done else b""
             return
+        self._first = whole = await self._collect(
+            MAX_REWRITE_SIZE if governor is None else MAX_GOVERNED_BYTES, timeout_s
+        )
+        if governor is not None:
+            if not self._body.done:
+                text = (
+                    f"the call is governed, and its body over {MAX_GOVERNED_BYTES >> 20} MiB, or what one run may hold"
+                )
+                raise RefusedError(413, "body_too_large", text)
+            self.answer = governor.judge(whole)
+            self._first = governor.rewrite_request(whole)
+            self._plain = governor.wants_plain_response
+        if interpreter is not None:
+            if self._body.done and interpreter.wants_whole_request:
+                self._first = interpreter.rewrite_request(self._first)
+            interpreter.request_data(whole)
+        self.rewritten = self._first is not whole
+        self._length = len(self._first) if self.rewritten and not self._body.chunked else None
+
+    async def _collect(self, limit: int, timeout_s: float) -> bytes:
+        """Return the whole body, or what has come when it turned out to be too much to keep."""
         collected, self._collecting = bytearray(), True
         self._agent.set_idle_timeout(timeout_s)
-        while not self._body.done and len(collected) <= MAX_REWRITE_SIZE:
+        while not self._body.done and len(collected) <= limit:
             collected += (piece := await self._read())
             if not self._allowance.take(len(piece)):
                 break
             self._kept += len(piece)
         self._agent.set_idle_timeout(0)
         self._collecting = False
-        self._first = whole = bytes(collected)
-        if self._body.done:
-            self._first = interpreter.rewrite_request(whole)
-            self.rewritten = self._first is not whole
-            self._length = len(self._first) if self.rewritten and not self._body.chunked else None
-        interpreter.request_data(whole)
+        return bytes(collected)
 
     def close(self) -> None:
         """Let go of what was kept; the exchange is over. Idempotent."""
@@ -87,7 +107,7 @@ class Upload:
             context=self._admitted.context,
             upgrade=self._admitted.upgrade,
             length=self._length,
-            plain=self.rewritten,
+            plain=self.rewritten or self._plain,
         )
         mark = "?" if "?" in request.target else ""
         line = f"{request.method} {head.path}{mark}{head.query} HTTP/1.1"

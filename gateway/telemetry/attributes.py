@@ -92,6 +92,7 @@ CLRK_REQ_BYTES: Final = "clrk.req.bytes"  # int
 CLRK_RESP_BYTES: Final = "clrk.resp.bytes"  # int
 CLRK_EGRESS_DENY_REASON: Final = "clrk.egress.deny_reason"
 CLRK_EGRESS_ROUTE: Final = "clrk.egress.route"
+CLRK_EGRESS_WOULD_DENY: Final = "clrk.egress.would_deny"  # a deny reason, where the gateway's mode is not Enforce
 CLRK_COST_USD: Final = "clrk.cost.usd"  # float
 CLRK_BODY_USAGE_VISIBLE: Final = "clrk.body.usage_visible"  # bool
 CLRK_BODY_REQUEST_REWRITTEN: Final = "clrk.body.request_rewritten"  # bool

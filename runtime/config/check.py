@@ -21,6 +21,7 @@ from clrk.core.resources import (
     Secret,
     TaskAgent,
 )
+from clrk.core.route_resources import AIProviderRoute, CredentialInjectionPolicy, MCPRoute
 from clrk.core.values import Resource
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import nearest
@@ -49,9 +50,12 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
         _check_agent(one, agent, gateways, secrets, problems)
         for where, text in find_bad_mounts(agent, (*tasks.values(), *daemons.values())):
             problems.add_at(one, where, text)
-    for one, route in _pairs(unique, EgressL4Route):
-        path = ("spec", "gatewayRef", "name")
-        _check_gateway(one, path, route.spec.gateway_ref.name, gateways, problems)
+    referring: list[tuple[Declared, EgressL4Route | AIProviderRoute | MCPRoute]] = [
+        *_pairs(unique, EgressL4Route), *_pairs(unique, AIProviderRoute), *_pairs(unique, MCPRoute)
+    ]  # fmt: skip
+    for one, route in referring:
+        _check_gateway(one, ("spec", "gatewayRef", "name"), route.spec.gateway_ref.name, gateways, problems)
+    _check_credential_targets(unique, problems)
     return Resources(
         runtime=_the_runtime(unique, problems),
         agents=tasks,
@@ -62,6 +66,9 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
         upstream_ca_pem=upstream_ca_pem,
         jwks_files=_read_key_sets(unique, problems),
         environment_files=read_environment_files(environ, problems),
+        ai_routes=_of_kind(unique, AIProviderRoute),
+        mcp_routes=_of_kind(unique, MCPRoute),
+        credential_policies=_of_kind(unique, CredentialInjectionPolicy),
     )
 
 
@@ -191,6 +198,20 @@ def _check_gateway(one: Declared, path: Path, name: str, gateways: Mapping[Key, 
     if (namespace, name) not in gateways and ("EgressGateway", namespace, name) not in problems.broken:
         names = [other for space, other in gateways if space == namespace]
         problems.add_at(one, path, f"no EgressGateway {name!r} in namespace {namespace!r}{nearest(name, names)}")
+
+
+def _check_credential_targets(declared: Iterable[Declared], problems: Problems) -> None:
+    """Require that targetRefs exist. A missing Secret is no mistake here: its calls fail, each with a 502."""
+    unique = list(declared)
+    there = {(one.kind, *one.key) for one in unique}
+    for one, policy in _pairs(unique, CredentialInjectionPolicy):
+        namespace = one.key[0]
+        for index, ref in enumerate(policy.spec.target_refs):
+            key = (ref.kind, namespace, ref.name)
+            if key not in there and key not in problems.broken:
+                names = [name for kind, space, name in there if (kind, space) == (ref.kind, namespace)]
+                text = f"no {ref.kind} {ref.name!r} in namespace {namespace!r}{nearest(ref.name, names)}"
+                problems.add_at(one, ("spec", "targetRefs", index, "name"), text)
 
 
 def _read_ca(one: Declared, gateway: EgressGateway, problems: Problems) -> str | None:

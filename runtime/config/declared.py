@@ -8,6 +8,7 @@ from pathlib import Path as FilePath
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.resources import DaemonAgent, RuntimeSpec, TaskAgent
+from clrk.core.route_resources import AIProviderRoute, CredentialInjectionPolicy, MCPRoute
 from clrk.core.values import Resource
 from clrk.runtime.config.describe import format_path
 from clrk.runtime.config.nodes import Document, Path
@@ -34,6 +35,9 @@ class Resources:
     upstream_ca_pem: Mapping[str, str] = field(repr=False)
     jwks_files: Mapping[str, str] = field(repr=False)
     environment_files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    ai_routes: Mapping[Key, AIProviderRoute] = field(default_factory=dict)
+    mcp_routes: Mapping[Key, MCPRoute] = field(default_factory=dict)
+    credential_policies: Mapping[Key, CredentialInjectionPolicy] = field(default_factory=dict)
 
     def with_runtime(self, runtime: RuntimeSpec) -> Resources:
         """Return these resources with another Runtime."""

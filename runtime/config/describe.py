@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from clrk.core.resources import KINDS, NOT_YET_FIELDS, NOT_YET_KINDS
+from clrk.core.resources import KINDS, NOT_YET_FIELDS
 from clrk.runtime.config.nodes import Document, Finding, Path
 
 _PLAIN = {
@@ -57,11 +57,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def describe_kind(kind: str) -> str:
-    """Return why kind is not one of this version's."""
-    if kind in NOT_YET_KINDS:
-        return f"kind {kind} is part of the contract but not in this version{nearest('', KINDS)}"
-    near = nearest(kind, (*KINDS, *NOT_YET_KINDS))  # a misspelt later kind is best understood as that
-    return f"unknown kind {kind!r}{near if 'did you mean' in near else nearest(kind, KINDS)}"
+    """Return why kind is none."""
+    return f"unknown kind {kind!r}{nearest(kind, KINDS)}"
 
 
 def describe_errors(model: type[BaseModel], document: Document, error: ValidationError) -> Iterator[Finding]:

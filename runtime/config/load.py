@@ -19,6 +19,7 @@ from clrk.core.resources import (
     Secret,
     TaskAgent,
 )
+from clrk.core.route_resources import AIProviderRoute, CredentialInjectionPolicy, MCPRoute
 from clrk.core.values import API_VERSIONS, Resource
 from clrk.runtime.config.check import resolve
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
@@ -28,7 +29,18 @@ from clrk.runtime.config.nodes import MAX_FILE_BYTES, Document, Finding, parse
 DEFAULT_PATH: Final = FilePath("/etc/clrk")
 
 _MODELS: Final[dict[str, type[Resource]]] = {
-    model.__name__: model for model in (Runtime, TaskAgent, DaemonAgent, EgressGateway, EgressL4Route, Secret)
+    model.__name__: model
+    for model in (
+        Runtime,
+        TaskAgent,
+        DaemonAgent,
+        EgressGateway,
+        EgressL4Route,
+        AIProviderRoute,
+        MCPRoute,
+        CredentialInjectionPolicy,
+        Secret,
+    )
 }
 _HEAD_FIELDS: Final = ("apiVersion", "kind", "metadata")
 

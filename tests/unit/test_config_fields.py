@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from resource_files import AGENT, GATEWAY, HEAD, documents, problems_of
 
-from clrk.core.resources import KINDS, NOT_YET_FIELDS, NOT_YET_KINDS
+from clrk.core.resources import NOT_YET_FIELDS
 
 # --- head -----------------------------------------------------------------------------------------------------------
 
@@ -21,24 +21,17 @@ from clrk.core.resources import KINDS, NOT_YET_FIELDS, NOT_YET_KINDS
         ),
         (
             "kind: Zebra",
-            "2: Zebra/a: kind: unknown kind 'Zebra'; valid: DaemonAgent, EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent",
+            "2: Zebra/a: kind: unknown kind 'Zebra'; valid: AIProviderRoute, CredentialInjectionPolicy, DaemonAgent, EgressGateway, EgressL4Route, MCPRoute, Runtime, Secret, TaskAgent",
         ),
         ("kind: DaemonAgnt", "2: DaemonAgnt/a: kind: unknown kind 'DaemonAgnt'; did you mean \"DaemonAgent\"?"),
         (
             "kynd: TaskAgent",
-            "1: a: kind: is missing; valid: DaemonAgent, EgressGateway, EgressL4Route, Runtime, Secret, TaskAgent",
+            "1: a: kind: is missing; valid: AIProviderRoute, CredentialInjectionPolicy, DaemonAgent, EgressGateway, EgressL4Route, MCPRoute, Runtime, Secret, TaskAgent",
         ),
     ],
 )
 def test_unknown_kind(tmp_path, written, problem):
     assert problems_of(tmp_path, AGENT.replace("kind: TaskAgent", written)) == [problem]
-
-
-@pytest.mark.parametrize("kind", NOT_YET_KINDS)
-def test_kind_of_a_later_version(tmp_path, kind):
-    assert problems_of(tmp_path, HEAD + f"kind: {kind}\nmetadata: {{name: x}}\n") == [
-        f"2: {kind}/x: kind: kind {kind} is part of the contract but not in this version; valid: {', '.join(sorted(KINDS))}"
-    ]
 
 
 @pytest.mark.parametrize(

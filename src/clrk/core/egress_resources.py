@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from clrk.core.values import GatewayRef, HostPattern, IpPort, Model, Port, Resource, Seconds, parse_whole_quantity
+from clrk.core.values import (
+    DnsLabel,
+    GatewayRef,
+    HostPattern,
+    IpPort,
+    Model,
+    Port,
+    Regex,
+    Resource,
+    Seconds,
+    parse_whole_quantity,
+)
 
 
 class HostAlias(Model):
@@ -51,8 +62,56 @@ class Otlp(Model):
     capture_body: CaptureBody | None = None
 
 
+class ProxyCredentials(Model):
+    """Names a Secret whose `username` and `password` go to the proxy (RFC 7617)."""
+
+    name: DnsLabel
+
+
+class UpstreamProxy(Model):
+    """A proxy between this host and upstreams: every upstream connection is a CONNECT through it (RFC 9110, 9.3.6).
+
+    Shape: url is http://host[:port] or https://host[:port]. noProxy names hosts that are dialled directly, beside
+        those of hostAliases.
+    """
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+/?$")]
+    secret_ref: ProxyCredentials | None = None
+    no_proxy: list[HostPattern] = []
+
+
+UsdPerMillion = Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
+
+
+class ModelPrice(Model):
+    """What a model costs, in USD per million tokens: goes before the bundled prices.
+
+    Shape: provider is a gen_ai.provider.name, empty for any; model is a glob with `*`. Without a price of their own,
+        cached tokens cost what other input tokens do.
+    """
+
+    provider: str = ""
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: UsdPerMillion
+    output: UsdPerMillion
+    cache_read: UsdPerMillion | None = None
+    cache_write: UsdPerMillion | None = None
+
+
+class Redact(Model):
+    """What else is secret in this company, beside the known shapes: RE2 patterns, each match becomes `[redacted]`."""
+
+    patterns: Annotated[list[Regex], Field(max_length=64)] = []
+
+
 class EgressGatewaySpec(Model):
-    """How agents reach the outside."""
+    """How agents reach the outside.
+
+    Shape: mode Enforce denies what no rule allows; Shadow lets it go and says so; Record lets it go and keeps it for
+        `clrk policy suggest`. None of them opens the host itself, nor lets ambiguous requests pass.
+    """
+
+    mode: Literal["Enforce", "Shadow", "Record"] = "Enforce"
 
     default_policy: Literal["deny-all", "allow-all"] = "deny-all"
     tls: TlsSpec = TlsSpec()
@@ -60,6 +119,9 @@ class EgressGatewaySpec(Model):
     upstream_tls: UpstreamTls = Field(default=UpstreamTls(), alias="upstreamTLS")
     host_aliases: list[HostAlias] = []
     request_timeout: Seconds = 300.0
+    upstream_proxy: UpstreamProxy | None = None
+    prices: Annotated[list[ModelPrice], Field(max_length=1024)] = []
+    redact: Redact = Redact()
 
 
 class EgressGateway(Resource):

@@ -8,16 +8,18 @@ from pydantic import Field
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.resources import DaemonAgent, RuntimeSpec, TaskAgent
+from clrk.core.route_resources import AIProviderRoute, CredentialInjectionPolicy, MCPRoute
 from clrk.core.values import Model
 
 
 class GatewayConfig(Model):
     """What the runtime hands to the gateway: no secrets of agents, no commands it could run.
 
-    Shape: ca_cert_pem and ca_key_pem are the per-host CA; upstream_ca_pem maps namespace/name of an EgressGateway to
-    the PEM text of its upstreamTLS.caFile, jwks_files a JwtExtractor's file to its text, environment_files the path in
-    an OTEL_EXPORTER_OTLP_*CERTIFICATE or *CLIENT_KEY variable to its text (all read by the runtime, since the gateway
-    sees no host files).
+    Shape: secrets has the values, by namespace/name and key, of the Secrets that go out in calls (credential policies
+    and upstream proxies), and of no others. ca_cert_pem and ca_key_pem are the per-host CA; upstream_ca_pem maps
+    namespace/name of an EgressGateway to the PEM text of its upstreamTLS.caFile, jwks_files a JwtExtractor's file to
+    its text, environment_files the path in an OTEL_EXPORTER_OTLP_*CERTIFICATE or *CLIENT_KEY variable to its text (all
+    read by the runtime, since the gateway sees no host files).
     """
 
     runtime: RuntimeSpec
@@ -25,6 +27,10 @@ class GatewayConfig(Model):
     daemons: list[DaemonAgent] = []
     gateways: list[EgressGateway]
     routes: list[EgressL4Route]
+    ai_routes: list[AIProviderRoute] = []
+    mcp_routes: list[MCPRoute] = []
+    credential_policies: list[CredentialInjectionPolicy] = []
+    secrets: dict[str, dict[str, str]] = Field(default={}, repr=False)
     ca_cert_pem: str
     ca_key_pem: str = Field(repr=False)
     upstream_ca_pem: dict[str, str] = {}

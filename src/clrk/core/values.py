@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Annotated, Final, Literal
 
+import re2
 from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -123,11 +124,23 @@ def _check_ip_port(value: str) -> str:
     return value
 
 
+def _check_regex(value: str) -> str:
+    """An RE2 pattern: linear in the text, whatever an agent writes."""
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        re2.compile(value, options)
+    except re2.error as exc:
+        raise ValueError(f"{value!r} is not an RE2 regular expression: {exc}") from None
+    return value
+
+
 Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
 ByteCount = Annotated[float, BeforeValidator(parse_quantity), Field(ge=0)]
 DnsLabel = Annotated[str, AfterValidator(_check_dns_label)]
 HostPattern = Annotated[str, AfterValidator(_check_host_pattern)]
 IpPort = Annotated[str, AfterValidator(_check_ip_port)]
+Regex = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_regex)]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Schedule = Annotated[str, AfterValidator(_check_schedule)]
 IdentityHeader = Annotated[str, AfterValidator(_check_identity_header)]

@@ -1,0 +1,102 @@
+"""A governor that can not fail open: whatever goes wrong in one denies the call, or ends its answer (CONTRACT 12)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Final
+
+from clrk.gateway.egress.guarded import GuardedInterpreter
+from clrk.gateway.govern import Answer, Cut, Govern, Governor
+from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
+from clrk.gateway.telemetry.spans import AttributeValue
+
+_LOG: Final = logging.getLogger(__name__)
+_REASON: Final = "governor_failed"
+_MESSAGE: Final = "the gateway could not judge this call, so it did not go out; its log says why"
+
+
+def govern_guarded(govern: Govern, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
+    """Return the governor of a request, guarded; None for a call that nothing governs."""
+    inner = interpreter.inner if isinstance(interpreter, GuardedInterpreter) else interpreter
+    try:
+        governor = govern(head, inner)
+    except Exception:  # a bug of ours, met in somebody's call: nobody knows what would have been decided
+        _LOG.exception("finding the governor of a %s failed: it is denied", head.method)
+        return GuardedGovernor(None)
+    return None if governor is None else GuardedGovernor(governor)
+
+
+class GuardedGovernor:
+    """Implements Governor over another one; after that one's first exception everything is denied."""
+
+    def __init__(self, inner: Governor | None) -> None:
+        self._inner = inner
+
+    @property
+    def wants_plain_response(self) -> bool:
+        """See Governor."""
+        return self._inner is not None and self._inner.wants_plain_response
+
+    @property
+    def rewrites_response(self) -> bool:
+        """See Governor."""
+        return self._inner is not None and self._inner.rewrites_response
+
+    @property
+    def decodes_response(self) -> bool:
+        """See Governor."""
+        return self._inner is not None and self._inner.decodes_response
+
+    def judge(self, body: bytes) -> Answer | None:
+        """See Governor."""
+        if self._inner is not None:
+            try:
+                return self._inner.judge(body)
+            except Exception:  # as above
+                self._failed("judging a call")
+        return Answer(503, "text/plain; charset=utf-8", f"clrk: {_MESSAGE}\n".encode(), _REASON, _MESSAGE)
+
+    def rewrite_request(self, body: bytes) -> bytes:
+        """See Governor. Raises: what the inner one raises; nothing has gone out yet."""
+        return body if self._inner is None else self._inner.rewrite_request(body)
+
+    def response_head(self, head: ResponseHead) -> None:
+        """See Governor."""
+        if self._inner is not None:
+            try:
+                self._inner.response_head(head)
+            except Exception:  # as above
+                self._failed("reading a response head")
+
+    def response_data(self, chunk: bytes) -> bytes | Cut:
+        """See Governor."""
+        if self._inner is not None:
+            try:
+                return self._inner.response_data(chunk)
+            except Exception:  # as above
+                self._failed("following an answer")
+        return Cut(b"", _REASON, _MESSAGE)
+
+    def response_end(self, *, complete: bool) -> bytes:
+        """See Governor."""
+        if self._inner is not None:
+            try:
+                return self._inner.response_end(complete=complete)
+            except Exception:  # as above
+                self._failed("ending an answer")
+        return b""
+
+    def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:
+        """See Governor."""
+        if self._inner is not None:
+            try:
+                return self._inner.settle(facts, sent=sent)
+            except Exception:  # as above; what was reserved stays spent
+                self._failed("settling a call")
+        return {}
+
+    def _failed(self, what: str) -> None:
+        name = type(self._inner).__name__
+        self._inner = None
+        _LOG.exception("%s failed in %s: the call is denied", what, name)
