@@ -16,7 +16,7 @@ C_FILES := $(shell find ebpf runtime src/clrk/core examples tests -name '*.[ch]'
 C_WARNINGS := -Wall -Wextra -Werror -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wundef \
 	-Wpointer-arith -Wwrite-strings -Wformat=2 -Wvla
 
-.PHONY: help setup demo test check lint lint-c type arch unit kernel e2e bench soak fmt clean need-venv need-root
+.PHONY: help setup demo test check lint lint-c type arch unit kernel e2e bench soak fuzz fmt clean need-venv need-root
 
 help: ## Show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,10 @@ bench: setup need-root ## Measure, as ratios in alternation; the figures of docs
 
 soak: setup need-root ## 2,000 invocations, ten at a time, with everything failing at random; all accounted for (root, minutes)
 	@PYTHONPATH=tests/e2e $(BIN)/python -P tests/e2e/soak.py $(SOAK)
+
+fuzz: need-venv ## Fuzz every parser with coverage as a guide: TARGET=one of tests/fuzz/targets.py (all), SECONDS_EACH=60
+	@for target in $${TARGET:-$$(PYTHONPATH=tests/fuzz $(BIN)/python -P -c 'from targets import TARGETS; print(*TARGETS)')}; do \
+		echo "== $$target"; PYTHONPATH=tests/fuzz $(BIN)/python -P tests/fuzz/run.py $$target $${SECONDS_EACH:-60}; done
 
 fmt: need-venv ## Format Python and C
 	@$(BIN)/ruff check --cache-dir $(CACHE)/ruff --fix $(PY_PATHS)

@@ -35,7 +35,7 @@ def test_the_resources_of_the_demo_are_valid(tmp_path: Path, capsys: pytest.Capt
     assert main(["check", "-c", str(demo)]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("document", ["README.md", "THREAT_MODEL.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("document", ["README.md", "THREAT_MODEL.md", "docs/benchmarks.md", "docs/protocols.md"])
 def test_files_and_tests_that_a_document_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -43,3 +43,12 @@ def test_files_and_tests_that_a_document_names_exist(document: str) -> None:
     for path, _, test in re.findall(r"`(tests/[\w/]+\.py)(::(\w+))?`", text):
         source = (ROOT / path).read_text()
         assert not test or f"def {test}(" in source, f"{path}::{test}"
+
+
+def test_every_line_of_the_conformance_matrix_names_its_test() -> None:
+    rows = [line for line in (ROOT / "docs/protocols.md").read_text().splitlines() if line.startswith("| ")]
+    heads = [at for at, line in enumerate(rows) if "test |" in line or "what has to hold" in line]
+    bare = [
+        line for at, line in enumerate(rows) if at not in heads and not re.search(r"`tests/[\w/]+\.py(::\w+)?`", line)
+    ]
+    assert bare == []
