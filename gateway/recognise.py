@@ -1,78 +1,128 @@
 """Which exchanges mean more than HTTP: one place that maps a request's host and shape to an interpreter.
 
-A provider is a row: hosts it is known by and the path shapes of its APIs. A path shape on a host that nobody knows is
-read in the dialect that invented it, without a price. Adding a provider is a dialect in gateway/llm and a row here.
+Two tables. `PROVIDERS` says who a host is, `APIS` which path shapes are which API. An operator's AIProviderRoute says
+who a self-hosted server is, and goes before the table. A path shape on a host that nobody knows is read in the dialect
+that invented it, without a price, if the request is JSON and names a model. Adding a provider is a row (or a dialect in
+gateway/llm and two rows).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
+from clrk.core.egress_resources import EgressGateway
+from clrk.core.route_resources import AIProviderRoute
 from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
 from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.body import is_json, media_type
 from clrk.gateway.llm.completion import Provider
+from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.llm.dialect import Dialect
 from clrk.gateway.llm.interpreter import LlmInterpreter
 from clrk.gateway.llm.openai_chat import OpenAiChat
 from clrk.gateway.mcp.interpreter import McpInterpreter
+from clrk.gateway.policy_names import HostPattern, normalise_name
+
+# Values of gen_ai.provider.name: semconv 1.41.1; gen_ai.system: CONTRACT section 13, the protocol spoken.
+_ANTHROPIC: Final = Provider("anthropic", "anthropic", "anthropic")
+_OPENAI: Final = Provider("openai", "openai", "openai", asks_usage=True)
+_AZURE: Final = Provider("azure.ai.openai", "azure_openai", "azure")
+_COMPATIBLE: Final = Provider("openai_compatible", "openai", asks_usage=True)
+
+# Who a host is; `.x` stands for any name below x.
+PROVIDERS: Final[dict[str, Provider]] = {
+    "api.anthropic.com": _ANTHROPIC,
+    "api.openai.com": _OPENAI,
+    "api.deepseek.com": Provider("deepseek", "openai", "deepseek"),
+    "api.groq.com": Provider("groq", "openai", "groq"),
+    "api.mistral.ai": Provider("mistral_ai", "openai", "mistral"),
+    "api.perplexity.ai": Provider("perplexity", "openai", "perplexity"),
+    "api.x.ai": Provider("x_ai", "openai", "x-ai"),
+    ".openai.azure.com": _AZURE,
+}
+
+# What an operator may call a host (core.route_resources.AI_PROVIDERS).
+BY_OPERATOR: Final[dict[str, Provider]] = {
+    "anthropic": _ANTHROPIC,
+    "openai": _OPENAI,
+    "azure_openai": _AZURE,
+    "openai_compatible": _COMPATIBLE,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """One API by the end of its path; hosts that are known to serve it, `.x` standing for any name below x."""
+    """One API: the shape of its paths (a base URL may put anything in front), and who is meant on unknown hosts.
 
-    path_end: str
-    dialect: Callable[[], Dialect]
-    hosts: dict[str, Provider]
+    Shape: systems are the gen_ai.system values of the providers that serve it as their own.
+    """
+
+    path: re.Pattern[str]
+    dialect: Callable[[RequestHead], Dialect]
     elsewhere: Provider
+    systems: frozenset[str]
 
-    def fits_path(self, path: str) -> bool:
-        """Say whether a request path is this API's; a base URL may put anything in front."""
-        return path.rstrip("/").endswith(self.path_end)
-
-    def provider(self, host: str) -> Provider | None:
-        """Return the provider that a host is known to be."""
-        name = host.lower().rstrip(".")
-        if (known := self.hosts.get(name)) is not None:
-            return known
-        return next((found for suffix, found in self.hosts.items() if suffix[0] == "." and name.endswith(suffix)), None)
+    def provider(self, known: Provider) -> Provider:
+        """Return a known provider as the one that serves this API: some speak another's too."""
+        return known if known.system in self.systems else replace(known, system=self.elsewhere.system)
 
 
-_ANTHROPIC: Final = Provider("anthropic", "anthropic", "anthropic")
-_OPENAI: Final = Provider("openai", "openai", "openai", asks_usage=True)
+_SPEAK_OPENAI: Final = frozenset(("openai", "azure_openai"))
 
-# Values of gen_ai.provider.name: semconv 1.41.1; gen_ai.system: CONTRACT section 13, the protocol spoken.
 APIS: Final = (
     Api(
-        "/v1/messages",
+        re.compile(r"/v1/messages/?$"),
         AnthropicMessages,
-        {"api.anthropic.com": _ANTHROPIC},
         Provider("anthropic", "anthropic"),
+        frozenset(("anthropic",)),
     ),
-    Api(
-        "/chat/completions",
-        OpenAiChat,
-        {
-            "api.openai.com": _OPENAI,
-            "api.deepseek.com": Provider("deepseek", "openai", "deepseek"),
-            "api.groq.com": Provider("groq", "openai", "groq"),
-            "api.mistral.ai": Provider("mistral_ai", "openai", "mistral"),
-            "api.perplexity.ai": Provider("perplexity", "openai", "perplexity"),
-            "api.x.ai": Provider("x_ai", "openai", "x-ai"),
-            ".openai.azure.com": Provider("azure.ai.openai", "azure_openai", "azure"),
-        },
-        Provider("openai", "openai"),
-    ),
+    Api(re.compile(r"/chat/completions/?$"), OpenAiChat, Provider("openai", "openai"), _SPEAK_OPENAI),
 )
 
 
-def recognise(head: RequestHead, allowance: Allowance | None = None) -> Interpreter | None:
+class KnownHosts:
+    """Who a host is, by the operator's word and by the table."""
+
+    def __init__(self, gateway: EgressGateway | None = None, routes: Sequence[AIProviderRoute] = ()) -> None:
+        """Take the routes of a gateway, in their order; those of others are passed over."""
+        self._own = tuple(
+            (HostPattern.compile(host), BY_OPERATOR[match.provider])
+            for route in routes
+            if gateway is not None
+            and route.spec.gateway_ref.name == gateway.metadata.name
+            and route.metadata.namespace == gateway.metadata.namespace
+            for rule in route.spec.rules
+            for match in rule.matches
+            if match.provider in BY_OPERATOR
+            for host in match.hostnames
+        )
+
+    def provider(self, host: str) -> Provider | None:
+        """Return the provider that a host is known to be."""
+        name = normalise_name(host) or host.lower()
+        for pattern, provider in self._own:
+            if pattern.matches(name):
+                return provider
+        if (known := PROVIDERS.get(name)) is not None:
+            return known
+        return next((found for suffix, found in PROVIDERS.items() if suffix[0] == "." and name.endswith(suffix)), None)
+
+
+_TABLE: Final = KnownHosts()
+
+
+def recognise(
+    head: RequestHead,
+    allowance: Allowance | None = None,
+    hosts: KnownHosts = _TABLE,
+    prices: PriceList = BUNDLED,
+) -> Interpreter | None:
     """Return the interpreter of an exchange, None when it is a plain HTTP call.
 
-    Shape: allowance is the run's, shared by its exchanges.
+    Shape: allowance, hosts and prices are the run's, shared by its exchanges.
 
     An MCP interpreter is a suspicion until the body has shown `"jsonrpc"`; without it its Facts have no name and no
     attributes, and the call stays plain HTTP. GET streams and DELETE of an MCP session are plain HTTP: they carry no
@@ -83,11 +133,13 @@ def recognise(head: RequestHead, allowance: Allowance | None = None) -> Interpre
     allowance = allowance or Allowance()
     json_body = is_json(head.header("content-type"))
     for api in APIS:
-        if not api.fits_path(head.path):
+        if api.path.search(head.path) is None:
             continue
-        provider = api.provider(head.host)
-        if provider is not None or json_body:
-            return LlmInterpreter(head, provider or api.elsewhere, api.dialect(), allowance)
+        known = hosts.provider(head.host)
+        if known is not None or json_body:
+            provider = api.provider(known) if known is not None else api.elsewhere
+            dialect = api.dialect(head)
+            return LlmInterpreter(head, provider, dialect, allowance, prices=prices, sure=known is not None)
     if json_body and _may_be_mcp(head):
         return McpInterpreter(head, allowance)
     return None

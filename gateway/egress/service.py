@@ -26,9 +26,10 @@ from clrk.gateway.egress.tls import upstream_context
 from clrk.gateway.egress.upstream import Upstream, is_local_address
 from clrk.gateway.governance import Governance
 from clrk.gateway.interpret import Allowance
+from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
-from clrk.gateway.recognise import recognise
+from clrk.gateway.recognise import KnownHosts, recognise
 from clrk.gateway.run import Run
 from clrk.gateway.telemetry.spans import Recorder
 
@@ -82,6 +83,8 @@ class EgressService:
         spans = EgressSpans(run.identity, self._recorder)
         names = NameTable()
         allowance = Allowance()
+        hosts = KnownHosts(run.gateway, self._config.ai_routes)
+        prices = PriceList(run.gateway.spec.prices) if run.gateway is not None else BUNDLED
         acceptor = Acceptor(
             run=run,
             flows=self._flows,
@@ -91,7 +94,7 @@ class EgressService:
                 policy,
                 upstream,
                 spans,
-                self._recognise or partial(recognise, allowance=allowance),
+                self._recognise or partial(recognise, allowance=allowance, hosts=hosts, prices=prices),
                 timeout_s,
                 allowance,
                 _new_capture(run.gateway),

@@ -13,7 +13,8 @@ from typing import Any, Final
 import msgspec
 
 from clrk.gateway.llm import values
-from clrk.gateway.llm.completion import Completion, Usage
+from clrk.gateway.llm.completion import Usage
+from clrk.gateway.llm.dialect import JsonDialect
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -44,23 +45,23 @@ class _Document(msgspec.Struct):
     error: Any = None
 
 
+_GENERATED: Final = ("text", "thinking", "partial_json")  # of a content_block_delta
+_ERROR_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
 _REQUEST: Final = msgspec.json.Decoder(_Request)
 _DOCUMENT: Final = msgspec.json.Decoder(_Document)
 _MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-class AnthropicMessages:
-    """Dialect of the Messages API (see interpreter.Dialect)."""
-
-    def __init__(self) -> None:
-        self.completion = Completion()
-        self.request_model: str | None = None
-        self.streams = False
-
-    @property
-    def usage_due(self) -> bool:
-        """Usage is part of the protocol here; nothing was asked for, nothing is withheld."""
-        return False
+class AnthropicMessages(JsonDialect):
+    """Dialect of the Messages API (see dialect.Dialect)."""
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
@@ -70,9 +71,10 @@ class AnthropicMessages:
             return {}
         self.request_model = values.text(request.model)
         self.streams = request.stream is True
+        self.max_output_tokens = values.count(request.max_tokens)
         found: dict[str, AttributeValue | None] = {
             names.GEN_AI_REQUEST_MODEL: self.request_model,
-            names.GEN_AI_REQUEST_MAX_TOKENS: values.count(request.max_tokens),
+            names.GEN_AI_REQUEST_MAX_TOKENS: self.max_output_tokens,
             names.GEN_AI_REQUEST_TEMPERATURE: values.number(request.temperature),
             names.GEN_AI_REQUEST_TOP_P: values.number(request.top_p),
             names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
@@ -91,6 +93,16 @@ class AnthropicMessages:
             self._take(event.data, streamed=True)
         return False
 
+    def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:
+        """See Dialect. Source: docs.anthropic.com/en/api/errors."""
+        kind = _ERROR_TYPES.get(status, "api_error")
+        return "application/json", msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
+
+    def error_event(self, code: str, message: str) -> bytes:
+        """See Dialect."""
+        _, body = self.error_body(429, code, message)
+        return b"event: error\ndata: " + body + b"\n\n"
+
     def _take(self, raw: bytes, *, streamed: bool) -> None:
         try:
             document = _DOCUMENT.decode(raw)
@@ -98,6 +110,8 @@ class AnthropicMessages:
             return
         if document.type == "message" and not streamed:
             self._message(document, final=True)
+        elif document.type == "content_block_delta" and streamed:
+            self.completion.generated(*(values.member(document.delta, key) for key in _GENERATED))
         elif document.type == "message_start" and streamed:
             self._start(document.message)
         elif document.type == "message_delta" and streamed:

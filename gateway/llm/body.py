@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from clrk.gateway.interpret import Allowance, ResponseHead
 from clrk.gateway.llm.decompress import Decoder, Identity, decoder
-from clrk.gateway.llm.sse import SseEvent, SseSplitter
+from clrk.gateway.llm.framing import Splitter, splitter
+from clrk.gateway.llm.sse import SseEvent
 
 MAX_DOCUMENT_BYTES: Final = 16 << 20
 MAX_BURST_BYTES: Final = 1 << 20  # of events out of one compressed chunk: a bomb would hold the event loop for a minute
@@ -61,15 +62,22 @@ class BoundedBody:
 class ResponseBody:
     """One response body, as a document or as events.
 
-    is_stream says which. given_up: what came could not be followed to its end (encoding, size, corruption).
+    framing tells from the media type how events are cut. is_stream: there are events. given_up: what came could not be
+    followed to its end (encoding, size, corruption).
     """
 
-    def __init__(self, head: ResponseHead, allowance: Allowance) -> None:
-        self.is_stream = media_type(head.header("content-type")) == "text/event-stream"
+    def __init__(
+        self, head: ResponseHead, allowance: Allowance, framing: Callable[[str], Splitter | None] = splitter
+    ) -> None:
+        self._splitter = framing(media_type(head.header("content-type")))
         self._decoder: Decoder | None = decoder(head.header("content-encoding"))
-        self._splitter = SseSplitter()
         self._document = BoundedBody(allowance)
         self._burst = False
+
+    @property
+    def is_stream(self) -> bool:
+        """True when the body is read as events."""
+        return self._splitter is not None
 
     @property
     def given_up(self) -> bool:
@@ -84,7 +92,7 @@ class ResponseBody:
     @property
     def expects_lf(self) -> bool:
         """See SseSplitter.expects_lf."""
-        return self._splitter.expects_lf
+        return self._splitter is not None and self._splitter.expects_lf
 
     def feed(self, chunk: bytes) -> Iterator[SseEvent]:
         """Take bytes; yield the events of a stream."""
@@ -93,7 +101,7 @@ class ResponseBody:
         size = 0
         for piece in self._decoder.feed(chunk):
             size += len(piece)
-            if not self.is_stream:
+            if self._splitter is None:
                 self._document.add(piece)
             elif size <= MAX_BURST_BYTES or self.is_plain:
                 yield from self._splitter.feed(piece)
@@ -105,4 +113,4 @@ class ResponseBody:
         """Return a stream's last, unterminated event, or the whole document; None when there is nothing to read."""
         if self.given_up:
             return None
-        return self._splitter.finish() if self.is_stream else self._document.take()
+        return self._document.take() if self._splitter is None else self._splitter.finish()

@@ -59,7 +59,11 @@ NO_USAGE: Final = Usage()
 
 @dataclass(slots=True)
 class Completion:
-    """Collects while the response passes. extra holds attributes of one API only."""
+    """Collects while the response passes.
+
+    Shape: extra holds attributes of one API only. output_bytes counts what a stream has generated so far, in bytes of
+    UTF-8 (text, reasoning, arguments of tools), for whoever has to judge it before the usage comes.
+    """
 
     response_id: str | None = None
     model: str | None = None
@@ -67,12 +71,19 @@ class Completion:
     usage: Usage = NO_USAGE
     error_type: str | None = None
     error_message: str = ""
+    output_bytes: int = 0
     extra: dict[str, AttributeValue] = field(default_factory=dict)
 
     def finished(self, choice: int, reason: str) -> None:
         """Note why a choice ended."""
         if choice in self.finish_reasons or len(self.finish_reasons) < MAX_ITEMS:
             self.finish_reasons[choice] = reason
+
+    def generated(self, *pieces: object) -> None:
+        """Count generated text; what is no text counts nothing."""
+        for piece in pieces:
+            if isinstance(piece, str):
+                self.output_bytes += len(piece) if piece.isascii() else len(piece.encode())
 
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the gen_ai.response and gen_ai.usage attributes that are known."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final, Protocol
 
 MAX_OUTPUT_BYTES: Final = 64 << 20
+MAX_UNPACKED_BYTES: Final = 32 << 20  # of a whole body in memory
 _SLICE: Final = 64 << 10
 _GZIP: Final = 16 + zlib.MAX_WBITS
 
@@ -95,3 +96,20 @@ def decoder(content_encoding: str | None) -> Decoder | None:
             return Inflate(gzip=False)
         case _:
             return None
+
+
+def unpack(content_encoding: str | None, body: bytes, max_output: int = MAX_UNPACKED_BYTES) -> bytes | None:
+    """Return a whole body without its content coding, None when that can not be undone or is over max_output."""
+    undo = decoder(content_encoding)
+    if undo is None:
+        return None
+    if isinstance(undo, Identity):
+        return body
+    pieces: list[bytes] = []
+    size = 0
+    for piece in undo.feed(body):
+        size += len(piece)
+        if size > max_output:
+            return None
+        pieces.append(piece)
+    return None if undo.failed else b"".join(pieces)

@@ -4,31 +4,70 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from clrk.gateway.interpret import RequestHead
+from clrk.gateway.llm import framing
 from clrk.gateway.llm.completion import Completion
 from clrk.gateway.llm.sse import SseEvent
+from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
 
 class Dialect(Protocol):
     """Reads the bodies of one API. Nothing raises: what can not be read leaves the completion as it was.
 
-    Shape: request_model and streams are known after request(); usage_due says that the next event may be the one that
-    exists only because usage was asked for, and event() says True when it was.
+    Shape: operation is gen_ai.operation.name. request_model, streams, max_output_tokens (of one choice, as the request
+    limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
+    completion holds what the response has said so far. usage_due says that the next event may be the one that exists
+    only because usage was asked for, and event() says True when it was.
     """
 
     completion: Completion
+    operation: str
     request_model: str | None
     streams: bool
+    max_output_tokens: int | None
+    choices: int
 
     @property
     def usage_due(self) -> bool:
         """True when every choice of a stream has finished."""
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
-        """Return the attributes of a request body; empty when it is malformed."""
+        """Return the attributes of a request body (without content coding); empty when it is malformed."""
+
+    def splitter(self, media_type: str) -> framing.Splitter | None:
+        """Return what cuts a response of this media type into events, None when it is one document."""
 
     def document(self, body: bytes) -> None:
         """Take a whole response body."""
 
     def event(self, event: SseEvent) -> bool:
         """Take one event of a streamed response."""
+
+    def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:
+        """Return Content-Type and body of an error in the provider's schema; code is clrk's own, stable reason."""
+
+    def error_event(self, code: str, message: str) -> bytes:
+        """Return the event that ends a stream with an error, to be sent between two events."""
+
+
+class JsonDialect:
+    """What dialects have in common; the rest of Dialect is theirs."""
+
+    operation = names.OPERATION_CHAT
+
+    def __init__(self, head: RequestHead) -> None:
+        self.completion = Completion()
+        self.request_model: str | None = None
+        self.streams = False
+        self.max_output_tokens: int | None = None
+        self.choices = 1
+
+    @property
+    def usage_due(self) -> bool:
+        """Usage is part of the protocol: nothing was asked for, nothing is withheld."""
+        return False
+
+    def splitter(self, media_type: str) -> framing.Splitter | None:
+        """See Dialect."""
+        return framing.splitter(media_type)

@@ -90,17 +90,22 @@ class UsageChunkFilter:
         self._held = b""  # an event's beginning that may turn out to be the usage chunk
         self._leaked = False  # the current event's beginning was passed on, so the event can not be dropped
         self._dropped = False  # the last byte seen was the end of a dropped event
+        self.boundary: int | None = None  # see LlmInterpreter.boundary
 
     def feed(self, chunk: bytes) -> bytes:
         """Take bytes and return what the agent gets now."""
         out: list[bytes] = []
         at = self._belated_lf(chunk, out)
+        self.boundary = None
         for event in self._body.feed(chunk):
             raw = self._held + chunk[at : event.end]
             self._dropped = self._dialect.event(event) and not self._leaked
             if not self._dropped:
                 out.append(raw)
             self._held, self._leaked, at = b"", False, event.end
+            self.boundary = 0
+        if self.boundary is not None:
+            self.boundary = sum(map(len, out))
         if at < len(chunk):
             out.append(self._tail(chunk[at:]))
         passed = b"".join(out)

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
-from clrk.gateway.llm.body import BoundedBody, ResponseBody
-from clrk.gateway.llm.completion import Provider
-from clrk.gateway.llm.cost import cost_usd
+from clrk.gateway.llm.body import BoundedBody, ResponseBody, media_type
+from clrk.gateway.llm.completion import Provider, Usage
+from clrk.gateway.llm.cost import BUNDLED, PriceList
+from clrk.gateway.llm.decompress import unpack
 from clrk.gateway.llm.dialect import Dialect
+from clrk.gateway.llm.framing import EVENT_STREAM
 from clrk.gateway.llm.include_usage import UsageChunkFilter, ask_for_usage
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
+_PLAIN_HTTP: Final = Facts("")
+
 
 class LlmInterpreter:
-    """One call of one provider, in one dialect."""
+    """One call of one provider, in one dialect.
 
-    def __init__(self, head: RequestHead, provider: Provider, dialect: Dialect, allowance: Allowance) -> None:
+    Shape: sure says that the host is known to serve this API; without it the request has to name a model, else the call
+    stays plain HTTP. boundary is the offset, in the bytes that response_data just returned, behind the last event that
+    ended in them: there a stream can be cut. None when no event did, or the bytes are encoded.
+    """
+
+    def __init__(
+        self,
+        head: RequestHead,
+        provider: Provider,
+        dialect: Dialect,
+        allowance: Allowance,
+        *,
+        prices: PriceList = BUNDLED,
+        sure: bool = True,
+    ) -> None:
+        self.provider = provider
+        self.dialect = dialect
+        self.boundary: int | None = None
         self._allowance = allowance
-        self._provider = provider
-        self._dialect = dialect
-        self._plain_request = head.header("content-encoding") is None
+        self._prices = prices
+        self._sure = sure
+        self._request_encoding = head.header("content-encoding")
         self._request = BoundedBody(allowance)
         self._request_attributes: dict[str, AttributeValue] = {}
         self._asked_usage = False
@@ -29,10 +52,18 @@ class LlmInterpreter:
         self._first_chunk_s: float | None = None
         self._complete = False
 
+    def decode_request(self, body: bytes) -> bytes | None:
+        """Return a request body without its content coding, None when that can not be undone or is too large."""
+        return unpack(self._request_encoding, body)
+
+    def cost(self, usage: Usage, model: str | None = None) -> float | None:
+        """Return what usage costs in USD, None when the price is unknown. model None: the one that was asked for."""
+        return self._prices.cost_usd(self.provider, (model or self.dialect.request_model,), usage)
+
     @property
     def wants_whole_request(self) -> bool:
         """True where the request may have to ask for usage: whether it streams stands in the body."""
-        return self._provider.asks_usage and self._plain_request
+        return self.provider.asks_usage and self._request_encoding is None
 
     def rewrite_request(self, body: bytes) -> bytes:
         """Return the body, asking for usage if it streams and does not ask itself."""
@@ -46,18 +77,19 @@ class LlmInterpreter:
 
     def request_end(self) -> None:
         """Read the request."""
-        body = self._request.take()
-        if self._plain_request:
-            self._request_attributes = self._dialect.request(body)
+        body = self.decode_request(self._request.take())
+        if body is not None:
+            self._request_attributes = self.dialect.request(body)
 
     def response_head(self, head: ResponseHead, elapsed_s: float) -> None:
         """Choose how to read the response; elapsed_s is not needed, the first chunk has its own."""
         self._status = head.status
-        self._body = ResponseBody(head, self._allowance)
+        self._body = ResponseBody(head, self._allowance, self.dialect.splitter)
+        is_events = media_type(head.header("content-type")) == EVENT_STREAM
         # A body with a length can not become shorter, and an encoded one can not be cut at its events.
-        can_filter = self._body.is_stream and self._body.is_plain and head.header("content-length") is None
+        can_filter = is_events and self._body.is_plain and head.header("content-length") is None
         if self._asked_usage and can_filter:
-            self._filter = UsageChunkFilter(self._body, self._dialect)
+            self._filter = UsageChunkFilter(self._body, self.dialect)
 
     def response_data(self, chunk: bytes, elapsed_s: float) -> bytes:
         """Take response bytes and return what the agent gets."""
@@ -66,9 +98,14 @@ class LlmInterpreter:
         if self._body.is_stream and chunk and self._first_chunk_s is None:
             self._first_chunk_s = elapsed_s
         if self._filter is not None:
-            return self._filter.feed(chunk)
+            passed = self._filter.feed(chunk)
+            self.boundary = self._filter.boundary
+            return passed
+        end: int | None = None
         for event in self._body.feed(chunk):
-            self._dialect.event(event)
+            self.dialect.event(event)
+            end = event.end
+        self.boundary = end if self._body.is_plain else None
         return chunk
 
     def response_end(self, *, complete: bool) -> bytes:
@@ -76,19 +113,21 @@ class LlmInterpreter:
         self._complete = complete
         last = self._body.finish() if self._body is not None and complete else None
         if isinstance(last, bytes):
-            self._dialect.document(last)
-        elif last is not None and self._dialect.event(last) and self._filter is not None:
+            self.dialect.document(last)
+        elif last is not None and self.dialect.event(last) and self._filter is not None:
             self._filter.drop_held()
         return self._filter.finish() if self._filter is not None else b""
 
     def facts(self) -> Facts:
         """Return what was understood."""
-        done = self._dialect.completion
-        model = self._dialect.request_model or done.model
+        done = self.dialect.completion
+        model = self.dialect.request_model or done.model
+        if not self._sure and model is None:
+            return _PLAIN_HTTP
         found: dict[str, AttributeValue] = {
-            names.GEN_AI_OPERATION_NAME: names.OPERATION_CHAT,
-            names.GEN_AI_PROVIDER_NAME: self._provider.name,
-            names.GEN_AI_SYSTEM: self._provider.system,
+            names.GEN_AI_OPERATION_NAME: self.dialect.operation,
+            names.GEN_AI_PROVIDER_NAME: self.provider.name,
+            names.GEN_AI_SYSTEM: self.provider.system,
             **self._request_attributes,
             **done.attributes(),
         }
@@ -98,12 +137,12 @@ class LlmInterpreter:
             found[names.CLRK_BODY_REQUEST_REWRITTEN] = True
         if not done.usage.is_whole and done.error_type is None and self._status < 400:
             found[names.CLRK_BODY_USAGE_VISIBLE] = False
-        cost = cost_usd(self._provider.price_id, (done.model, self._dialect.request_model), done.usage)
+        cost = self._prices.cost_usd(self.provider, (done.model, self.dialect.request_model), done.usage)
         if cost is not None:
             found[names.CLRK_COST_USD] = cost
         # An error body without a code says less than the HTTP status does.
         error_type = None if done.error_type == names.ERROR_TYPE_OTHER and self._status >= 400 else done.error_type
         if error_type is not None:
             found[names.ERROR_TYPE] = error_type
-        name = f"{names.OPERATION_CHAT} {model}" if model else names.OPERATION_CHAT
+        name = f"{self.dialect.operation} {model}" if model else self.dialect.operation
         return Facts(name, found, error_type, done.error_message)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import msgspec
 
+from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Completion, Usage
+from clrk.gateway.llm.dialect import JsonDialect
+from clrk.gateway.llm.openai_errors import OpenAiErrors, take_error
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -37,6 +41,7 @@ class _Request(msgspec.Struct):
 class _Choice(msgspec.Struct):
     index: Any = None
     finish_reason: Any = None
+    delta: Any = None
 
 
 class _Document(msgspec.Struct):
@@ -61,22 +66,22 @@ _REQUEST: Final = msgspec.json.Decoder(_Request)
 _DOCUMENT: Final = msgspec.json.Decoder(_Document)
 _ERROR: Final = msgspec.json.Decoder(_ErrorDocument)
 _MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")  # Azure OpenAI: the model may be named by the path only
 _OUTPUT_TYPES: Final = {"text": "text", "json_object": "json", "json_schema": "json"}
 
 
-class OpenAiChat:
-    """Dialect of Chat Completions (see interpreter.Dialect)."""
+class OpenAiChat(OpenAiErrors, JsonDialect):
+    """Dialect of Chat Completions (see dialect.Dialect)."""
 
-    def __init__(self) -> None:
-        self.completion = Completion()
-        self.request_model: str | None = None
-        self.streams = False
-        self._choices = 1
+    def __init__(self, head: RequestHead) -> None:
+        super().__init__(head)
+        deployment = _DEPLOYMENT.search(head.path)
+        self._deployment = values.text(deployment.group(1)) if deployment is not None else None
 
     @property
     def usage_due(self) -> bool:
         """True once every choice has finished: what follows is the usage chunk and `[DONE]`."""
-        return len(self.completion.finish_reasons) >= self._choices
+        return len(self.completion.finish_reasons) >= self.choices
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
@@ -84,13 +89,14 @@ class OpenAiChat:
             request = _REQUEST.decode(body)
         except _MALFORMED:
             return {}
-        self.request_model = values.text(request.model)
+        self.request_model = values.text(request.model) or self._deployment
         self.streams = request.stream is True
-        self._choices = values.count(request.n) or 1
+        self.choices = values.count(request.n) or 1
         limit = values.count(request.max_completion_tokens)
+        self.max_output_tokens = values.count(request.max_tokens) if limit is None else limit
         found: dict[str, AttributeValue | None] = {
             names.GEN_AI_REQUEST_MODEL: self.request_model,
-            names.GEN_AI_REQUEST_MAX_TOKENS: values.count(request.max_tokens) if limit is None else limit,
+            names.GEN_AI_REQUEST_MAX_TOKENS: self.max_output_tokens,
             names.GEN_AI_REQUEST_TEMPERATURE: values.number(request.temperature),
             names.GEN_AI_REQUEST_TOP_P: values.number(request.top_p),
             names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
@@ -99,7 +105,7 @@ class OpenAiChat:
             names.GEN_AI_REQUEST_SEED: values.integer(request.seed),
             names.GEN_AI_REQUEST_FREQUENCY_PENALTY: values.number(request.frequency_penalty),
             names.GEN_AI_REQUEST_PRESENCE_PENALTY: values.number(request.presence_penalty),
-            names.GEN_AI_REQUEST_CHOICE_COUNT: self._choices if self._choices != 1 else None,
+            names.GEN_AI_REQUEST_CHOICE_COUNT: self.choices if self.choices != 1 else None,
             names.GEN_AI_OUTPUT_TYPE: _output_type(request.response_format),
             names.OPENAI_REQUEST_SERVICE_TIER: _service_tier(request.service_tier),
             names.OPENAI_API_TYPE: API_TYPE,
@@ -130,6 +136,8 @@ class OpenAiChat:
             if (reason := values.text(choice.finish_reason)) is not None:
                 index = values.count(choice.index)
                 done.finished(position if index is None else index, reason)
+            if isinstance(choice.delta, dict):
+                _count_delta(done, choice.delta)
         if isinstance(document.usage, dict):
             done.usage = _usage(document.usage)
         for name, value in (
@@ -138,23 +146,23 @@ class OpenAiChat:
         ):
             if value is not None:
                 done.extra[name] = value
-        self._error(document.error)
+        take_error(done, document.error)
         return document
 
     def _error_only(self, raw: bytes) -> None:
         try:
-            self._error(_ERROR.decode(raw).error)
+            take_error(self.completion, _ERROR.decode(raw).error)
         except _MALFORMED:
             return
 
-    def _error(self, error: object) -> None:
-        if error is None or error is False:
-            return
-        number = values.integer(values.member(error, "code"))  # what imitates OpenAI sends HTTP status codes here
-        kind = values.code(values.member(error, "code")) or values.code(values.member(error, "type"))
-        kind = kind or (str(number) if number is not None else None)
-        self.completion.error_type = kind or names.ERROR_TYPE_OTHER
-        self.completion.error_message = values.message(values.member(error, "message"))
+
+def _count_delta(done: Completion, delta: dict[str, object]) -> None:
+    """Count what a chunk adds: text, refusal, reasoning as DeepSeek and vLLM send it, and arguments of tools."""
+    done.generated(delta.get("content"), delta.get("refusal"), delta.get("reasoning_content"), delta.get("reasoning"))
+    called = delta.get("tool_calls")
+    for call in called if isinstance(called, list) else ():
+        function = values.member(call, "function")
+        done.generated(values.member(function, "name"), values.member(function, "arguments"))
 
 
 def _output_type(response_format: object) -> str | None:

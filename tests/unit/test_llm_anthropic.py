@@ -303,8 +303,9 @@ def test_without_an_answer_there_are_still_facts() -> None:
     assert facts.attributes == BASE | {"clrk.body.usage_visible": False}
 
 
-def test_compressed_requests_are_not_read() -> None:
-    head = post("api.anthropic.com", "/v1/messages", *JSON, ("Content-Encoding", "gzip"))
+@pytest.mark.parametrize(("encoding", "read"), [("gzip", True), ("deflate", False), ("compress", False)])
+def test_compressed_requests(encoding: str, read: bool) -> None:
+    head = post("api.anthropic.com", "/v1/messages", *JSON, ("Content-Encoding", encoding))
     facts, _, _ = exchange(head, gzip.compress(raw(REQUEST)), OK, [raw(MESSAGE)])
-    assert "gen_ai.request.model" not in facts.attributes
+    assert ("gen_ai.request.model" in facts.attributes) is read
     assert usage_of(facts.attributes) == (2125, 15)

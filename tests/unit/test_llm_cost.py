@@ -9,13 +9,17 @@ from datetime import UTC, datetime
 import pytest
 from genai_prices.data import providers
 
-from clrk.gateway.llm.anthropic import AnthropicMessages
-from clrk.gateway.llm.completion import NO_USAGE, Usage
-from clrk.gateway.llm.cost import cost_usd
-from clrk.gateway.recognise import APIS
+from clrk.core.egress_resources import ModelPrice
+from clrk.gateway.llm.completion import NO_USAGE, Provider, Usage
+from clrk.gateway.llm.cost import BUNDLED, PriceList
+from clrk.gateway.recognise import APIS, BY_OPERATOR, PROVIDERS
 
 USAGE = Usage(input_tokens=1_000_000, output_tokens=100_000)
 AT = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+def cost_usd(price_id: str | None, models: tuple[str | None, ...], usage: Usage, at: datetime | None) -> float | None:
+    return BUNDLED.cost_usd(Provider("x", "openai", price_id), models, usage, at)
 
 
 def test_prices_of_known_models() -> None:
@@ -46,14 +50,45 @@ def test_no_price_is_guessed(price_id: str | None, models: tuple[str | None, ...
 
 def test_every_provider_that_we_price_is_in_the_bundle() -> None:
     known = {provider.id for provider in providers}
-    priced = {provider.price_id for api in APIS for provider in api.hosts.values()}
+    priced = {provider.price_id for provider in (*PROVIDERS.values(), *BY_OPERATOR.values())} - {None}
     assert priced <= known
     assert all(api.elsewhere.price_id is None for api in APIS)
 
 
-def test_only_openai_withholds() -> None:
-    assert not AnthropicMessages().usage_due
-    assert [host for api in APIS for host, found in api.hosts.items() if found.asks_usage] == ["api.openai.com"]
+def test_who_is_asked_for_usage() -> None:
+    assert [host for host, found in PROVIDERS.items() if found.asks_usage] == ["api.openai.com"]
+    assert [name for name, found in BY_OPERATOR.items() if found.asks_usage] == ["openai", "openai_compatible"]
+    assert not any(api.elsewhere.asks_usage for api in APIS)
+
+
+OWN = [
+    ModelPrice(provider="openai", model="gpt-4o*", input=1, output=2, cacheRead=0.5),
+    ModelPrice(model="house-*", input=10, output=20, cacheWrite=30),
+    ModelPrice(model="*", provider="vllm", input=0, output=0),
+]
+
+
+@pytest.mark.parametrize(
+    ("provider", "models", "usage", "usd"),
+    [
+        ("openai", ("gpt-4o-2024-08-06",), Usage(1_000_000, 100_000, cache_read=200_000), 0.8 + 0.1 + 0.2),
+        ("openai", ("GPT-4O",), Usage(1_000_000, 0), 1.0),
+        ("openai", ("unheard-of", "gpt-4o"), Usage(1_000_000, 0), 1.0),
+        ("openai", ("my-gpt-4o",), Usage(1_000_000, 0), None),
+        ("azure.ai.openai", ("gpt-4o",), Usage(1_000_000, 0), 2.5),
+        ("anyone", ("house-7b",), Usage(1_000_000, 1_000_000, cache_creation=100_000), 9 + 3 + 20),
+        ("anyone", ("house-7b",), Usage(10, 1, cache_read=11), None),
+        ("anyone", ("house-7b",), Usage(10), None),
+        ("vllm", ("qwen",), Usage(10, 1), 0.0),
+        ("vllm", (None,), Usage(10, 1), None),
+    ],
+)
+def test_the_operators_prices_go_first(
+    provider: str, models: tuple[str | None, ...], usage: Usage, usd: float | None
+) -> None:
+    price_id = "azure" if provider.startswith("azure") else "openai" if provider == "openai" else None
+    found = PriceList(OWN).cost_usd(Provider(provider, "openai", price_id), models, usage, AT)
+    assert found == (pytest.approx(usd) if usd is not None else None)
 
 
 def test_pricing_opens_no_socket_and_starts_no_thread() -> None:
@@ -64,9 +99,10 @@ def refuse(*args, **kwargs):
     raise SystemExit("a socket was opened")
 socket.socket.__init__ = refuse
 socket.getaddrinfo = refuse
-from clrk.gateway.llm.completion import Usage
-from clrk.gateway.llm.cost import cost_usd
-assert cost_usd("openai", ("gpt-4o",), Usage(input_tokens=10, output_tokens=1)) > 0
+from clrk.gateway.llm.completion import Provider, Usage
+from clrk.gateway.llm.cost import BUNDLED
+openai = Provider("openai", "openai", "openai")
+assert BUNDLED.cost_usd(openai, ("gpt-4o",), Usage(input_tokens=10, output_tokens=1)) > 0
 assert threading.active_count() == 1, threading.enumerate()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

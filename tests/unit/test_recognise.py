@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 from llm_exchange import JSON, post
 
+from clrk.core.egress_resources import EgressGateway
+from clrk.core.route_resources import AIProviderRoute
 from clrk.gateway.interpret import RequestHead, ResponseHead
 from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.interpreter import LlmInterpreter
 from clrk.gateway.llm.openai_chat import OpenAiChat
 from clrk.gateway.mcp.interpreter import McpInterpreter
-from clrk.gateway.recognise import recognise
+from clrk.gateway.recognise import KnownHosts, recognise
 
 FORM = (("Content-Type", "application/x-www-form-urlencoded"),)
 ACCEPT_BOTH = ("accept", "text/event-stream;q=0.9 , application/json")
@@ -34,7 +36,7 @@ ACCEPT_BOTH = ("accept", "text/event-stream;q=0.9 , application/json")
 def test_llm_calls(head: RequestHead, dialect: type) -> None:
     interpreter = recognise(head)
     assert isinstance(interpreter, LlmInterpreter)
-    assert isinstance(interpreter._dialect, dialect)
+    assert isinstance(interpreter.dialect, dialect)
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,75 @@ def test_bytes_pass_an_interpreter_that_was_told_nothing() -> None:
         interpreter.response_head(ResponseHead(200, ()), 0.1)
         assert interpreter.response_data(b"", 0.1) == b""
         interpreter.facts()
+
+
+ROUTE = {
+    "apiVersion": "clrk/v1alpha1",
+    "kind": "AIProviderRoute",
+    "metadata": {"name": "self-hosted"},
+    "spec": {
+        "rules": [
+            {"matches": [{"provider": "openai_compatible", "hostnames": ["llm.internal", "*.gpu.internal"]}]},
+            {"matches": [{"provider": "anthropic", "hostnames": ["api.openai.com", "10.0.0.5"]}]},
+            {"matches": [{"hostnames": ["nobody.internal"]}, {"provider": "openai"}]},
+        ]
+    },
+}
+
+
+def known_hosts(gateway: str = "default", namespace: str = "default") -> KnownHosts:
+    route = AIProviderRoute.model_validate(ROUTE)
+    meta = {"name": gateway, "namespace": namespace}
+    return KnownHosts(
+        EgressGateway.model_validate({"apiVersion": "clrk/v1alpha1", "kind": "EgressGateway", "metadata": meta}),
+        [route],
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "provider"),
+    [
+        ("llm.internal", "openai_compatible"),
+        ("LLM.internal.", "openai_compatible"),
+        ("a.gpu.internal", "openai_compatible"),
+        ("a.b.gpu.internal", None),
+        ("api.openai.com", "anthropic"),
+        ("10.0.0.5", "anthropic"),
+        ("nobody.internal", None),
+        ("me.openai.azure.com", "azure.ai.openai"),
+        ("openai.azure.com", None),
+        ("api.anthropic.com.evil.test", None),
+        ("evil-api.anthropic.com", None),
+    ],
+)
+def test_who_a_host_is(host: str, provider: str | None) -> None:
+    found = known_hosts().provider(host)
+    assert (found.name if found is not None else None) == provider
+
+
+@pytest.mark.parametrize(("gateway", "namespace"), [("other", "default"), ("default", "other")])
+def test_routes_of_other_gateways_say_nothing(gateway: str, namespace: str) -> None:
+    assert known_hosts(gateway, namespace).provider("llm.internal") is None
+
+
+def test_a_known_provider_may_speak_anothers_protocol() -> None:
+    interpreter = recognise(post("llm.internal", "/v1/messages", *FORM), hosts=known_hosts())
+    assert isinstance(interpreter, LlmInterpreter)
+    assert (interpreter.provider.name, interpreter.provider.system) == ("openai_compatible", "anthropic")
+
+
+@pytest.mark.parametrize(
+    ("host", "body", "name"),
+    [
+        ("stranger.test", b'{"answers": [1]}', ""),
+        ("stranger.test", b"not json", ""),
+        ("stranger.test", b'{"model": "m"}', "chat m"),
+        ("api.openai.com", b"not json", "chat"),
+    ],
+)
+def test_on_an_unknown_host_the_request_has_to_name_a_model(host: str, body: bytes, name: str) -> None:
+    interpreter = recognise(post(host, "/v1/chat/completions"))
+    assert interpreter is not None
+    interpreter.request_data(body)
+    interpreter.request_end()
+    assert interpreter.facts().name == name

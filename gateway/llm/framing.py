@@ -1,0 +1,166 @@
+"""How a response body is cut into events: server-sent events, JSON lines, the elements of one JSON array.
+
+Every splitter yields SseEvent (without a name where the framing has none), keeps at most one event, and empties what
+grows over its bound without losing step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final, Protocol
+
+from clrk.gateway.llm.sse import MAX_EVENT_BYTES, SseEvent, SseSplitter
+
+EVENT_STREAM: Final = "text/event-stream"
+JSON_LINES: Final = frozenset(
+    ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines", "application/jsonlines")
+)
+_STRUCTURE: Final = re.compile(rb'["\[\]{}]')
+_IN_STRING: Final = re.compile(rb'["\\]')
+_SPACE: Final = b" \t\r\n"
+
+
+class Splitter(Protocol):
+    """Cuts one body into events as it passes; feed() is to be iterated to its end."""
+
+    @property
+    def expects_lf(self) -> bool:
+        """See SseSplitter.expects_lf."""
+
+    def feed(self, chunk: bytes) -> Iterator[SseEvent]:
+        """Yield the events that end in this chunk."""
+
+    def finish(self) -> SseEvent | None:
+        """Return what the body left unterminated at its end."""
+
+
+class LineSplitter:
+    """JSON lines (NDJSON): one event a line, blank lines are none."""
+
+    expects_lf = False
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max = max_event_bytes
+        self._line = bytearray()
+        self._over = False
+
+    def feed(self, chunk: bytes) -> Iterator[SseEvent]:
+        """Yield the lines that end in this chunk."""
+        at = 0
+        while (end := chunk.find(b"\n", at)) >= 0:
+            self._add(chunk, at, end)
+            at = end + 1
+            if (event := self._take(at)) is not None:
+                yield event
+        self._add(chunk, at, len(chunk))
+
+    def finish(self) -> SseEvent | None:
+        """Return a last line without its end."""
+        return self._take(0)
+
+    def _add(self, chunk: bytes, start: int, end: int) -> None:
+        if self._over or len(self._line) + end - start > self._max:
+            self._over = True
+            self._line.clear()
+        else:
+            self._line += chunk[start:end]
+
+    def _take(self, end: int) -> SseEvent | None:
+        line = self._line.strip(_SPACE)
+        self._line.clear()
+        self._over = False
+        return SseEvent(b"", bytes(line), end) if line else None
+
+
+class ArraySplitter:
+    """One JSON array that comes element by element; a value that is no array (an error object) is one event.
+
+    Only objects and arrays are events: numbers and words between the commas mean nothing in any protocol that we read.
+    Nothing is checked beyond brackets and strings; whoever reads an event decodes it.
+    """
+
+    expects_lf = False
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max = max_event_bytes
+        self._value = bytearray()
+        self._over = False
+        self._depth = 0  # of brackets inside the current element
+        self._in_array = False
+        self._in_string = False
+        self._escaped = False  # the last byte was a backslash in a string
+
+    def feed(self, chunk: bytes) -> Iterator[SseEvent]:
+        """Yield the elements that end in this chunk."""
+        at = start = 0
+        while at < len(chunk):
+            if self._in_string:
+                at = self._string(chunk, at)
+                continue
+            mark = _STRUCTURE.search(chunk, at)
+            if mark is None:
+                break
+            at = mark.end()
+            byte = mark.group()
+            if byte == b'"':
+                self._in_string = True
+            elif byte in b"[{":
+                start = self._open(byte, start, at)
+            elif byte in b"]}":
+                if self._depth == 1:
+                    self._keep(chunk, start, at)
+                    yield self._take(at)
+                    start = at
+                self._depth = max(0, self._depth - 1)
+        self._keep(chunk, start, len(chunk))
+
+    def finish(self) -> SseEvent | None:
+        """Return nothing: an element without its end is no JSON."""
+        return None
+
+    def _open(self, byte: bytes, start: int, at: int) -> int:
+        """Take an opening bracket that ends at `at`; return where the current element begins in the chunk."""
+        if self._depth == 0 and not self._in_array and byte == b"[":
+            self._in_array = True
+            return start
+        if self._depth == 0:
+            start = at - 1
+        self._depth += 1
+        return start
+
+    def _string(self, chunk: bytes, at: int) -> int:
+        """Skip to behind the string's end, or to the chunk's."""
+        if self._escaped:
+            self._escaped = False
+            return at + 1
+        mark = _IN_STRING.search(chunk, at)
+        if mark is None:
+            return len(chunk)
+        if mark.group() == b'"':
+            self._in_string = False
+        else:
+            self._escaped = True
+        return mark.end()
+
+    def _keep(self, chunk: bytes, start: int, end: int) -> None:
+        if self._depth == 0:
+            return
+        if self._over or len(self._value) + end - start > self._max:
+            self._over = True
+            self._value.clear()
+        else:
+            self._value += chunk[start:end]
+
+    def _take(self, end: int) -> SseEvent:
+        value = bytes(self._value)
+        self._value.clear()
+        self._over = False
+        return SseEvent(b"", value, end)
+
+
+def splitter(media_type: str) -> Splitter | None:
+    """Return what cuts a body of this media type into events, None when it is one document."""
+    if media_type == EVENT_STREAM:
+        return SseSplitter()
+    return LineSplitter() if media_type in JSON_LINES else None
