@@ -81,7 +81,7 @@ class Exchange:
             await upload.prepare(self._exit.request_timeout_s)
             if upload.answer is not None and self._denies(upload.answer):
                 self._answer_instead(admitted, upload.answer)
-                return True
+                return self._continues
             await self._carry(admitted, upload)
         except RefusedError as exc:
             self._settle(None)
@@ -194,8 +194,7 @@ class Exchange:
         reframed = (upload.rewritten or download.rewrites) and not body.done and not body.until_close
         chunked = (body.chunked or reframed) and self._request.minor == 1
         self._open_ended = body.until_close or ((body.chunked or reframed) and not chunked)
-        asked_close = self._request.minor == 0 or "close" in self._request.tokens("connection")
-        self._continues = not (self._open_ended or asked_close)
+        self._continues = not (self._open_ended or self._asks_close())
         headers = forward.response_headers(
             response, chunked=chunked, drop_length=reframed, drop_coding=download.decodes, close=not self._continues
         )
@@ -260,6 +259,9 @@ class Exchange:
 
     # --- how it ends ------------------------------------------------------------------------------------------------
 
+    def _asks_close(self) -> bool:
+        return self._request.minor == 0 or "close" in self._request.tokens("connection")
+
     def _denies(self, answer: Answer) -> bool:
         """Say whether a governor's word holds: where the gateway only watches, it is noted on the span."""
         if self._exit.policy.enforces:
@@ -275,8 +277,8 @@ class Exchange:
         self._call.attributes[attr.CLRK_EGRESS_DENY_REASON] = answer.reason
         if answer.rule:
             self._call.attributes[attr.CLRK_EGRESS_ROUTE] = answer.rule
-        self._status, self._answered = answer.status, True
-        raw = render_answer(answer, head_only=self._request.method == "HEAD")
+        self._status, self._answered, self._continues = answer.status, True, not self._asks_close()
+        raw = render_answer(answer, head_only=self._request.method == "HEAD", close=not self._continues)
         self._call.response_bytes = len(answer.body)
         self._agent.write_nowait(raw)
         self._record(admitted, answer.reason, answer.message, complete=False)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from clrk.gateway.egress.guarded import GuardedInterpreter
+from clrk.gateway.egress.refusal import RefusedError
 from clrk.gateway.govern import Answer, Cut, Govern, Governor
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -28,10 +29,14 @@ def govern_guarded(govern: Govern, head: RequestHead, interpreter: Interpreter |
 
 
 class GuardedGovernor:
-    """Implements Governor over another one; after that one's first exception everything is denied."""
+    """Implements Governor over another one; after that one's first exception everything is denied.
+
+    It also keeps the order that Governor promises: who was never asked to judge has nothing to settle.
+    """
 
     def __init__(self, inner: Governor | None) -> None:
         self._inner = inner
+        self._judged = False
 
     @property
     def wants_plain_response(self) -> bool:
@@ -51,6 +56,7 @@ class GuardedGovernor:
     def judge(self, body: bytes) -> Answer | None:
         """See Governor."""
         if self._inner is not None:
+            self._judged = True
             try:
                 return self._inner.judge(body)
             except Exception:  # as above
@@ -58,8 +64,14 @@ class GuardedGovernor:
         return Answer(503, "text/plain; charset=utf-8", f"clrk: {_MESSAGE}\n".encode(), _REASON, _MESSAGE)
 
     def rewrite_request(self, body: bytes) -> bytes:
-        """See Governor. Raises: what the inner one raises; nothing has gone out yet."""
-        return body if self._inner is None else self._inner.rewrite_request(body)
+        """See Governor. Raises: RefusedError; nothing has gone out yet."""
+        if self._inner is None:
+            return body
+        try:
+            return self._inner.rewrite_request(body)
+        except Exception as exc:  # as above
+            self._failed("rewriting a request")
+            raise RefusedError(503, _REASON, _MESSAGE) from exc
 
     def response_head(self, head: ResponseHead) -> None:
         """See Governor."""
@@ -89,7 +101,7 @@ class GuardedGovernor:
 
     def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:
         """See Governor."""
-        if self._inner is not None:
+        if self._inner is not None and self._judged:
             try:
                 return self._inner.settle(facts, sent=sent)
             except Exception:  # as above; what was reserved stays spent

@@ -52,14 +52,15 @@ def render_problem(
     return head if head_only else head + content
 
 
-def render_answer(answer: Answer, *, head_only: bool = False) -> bytes:
-    """Return a governor's whole response; the connection goes on after it."""
+def render_answer(answer: Answer, *, head_only: bool, close: bool) -> bytes:
+    """Return a governor's whole response; close says that the connection ends with it."""
     head = render_head(
         f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
         [
             ("Content-Type", answer.content_type),
             *answer.headers,
             ("Content-Length", str(len(answer.body))),
+            *([("Connection", "close")] if close else []),
         ],
     )
     return head if head_only else head + answer.body

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from types import SimpleNamespace
 
 from tls_material import Authority
 
@@ -185,6 +186,7 @@ class Lab:
         rules: list[dict],
         resolver=None,
         recognise=None,
+        govern=None,
         upstream_ca: str | None = None,
         host_addresses: Sequence[str] = (),
         daemon: bool = False,
@@ -226,6 +228,8 @@ class Lab:
         self.service = EgressService(
             config=self.config, flows_fd=-1, recorder=self.recorder, flows=self.flows, **options
         )
+        if govern is not None:
+            self.service._governance.of_run = lambda _: SimpleNamespace(govern=govern)
         self.egress: RunEgress | None = None
 
     @property
