@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from clrk.gateway.globs import fits_glob
+
 _ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _MAX_DECODINGS: Final = 8
@@ -85,23 +87,9 @@ class PathPattern:
         """Say whether the pattern fits every reading of a path."""
         if not readings or not self.readings:
             return False
-        fits = _fits_glob if self.is_glob else _fits_prefix
+        fits = fits_glob if self.is_glob else _fits_prefix
         return all(fits(pattern, path) for pattern, path in zip(self.readings, readings, strict=True))
 
 
 def _fits_prefix(prefix: str, path: str) -> bool:
     return path == prefix or path.startswith(prefix if prefix.endswith("/") else prefix + "/")
-
-
-def _fits_glob(glob: str, path: str) -> bool:
-    """Match in one pass, leftmost first: no backtracking, whatever the path."""
-    first, *middle, last = glob.split("*")
-    if len(path) < len(first) + len(last) or not path.startswith(first) or not path.endswith(last):
-        return False
-    at, end = len(first), len(path) - len(last)
-    for part in middle:
-        found = path.find(part, at, end)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return True
