@@ -9,15 +9,13 @@ each byte passes at once.
 from __future__ import annotations
 
 import json
-import re
 from typing import Final
 
 from clrk.gateway.llm.body import MAX_DOCUMENT_BYTES, ResponseBody
 from clrk.gateway.llm.dialect import Dialect
+from clrk.gateway.llm.json_members import read_members
 from clrk.gateway.llm.sse import MAX_EVENT_BYTES
 
-_SPACE: Final = re.compile(r"[ \t\r\n]*")
-_DECODER: Final = json.JSONDecoder()
 _ASK: Final = '"stream_options":{"include_usage":true},'
 _DATA: Final = b"data:"
 
@@ -28,54 +26,21 @@ def ask_for_usage(body: bytes) -> bytes:
         return body
     try:
         text = body.decode()
-        first, members = _members(text)
+        first, members = read_members(text)
     except (ValueError, RecursionError):
         return body
-    if "stream" not in members or members["stream"][2] is not True:
+    if "stream" not in members or members["stream"].value is not True:
         return body
     if "stream_options" not in members:
         return (text[:first] + _ASK + text[first:]).encode()
-    start, end, options = members["stream_options"]
+    known = members["stream_options"]
+    options = known.value
     if options is None:
         options = {}
     if not isinstance(options, dict) or options.get("include_usage") is True:
         return body
     asked = json.dumps({**options, "include_usage": True}, separators=(",", ":"))
-    return (text[:start] + asked + text[end:]).encode()
-
-
-def _members(text: str) -> tuple[int, dict[str, tuple[int, int, object]]]:
-    """Return where an object's first member begins, and start, end and value of each member.
-
-    Raises: ValueError when text is not one non-empty object with distinct names. RecursionError when it is too deep.
-    """
-    found: dict[str, tuple[int, int, object]] = {}
-    at = first = _expect(text, _skip(text, 0), "{")
-    while True:
-        name, at = _DECODER.raw_decode(text, _skip(text, at))
-        if not isinstance(name, str) or name in found:
-            raise ValueError("not a name, or one that stands there twice")
-        start = _skip(text, _expect(text, _skip(text, at), ":"))
-        value, end = _DECODER.raw_decode(text, start)
-        found[name] = (start, end, value)
-        at = _skip(text, end)
-        if text[at : at + 1] != ",":
-            break
-        at += 1
-    if _skip(text, _expect(text, at, "}")) != len(text):
-        raise ValueError("something behind the object")
-    return first, found
-
-
-def _skip(text: str, at: int) -> int:
-    space = _SPACE.match(text, at)
-    return space.end() if space else at
-
-
-def _expect(text: str, at: int, char: str) -> int:
-    if text[at : at + 1] != char:
-        raise ValueError(f"no {char} at {at}")
-    return at + 1
+    return (text[: known.start] + asked + text[known.end :]).encode()
 
 
 class UsageChunkFilter:
