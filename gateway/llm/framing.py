@@ -13,9 +13,7 @@ from typing import Final, Protocol
 from clrk.gateway.llm.sse import MAX_EVENT_BYTES, SseEvent, SseSplitter
 
 EVENT_STREAM: Final = "text/event-stream"
-JSON_LINES: Final = frozenset(
-    ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines", "application/jsonlines")
-)
+JSON_LINES: Final = frozenset(f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines"))
 _STRUCTURE: Final = re.compile(rb'["\[\]{}]')
 _IN_STRING: Final = re.compile(rb'["\\]')
 _SPACE: Final = b" \t\r\n"
