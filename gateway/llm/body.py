@@ -70,9 +70,17 @@ class ResponseBody:
         self, head: ResponseHead, allowance: Allowance, framing: Callable[[str], Splitter | None] = splitter
     ) -> None:
         self._splitter = framing(media_type(head.header("content-type")))
-        self._decoder: Decoder | None = decoder(head.header("content-encoding"))
+        self._decoder: Decoder | None = decoder(
+            ",".join(value for name, value in head.headers if name.lower() == "content-encoding")
+        )
         self._document = BoundedBody(allowance)
+        self._allowance = allowance
+        self._window = 0  # of the decoder, as far as it is filled
         self._burst = False
+
+    def __del__(self) -> None:
+        """Give back the decoder's window."""
+        self._allowance.give_back(self._window)
 
     @property
     def is_stream(self) -> bool:
@@ -101,6 +109,9 @@ class ResponseBody:
         size = 0
         for piece in self._decoder.feed(chunk):
             size += len(piece)
+            if not self._fits(len(piece)):
+                self._burst = True
+                return
             if self._splitter is None:
                 self._document.add(piece)
             elif size <= MAX_BURST_BYTES or self.is_plain:
@@ -108,6 +119,14 @@ class ResponseBody:
             else:
                 self._burst = True
                 return
+
+    def _fits(self, size: int) -> bool:
+        """Take what the decoder keeps of its output from the allowance."""
+        more = min(size, self._decoder.window_bytes - self._window) if self._decoder is not None else 0
+        if more > 0 and not self._allowance.take(more):
+            return False
+        self._window += max(0, more)
+        return True
 
     def finish(self) -> SseEvent | bytes | None:
         """Return a stream's last, unterminated event, or the whole document; None when there is nothing to read."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from typing import Any
 
+import brotli
 import pytest
+import zstandard
 from llm_exchange import JSON, SSE, event, exchange, post, same_facts_however_cut
 
 from clrk.gateway.interpret import ResponseHead
@@ -220,15 +223,18 @@ def test_an_unknown_host_with_this_shape_is_read_but_not_priced() -> None:
     assert "clrk.cost.usd" not in facts.attributes
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br"])
-def test_encoded_answers(encoding: str) -> None:
-    body = gzip.compress(raw(MESSAGE))
-    facts, _, received = exchange(
-        HEAD, raw(REQUEST), ResponseHead(200, (*JSON, ("Content-Encoding", encoding))), [body]
-    )
-    assert received == body
-    assert (usage_of(facts.attributes) == (2125, 15)) is (encoding == "gzip")
-    assert ("clrk.body.usage_visible" in facts.attributes) is (encoding == "br")
+@pytest.mark.parametrize(
+    ("encoding", "pack"),
+    [("gzip", gzip.compress), ("br", brotli.compress), ("zstd", zstandard.ZstdCompressor().compress), ("x", bytes)],
+)
+def test_encoded_answers(encoding: str, pack: Callable[[bytes], bytes]) -> None:
+    for plain, head in ((raw(MESSAGE), JSON), (STREAM, SSE)):
+        body = pack(plain)
+        response = ResponseHead(200, (*head, ("Content-Encoding", encoding)))
+        facts, received = same_facts_however_cut(HEAD, raw(REQUEST), response, body)
+        assert received == body
+        assert (usage_of(facts.attributes) == (2125, 15)) is (encoding != "x")
+        assert ("clrk.body.usage_visible" in facts.attributes) is (encoding == "x")
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import zlib
 
+import brotli
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from llm_exchange import cuts
 
 from clrk.gateway.interpret import Allowance, ResponseHead
 from clrk.gateway.llm.body import BoundedBody, ResponseBody, is_json
-from clrk.gateway.llm.decompress import Inflate, decoder
+from clrk.gateway.llm.decompress import Brotli, Decoder, Inflate, Zstd, decoder
 
 TEXT = b'{"usage": {"input_tokens": 1}}' * 20
 
@@ -20,6 +22,16 @@ TEXT = b'{"usage": {"input_tokens": 1}}' * 20
 def deflate(text: bytes, wbits: int) -> bytes:
     packer = zlib.compressobj(wbits=wbits)
     return packer.compress(text) + packer.flush()
+
+
+def zstd(text: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(text)
+
+
+def zstd_bomb(blocks: int) -> bytes:
+    """A frame with a window of 8 MiB, of blocks of 4 bytes that stand for 128 KiB each (RFC 8878, 3.1.1)."""
+    block = ((128 << 10) << 3 | 1 << 1).to_bytes(3, "little") + b"x"
+    return b"\x28\xb5\x2f\xfd\x00\x68" + block * blocks
 
 
 ENCODED = {
@@ -31,6 +43,11 @@ ENCODED = {
     "gzip and padding": ("gzip", gzip.compress(TEXT) + bytes(512)),
     "zlib": ("deflate", deflate(TEXT, zlib.MAX_WBITS)),
     "raw deflate": ("deflate", deflate(TEXT, -zlib.MAX_WBITS)),
+    "br": ("br", brotli.compress(TEXT)),
+    "zstd": ("zstd", zstd(TEXT)),
+    "zstd frames": ("ZSTD", zstd(TEXT[:90]) + zstd(TEXT[90:])),
+    "gzip in br": ("gzip, br", brotli.compress(gzip.compress(TEXT))),
+    "zstd in zlib, and identity": ("identity, zstd,,deflate", deflate(zstd(TEXT), zlib.MAX_WBITS)),
     "zlib and rubbish": ("deflate", deflate(TEXT, zlib.MAX_WBITS) + b"rubbish"),
 }
 
@@ -44,7 +61,7 @@ def test_encodings_however_cut(encoding: str | None, raw: bytes) -> None:
         assert not reader.failed
 
 
-@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, br", "gzip, gzip", "compress", "\x00"])
+@pytest.mark.parametrize("encoding", ["compress", "\x00", "gzip, aws-chunked", "gzip;q=1", "gzip, gzip, gzip, gzip"])
 def test_encodings_that_are_given_up(encoding: str) -> None:
     assert decoder(encoding) is None
     body = ResponseBody(ResponseHead(200, (("Content-Encoding", encoding),)), Allowance())
@@ -53,12 +70,70 @@ def test_encodings_that_are_given_up(encoding: str) -> None:
     assert body.finish() is None
 
 
-@pytest.mark.parametrize("gzipped", [True, False])
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "br, gzip"])
 @given(rubbish=st.binary(max_size=200))
-def test_rubbish_fails_quietly(gzipped: bool, rubbish: bytes) -> None:
-    reader = Inflate(gzip=gzipped)
+def test_rubbish_fails_quietly(coding: str, rubbish: bytes) -> None:
+    reader = decoder(coding)
+    assert reader is not None
     pieces = [piece for byte in rubbish for piece in reader.feed(bytes([byte]))]
     assert sum(map(len, pieces)) < 1 << 20
+
+
+BOMBS = {
+    "gzip": (Inflate(gzip=True, max_output=30_000), gzip.compress(bytes(1 << 20))),
+    "br": (Brotli(max_output=30_000), brotli.compress(bytes(1 << 24))),
+    "zstd": (Zstd(max_output=30_000), zstd_bomb(1000)),
+}
+
+
+@pytest.mark.parametrize(("reader", "raw"), BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_given_up_at_its_bound(reader: Decoder, raw: bytes) -> None:
+    assert sum(len(piece) for piece in reader.feed(raw)) <= 30_000
+    assert reader.failed
+    assert list(reader.feed(b"more")) == []
+
+
+@pytest.mark.parametrize(
+    ("coding", "raw", "piece"),
+    [
+        ("br", brotli.compress(bytes(1 << 26)), 1 << 17),
+        ("zstd", zstd_bomb(400), 8 << 20),
+        ("zstd", zstd(bytes(1 << 25)), 8 << 20),
+        ("gzip, zstd", zstd(gzip.compress(bytes(1 << 25))), 1 << 17),
+    ],
+)
+def test_no_piece_is_large(coding: str, raw: bytes, piece: int) -> None:
+    reader = decoder(coding)
+    assert reader is not None
+    assert 0 < max(len(found) for found in reader.feed(raw)) <= piece
+
+
+def test_rubbish_behind_brotli_is_an_error_however_cut() -> None:
+    raw = brotli.compress(TEXT) + b"rubbish"
+    for chunks in cuts(raw):
+        reader = Brotli()
+        for chunk in chunks:
+            list(reader.feed(chunk))
+        assert reader.failed
+
+
+def test_a_zstd_window_over_what_a_content_coding_may_ask_for_is_refused() -> None:
+    """RFC 9659: 8 MiB. A decoder with more would take it from memory that all sandboxes share."""
+    reader = Zstd()
+    assert list(reader.feed(b"\x28\xb5\x2f\xfd\x00\x70" + zstd_bomb(1)[6:])) == []
+    assert reader.failed
+
+
+def test_a_decoders_window_is_taken_from_the_runs_allowance() -> None:
+    allowance = Allowance(limit=1 << 20)
+    head = ResponseHead(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "zstd")))
+    body = ResponseBody(head, allowance)
+    assert list(body.feed(zstd(b"data: 1\n\n")))
+    assert allowance.left == (1 << 20) - 9
+    assert list(body.feed(zstd_bomb(9))) == []
+    assert body.given_up
+    del body
+    assert allowance.left == 1 << 20
 
 
 def test_corruption_in_the_middle_is_noticed() -> None:
