@@ -28,7 +28,8 @@ demo: setup need-root ## Set up, run one traced request through real sandboxes, 
 	@examples/demo/run
 
 test: setup need-root lint lint-c type arch ## Set up and run everything: static checks, unit, kernel and e2e tests (root)
-	@CLRK_MUST_WORK=1 $(PYTEST) tests
+	@CLRK_MUST_WORK=1 $(PYTEST) -n auto --dist worksteal tests/unit tests/fuzz
+	@CLRK_MUST_WORK=1 $(PYTEST) tests/kernel tests/e2e tests/browser
 
 check: need-venv lint lint-c type arch unit ## Everything that needs no root: static checks and unit tests
 
@@ -48,7 +49,8 @@ arch: need-venv ## import-linter: who may import whom
 	@$(BIN)/lint-imports --cache-dir $(CACHE)/import-linter
 
 unit: need-venv ## Tests that need no root: unit, fuzz smoke, the page in Chromium
-	@$(PYTEST) tests/unit tests/fuzz tests/browser
+	@$(PYTEST) -n auto --dist worksteal tests/unit tests/fuzz
+	@$(PYTEST) tests/browser
 
 kernel: need-venv need-root ## Tests against the running kernel: BPF, namespaces, sandboxes (root)
 	@CLRK_MUST_WORK=1 $(PYTEST) tests/kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import itertools
 import io
 import json
 import socket
@@ -165,6 +166,7 @@ async def test_logs_and_metrics():
         ("POST", "/v1/traces", PROTOBUF | {"Host": "collector.example"}, GOOD, 403),
         ("POST", "/v1/traces", PROTOBUF | {"X-Forwarded-For": "10.0.0.1"}, GOOD, 403),
     ],
+    ids=map(str, itertools.count()),  # bodies hold the time: no name for a test
 )  # fmt: skip
 async def test_wrong_requests(method, path, headers, body, status):
     # Content-Type: aiohttp would add application/octet-stream of its own.
