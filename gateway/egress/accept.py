@@ -21,13 +21,14 @@ from clrk.core.errors import ClrkError, ProtocolError
 from clrk.gateway._aio import spawn
 from clrk.gateway.ca import LeafIssuer
 from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.egress.flows import FlowSource
 from clrk.gateway.egress.http import relay_http
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, Destination, connect_time_ns
 from clrk.gateway.egress.tcp import Admission, tunnel
 from clrk.gateway.egress.tls import peek_client_hello, peek_until
-from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, Target, error_type_of
+from clrk.gateway.egress.upstream import Target
 from clrk.gateway.names import NameTable
 from clrk.gateway.proxyv2.errors import ProxyV2Error
 from clrk.gateway.proxyv2.expect import expected_header

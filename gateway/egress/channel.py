@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from typing import Final, cast
@@ -22,12 +23,13 @@ class Channel(asyncio.Protocol):
 
     __slots__ = (
         "_chunks", "_drained", "_eof", "_error", "_idle_s", "_last", "_loop", "_on_lost", "_paused", "_reading",
-        "_size", "_tail", "_timer", "_transport", "_waiter", "received_bytes", "sent_bytes",
+        "_size", "_tail", "_timer", "_transport", "_waiter", "received_bytes", "sent_bytes", "ssl_object",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self.ssl_object: ssl.SSLObject | None = None
         self._chunks: list[bytes] = []
         self._size = 0
         self._eof = False
@@ -47,8 +49,9 @@ class Channel(asyncio.Protocol):
     # --- asyncio.Protocol -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the transport."""
+        """Take the transport; a TLS handshake is over by now."""
         self._transport = cast(asyncio.Transport, transport)
+        self.ssl_object = transport.get_extra_info("ssl_object")
 
     def data_received(self, data: bytes) -> None:
         """Keep bytes for the reader."""
@@ -229,12 +232,31 @@ class Channel(asyncio.Protocol):
         """Call back once when the connection is gone; None takes it back."""
         self._on_lost = callback
 
+    # --- what it becomes --------------------------------------------------------------------------------------------
+
+    def begin_again(self, rest: bytes) -> None:
+        """Forget what was exchanged up to here, a proxy's handshake; rest came behind it."""
+        self.sent_bytes, self.received_bytes = 0, len(rest)
+        self.unread(rest)
+
+    async def start_tls(self, context: ssl.SSLContext, server_name: str) -> Channel:
+        """Return the channel inside TLS to the peer; this one is over. Raises: OSError, and then it is closed."""
+        transport = self._transport
+        if transport is None or self._error is not None:
+            raise self._error or ConnectionResetError("connection closed")
+        inner = Channel()
+        secure = await self._loop.start_tls(transport, inner, context, server_hostname=server_name)
+        if secure is None:
+            raise ConnectionResetError("connection closed")
+        inner.connection_made(secure)
+        return inner
+
     # --- what it is -------------------------------------------------------------------------------------------------
 
     @property
     def is_tls(self) -> bool:
         """Say whether the stream is encrypted."""
-        return self._transport is not None and self._transport.get_extra_info("ssl_object") is not None
+        return self.ssl_object is not None
 
     @property
     def is_idle_and_open(self) -> bool:

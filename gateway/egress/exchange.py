@@ -19,6 +19,7 @@ from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted, admit
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.download import Download
+from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of, explain
 from clrk.gateway.egress.http1 import (
     Body,
     HeadReader,
@@ -35,7 +36,6 @@ from clrk.gateway.egress.record import Call
 from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem
 from clrk.gateway.egress.tcp import tunnel
 from clrk.gateway.egress.upload import AgentGoneError, Upload
-from clrk.gateway.egress.upstream import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.govern import Answer, Cut, Governor
 from clrk.gateway.interpret import Facts
 from clrk.gateway.telemetry import attributes as attr
@@ -304,7 +304,7 @@ class Exchange:
             self._agent.abort()
             return
         kind = exc.code if isinstance(exc, ProtocolError) else error_type_of(exc)
-        message = f"{admitted.target.label}: {exc}"
+        message = f"{admitted.target.label}: {explain(exc)}"
         if self._answered:
             self._record(admitted, kind, message, complete=False)
             self._cut()

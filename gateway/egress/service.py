@@ -20,6 +20,7 @@ from clrk.gateway.egress.addresses import AddressGuard
 from clrk.gateway.egress.capture import MAX_KEPT_BYTES, Capture
 from clrk.gateway.egress.flows import FlowMap, FlowSource
 from clrk.gateway.egress.origin import Exit, Recognise
+from clrk.gateway.egress.proxy import Proxy
 from clrk.gateway.egress.record import EgressSpans
 from clrk.gateway.egress.resolve import Resolver, system_resolver
 from clrk.gateway.egress.tls import upstream_context
@@ -78,6 +79,8 @@ class EgressService:
             guard=AddressGuard(self._config.host_addresses, is_local_address),
             context=self._contexts[self._ca_pem(run.gateway)],
             resolver=self._resolver,
+            proxy=_proxy(run.gateway),
+            secrets=lambda: self._config.secrets,
         )
         timeout_s = run.gateway.spec.request_timeout if run.gateway is not None else _NO_GATEWAY_TIMEOUT_S
         spans = EgressSpans(run.identity, self._recorder)
@@ -129,6 +132,11 @@ class EgressService:
         if gateway is None:
             return None
         return self._config.upstream_ca_pem.get(f"{gateway.metadata.namespace}/{gateway.metadata.name}")
+
+
+def _proxy(gateway: EgressGateway | None) -> Proxy | None:
+    spec = gateway.spec.upstream_proxy if gateway is not None else None
+    return Proxy.compile(spec, gateway.metadata.namespace) if gateway is not None and spec is not None else None
 
 
 def _new_capture(gateway: EgressGateway | None) -> Callable[[], Capture] | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
-from typing import Final, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final, TypeVar
 
 from clrk.core.errors import ProtocolError
 from clrk.gateway.egress.client_hello import MAX_HELLO_SIZE, ClientHello, parse_client_hello
@@ -16,12 +18,46 @@ T = TypeVar("T")
 _PEEK_SIZE: Final = MAX_HELLO_SIZE + 1024
 
 
+_SESSION: Final[ContextVar[ssl.SSLSession | None]] = ContextVar("session of the next handshake", default=None)
+
+
+class _ResumingContext(ssl.SSLContext):
+    """Takes up the session of resume_with: neither asyncio nor uvloop has a parameter for it.
+
+    Both call wrap_bio() in the context (contextvars) of whoever opened the connection, and uvloop takes no other name
+    than an exact str, so a context variable is the one way in.
+    """
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """Make the TLS object of a connection."""
+        return super().wrap_bio(*args, **options | {"session": _SESSION.get()})
+
+
+@contextmanager
+def resume_with(session: ssl.SSLSession | None) -> Iterator[None]:
+    """Offer a session, of the same context and the same name, in the TLS handshake that is begun inside."""
+    token = _SESSION.set(session)
+    try:
+        yield
+    finally:
+        _SESSION.reset(token)
+
+
+def session_of(tls: ssl.SSLObject | None) -> ssl.SSLSession | None:
+    """Return what a later handshake can resume; None while the upstream has sent no ticket, and where it never does."""
+    session = tls.session if tls is not None else None
+    if session is None or tls is None or (tls.version() == "TLSv1.3" and not session.has_ticket):
+        return None
+    return session
+
+
 def upstream_context(extra_ca_pem: str | None) -> ssl.SSLContext:
     """Return a verifying client context: the system's roots, and the operator's. Cost: tens of milliseconds.
 
     Raises: ssl.SSLError when the PEM text holds no certificate.
     """
-    context = ssl.create_default_context()
+    context = _ResumingContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies chain and name
+    context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     if extra_ca_pem:

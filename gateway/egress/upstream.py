@@ -1,64 +1,43 @@
 """Connections to upstreams: resolve here, refuse dangerous addresses, dial only what was resolved, verify TLS, pool.
 
-A pool belongs to one run: no two sandboxes ever share an upstream connection, so none can see or upset another's.
+A pool belongs to one run: no two sandboxes ever share an upstream connection or a TLS session, so none can see or
+upset another's. With an upstreamProxy a name is the proxy's to resolve, since this host often can not; where it can,
+the addresses that it finds are judged all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
 from aiohappyeyeballs import start_connection
 
-from clrk.core.errors import ClrkError
+from clrk.core.errors import ProtocolError
 from clrk.core.wire import IPAddress
 from clrk.gateway.egress.addresses import AddressGuard
 from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of, explain
+from clrk.gateway.egress.http1 import HeadReader
+from clrk.gateway.egress.proxy import Proxy, authority, check_answer, render_connect
 from clrk.gateway.egress.resolve import LimitedResolver, Resolver
+from clrk.gateway.egress.tls import resume_with, session_of
 from clrk.gateway.policy import EgressPolicy
 
 CONNECT_TIMEOUT_S: Final = 10.0
 HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # RFC 8305, section 5
 POOL_IDLE_S: Final = 30.0
 POOL_SIZE: Final = 32  # idle connections of one run
+PROXY_ANSWER_S: Final = 30.0  # the proxy connects meanwhile, with a timeout of its own
+LOCAL_LOOKUP_S: Final = 2.0  # of a name that the proxy resolves
+UNRESOLVED_S: Final = 60.0  # a name that this host can not resolve is not asked for again
+MAX_REMEMBERED: Final = 256  # sessions, and unresolved names, of one run
 
-# X509_V_ERR_*: openssl/x509_vfy.h
-_TLS_ERRORS: Final = {
-    9: "tls_certificate_not_yet_valid",
-    10: "tls_certificate_expired",
-    18: "tls_unknown_ca",
-    19: "tls_unknown_ca",
-    20: "tls_unknown_ca",
-    21: "tls_unknown_ca",
-    62: "tls_wrong_host",
-    64: "tls_wrong_host",
-}
-
-
-class DialDeniedError(ClrkError):
-    """Policy, or the gateway's own rules, forbid the destination.
-
-    Shape: reason is stable; rule decided; hint is a rule that would allow it.
-    """
-
-    def __init__(self, reason: str, message: str, hint: str = "", rule: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.hint = hint
-        self.rule = rule
-
-
-class DialFailedError(ClrkError):
-    """The upstream can not be reached. Shape: error_type is stable and low-cardinality."""
-
-    def __init__(self, error_type: str, message: str) -> None:
-        super().__init__(message)
-        self.error_type = error_type
+Secrets = Callable[[], Mapping[str, Mapping[str, str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,39 +66,29 @@ def is_local_address(address: IPAddress) -> bool:
     return True
 
 
-def error_type_of(exc: BaseException) -> str:
-    """Return the error.type of a failed connection or exchange."""
-    match exc:
-        case ssl.SSLCertVerificationError():
-            return _TLS_ERRORS.get(exc.verify_code, "tls_certificate_invalid")
-        case ssl.SSLError():
-            return "tls_handshake"
-        case socket.gaierror() | UnicodeError():  # what can not be written as a DNS name
-            return "dns"
-        case ConnectionRefusedError():
-            return "connection_refused"
-        case TimeoutError():
-            return "timeout"
-        case ConnectionError():
-            return "connection_reset"
-        case OSError() if exc.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL):
-            return "unreachable"
-        case _:
-            return "_OTHER"
-
-
 class Upstream:
     """Dials for one run, and keeps idle connections."""
 
     def __init__(
-        self, *, policy: EgressPolicy, guard: AddressGuard, context: ssl.SSLContext, resolver: Resolver
+        self,
+        *,
+        policy: EgressPolicy,
+        guard: AddressGuard,
+        context: ssl.SSLContext,
+        resolver: Resolver,
+        proxy: Proxy | None = None,
+        secrets: Secrets = dict,
     ) -> None:
         self._policy = policy
         self._guard = guard
         self._context = context
         self._resolver = LimitedResolver(resolver)
+        self._proxy = proxy
+        self._secrets = secrets
         self._idle: dict[Target, list[Channel]] = {}
         self._idle_count = 0
+        self._sessions: dict[Target, ssl.SSLSession] = {}
+        self._unresolved: dict[str, float] = {}
         self._closed = False
 
     async def acquire(self, target: Target) -> tuple[Channel, bool]:
@@ -140,6 +109,8 @@ class Upstream:
 
     def release(self, target: Target, channel: Channel) -> None:
         """Take back a connection whose exchange ended cleanly."""
+        if target.server_name is not None and target not in self._sessions:
+            self._remember(target, channel)
         if self._closed or self._idle_count >= POOL_SIZE or not channel.is_idle_and_open:
             channel.close()
             return
@@ -151,13 +122,15 @@ class Upstream:
 
     async def dial(self, target: Target) -> Channel:
         """Open a new connection. Raises: DialDeniedError, DialFailedError."""
+        if (proxy := self._proxy_of(target)) is not None:
+            return await self._dial_through(proxy, target)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 addresses = await self._addresses(target)
                 return await self._connect(target, addresses)
         except (OSError, UnicodeError) as exc:
             kind = error_type_of(exc)
-            raise DialFailedError(kind, f"connect to {target.label}: {kind}: {exc}") from exc
+            raise DialFailedError(kind, f"connect to {target.label}: {kind}: {explain(exc)}") from exc
 
     def close(self) -> None:
         """Drop every idle connection."""
@@ -173,32 +146,103 @@ class Upstream:
             if target.server_name is None:
                 _, channel = await loop.create_connection(Channel, sock=sock)
             else:
-                _, channel = await loop.create_connection(
-                    Channel, sock=sock, ssl=self._context, server_hostname=target.server_name
-                )
+                with resume_with(self._sessions.pop(target, None)):
+                    _, channel = await loop.create_connection(
+                        Channel, sock=sock, ssl=self._context, server_hostname=target.server_name
+                    )
         except BaseException:
             sock.close()
             raise
         return channel
 
+    def _remember(self, target: Target, channel: Channel) -> None:
+        """Keep the session for the next handshake; each is used once (RFC 8446, appendix C.4)."""
+        session = session_of(channel.ssl_object)
+        if session is not None and len(self._sessions) < MAX_REMEMBERED:
+            self._sessions[target] = session
+
+    # --- through the proxy ------------------------------------------------------------------------------------------
+
+    def _proxy_of(self, target: Target) -> Proxy | None:
+        """Return the proxy if the target goes through it; hostAliases never do."""
+        proxy = self._proxy
+        if proxy is None or not proxy.carries(target.name, target.address):
+            return None
+        return None if target.name is not None and self._policy.alias(target.name) is not None else proxy
+
+    async def _dial_through(self, proxy: Proxy, target: Target) -> Channel:
+        authorization = proxy.authorization(self._secrets())
+        await self._judge_for_proxy(target)
+        host = target.name or str(target.address)
+        where = authority(host, target.port)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                channel = await self._reach(proxy)
+            async with asyncio.timeout(PROXY_ANSWER_S):
+                await _ask_for_tunnel(channel, proxy, where, authorization, speaks_first=target.server_name is None)
+        except (OSError, UnicodeError) as exc:
+            kind = f"proxy_{error_type_of(exc)}"
+            raise DialFailedError(kind, f"proxy {proxy.label} for {where}: {kind}: {explain(exc)}") from exc
+        if target.server_name is None:
+            return channel
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                with resume_with(self._sessions.pop(target, None)):
+                    return await channel.start_tls(self._context, target.server_name)
+        except OSError as exc:
+            kind = error_type_of(exc)
+            raise DialFailedError(kind, f"{where} through proxy {proxy.label}: {kind}: {explain(exc)}") from exc
+
+    async def _reach(self, proxy: Proxy) -> Channel:
+        """Connect to the proxy itself, wherever it is: its address is the operator's word."""
+        addresses = await self._resolver(proxy.host, proxy.port)
+        target = Target(proxy.host, addresses[0], proxy.port, proxy.host if proxy.is_tls else None)
+        return await self._connect(target, [(address, proxy.port) for address in addresses])
+
+    async def _judge_for_proxy(self, target: Target) -> None:
+        """Refuse what the guard refuses, as far as this host can see it. Raises: DialDeniedError."""
+        loop = asyncio.get_running_loop()
+        if target.name is None:
+            found = [target.address]
+        elif self._unresolved.get(target.name, 0.0) > loop.time():
+            return
+        else:
+            try:
+                async with asyncio.timeout(LOCAL_LOOKUP_S):
+                    found = await self._resolver(target.name, target.port)
+            except (OSError, UnicodeError):  # the usual case behind a proxy: only the proxy can resolve it
+                found = []
+            if not found:
+                while len(self._unresolved) >= MAX_REMEMBERED:
+                    self._unresolved.pop(next(iter(self._unresolved)))
+                self._unresolved[target.name] = loop.time() + UNRESOLVED_S
+        _, refusals = self._judge(found, target.port)
+        if refusals:  # one is enough: which of them the proxy would take, nobody knows
+            raise _refused(target, *refusals[0])
+
+    # --- addresses --------------------------------------------------------------------------------------------------
+
     async def _addresses(self, target: Target) -> list[tuple[IPAddress, int]]:
         if target.name is not None and (alias := self._policy.alias(target.name)) is not None:
             return [(ip_address(alias[0]), alias[1])]
         found = [target.address] if target.name is None else await self._resolver(target.name, target.port)
+        allowed, refusals = self._judge(found, target.port)
+        if allowed:
+            return [(address, target.port) for address in allowed]
+        if not refusals:
+            raise DialFailedError("dns", f"{target.label} has no address")
+        raise _refused(target, *refusals[0])
+
+    def _judge(self, found: Sequence[IPAddress], port: int) -> tuple[list[IPAddress], list[tuple[IPAddress, str]]]:
+        """Split addresses into those that may be dialled, and the others with the reason."""
         allowed, refusals = [], []
         for address in found:
             refusal = self._guard.refusal(address)
-            if refusal is None or self._policy.names_address(address, target.port):
-                allowed.append((address, target.port))
+            if refusal is None or self._policy.names_address(address, port):
+                allowed.append(address)
             else:
                 refusals.append((address, refusal))
-        if allowed:
-            return allowed
-        if not refusals:
-            raise DialFailedError("dns", f"{target.label} has no address")
-        address, refusal = refusals[0]
-        hint = f'- cidrs: ["{address}/{address.max_prefixlen}"]\n  ports: [{target.port}]\n'
-        raise DialDeniedError(f"address_{refusal}", f"{target.label} is at {address}, a {refusal} address", hint)
+        return allowed, refusals
 
     def _forget(self, target: Target, channel: Channel) -> None:
         idle = self._idle.get(target, [])
@@ -207,6 +251,43 @@ class Upstream:
             self._idle_count -= 1
         if not idle:
             self._idle.pop(target, None)
+
+
+async def _ask_for_tunnel(
+    channel: Channel, proxy: Proxy, target: str, authorization: str, *, speaks_first: bool
+) -> None:
+    """Turn a connection to the proxy into one to the target; broken unless that worked.
+
+    Shape: speaks_first says that bytes of the target may come right behind the proxy's answer.
+    Raises: DialFailedError, OSError.
+    """
+    try:
+        await channel.write(render_connect(target, authorization))
+        reader = HeadReader()
+        while (found := _feed(reader, await channel.read(), proxy)) is None:
+            continue
+        head, rest = found
+        check_answer(head, proxy, target)
+        if rest and not speaks_first:
+            raise DialFailedError("proxy_bad_response", f"proxy {proxy.label}: bytes of its own inside the tunnel")
+    except BaseException:
+        channel.abort()
+        raise
+    channel.begin_again(rest)
+
+
+def _feed(reader: HeadReader, data: bytes, proxy: Proxy) -> tuple[bytes, bytes] | None:
+    if not data:
+        raise DialFailedError("proxy_connection_reset", f"proxy {proxy.label} closed the connection without an answer")
+    try:
+        return reader.feed(data)
+    except ProtocolError as exc:
+        raise DialFailedError("proxy_bad_response", f"proxy {proxy.label}: no HTTP answer: {exc}") from exc
+
+
+def _refused(target: Target, address: IPAddress, refusal: str) -> DialDeniedError:
+    hint = f'- cidrs: ["{address}/{address.max_prefixlen}"]\n  ports: [{target.port}]\n'
+    return DialDeniedError(f"address_{refusal}", f"{target.label} is at {address}, a {refusal} address", hint)
 
 
 def _address_info(

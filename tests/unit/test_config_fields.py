@@ -7,6 +7,7 @@ import pytest
 from resource_files import AGENT, GATEWAY, HEAD, documents, problems_of
 
 from clrk.core.resources import NOT_YET_FIELDS
+from clrk.runtime.config.load import load
 
 # --- head -----------------------------------------------------------------------------------------------------------
 
@@ -181,3 +182,23 @@ def test_field_of_the_runtime(tmp_path, spec, problem):
 def test_names_are_dns_labels(tmp_path, name):
     (found,) = problems_of(tmp_path, AGENT.replace("{name: a}", f"{{name: {name}}}"))
     assert f"metadata.name: {name!r} is not a DNS label" in found
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["proxy:3128", "ftp://proxy", "http://user:word@proxy", "http://proxy/path", "http://proxy:99999", "http://:1"],
+)
+def test_what_is_no_proxy(tmp_path, url):
+    (found,) = problems_of(tmp_path, GATEWAY + f'spec: {{upstreamProxy: {{url: "{url}"}}}}\n')
+    assert "spec.upstreamProxy.url" in found
+    assert "user:word" not in found  # a password that somebody wrote there is not printed
+
+
+def test_no_proxy_takes_names_and_networks(tmp_path):
+    text = (
+        GATEWAY + "spec: {upstreamProxy: {url: 'http://p:3128', noProxy: ['*.corp', 10.0.0.0/8, 'fd00::/8', '::1']}}\n"
+    )
+    (tmp_path / "good.yaml").write_text(text)
+    (gateway,) = load([tmp_path / "good.yaml"]).gateways.values()
+    assert list(map(str, gateway.spec.upstream_proxy.no_proxy)) == ["*.corp", "10.0.0.0/8", "fd00::/8", "::1/128"]
+    assert "noProxy" in problems_of(tmp_path, text.replace("10.0.0.0/8", "10.0.0.1/8"))[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from clrk.core.values import (
     DnsLabel,
@@ -68,16 +69,27 @@ class ProxyCredentials(Model):
     name: DnsLabel
 
 
+def _check_proxy_url(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        usable = bool(url.hostname) and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{value!r} is not the URL of a proxy; write for example http://proxy.corp.example:3128")
+    return value
+
+
 class UpstreamProxy(Model):
     """A proxy between this host and upstreams: every upstream connection is a CONNECT through it (RFC 9110, 9.3.6).
 
-    Shape: url is http://host[:port] or https://host[:port]. noProxy names hosts that are dialled directly, beside
-        those of hostAliases.
+    Shape: url is http://host[:port] or https://host[:port]; without a port 80 or 443. noProxy is what is dialled
+        directly, beside the names of hostAliases: host patterns for names, networks for addresses that an agent dials.
     """
 
-    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+/?$")]
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+/?$"), AfterValidator(_check_proxy_url)]
     secret_ref: ProxyCredentials | None = None
-    no_proxy: list[HostPattern] = []
+    no_proxy: list[Annotated[IPv4Network | IPv6Network | HostPattern, Field(union_mode="left_to_right")]] = []
 
 
 UsdPerMillion = Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)]

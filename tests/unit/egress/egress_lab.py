@@ -188,6 +188,7 @@ class Lab:
         recognise=None,
         govern=None,
         upstream_ca: str | None = None,
+        secrets: dict[str, dict[str, str]] | None = None,
         host_addresses: Sequence[str] = (),
         daemon: bool = False,
     ) -> None:
@@ -210,7 +211,7 @@ class Lab:
             routes=[EgressL4Route.model_validate(route) for route in routes],
             ca_cert_pem=self.ca.cert_pem, ca_key_pem=self.ca.key_pem,
             upstream_ca_pem={"default/default": upstream_ca} if upstream_ca else {},
-            host_addresses=list(host_addresses),
+            host_addresses=list(host_addresses), secrets=secrets or {},
         )  # fmt: skip
         self.identity = Identity(
             new_invocation_id(), "TaskAgent", "default", "agent", agent.uid, agent.revision, SandboxId("0badcafe"),

@@ -120,7 +120,7 @@ def expired(theirs: Authority) -> ssl.SSLContext:
         (expired, True, "tls_certificate_expired"),
         (lambda theirs: theirs.server_context(["wrong.example.com"]), True, "tls_wrong_host"),
         (lambda theirs: theirs.server_context([NAME]), False, "tls_unknown_ca"),
-        (lambda theirs: None, True, "tls_handshake"),
+        (lambda theirs: None, True, "tls_not_spoken"),
     ],
     ids=["expired", "wrong-host", "unknown-ca", "not-tls"],
 )
