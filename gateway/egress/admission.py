@@ -21,7 +21,7 @@ from clrk.gateway.trace_context import parse_trace_context
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that may go out. context is what the upstream continues: our span."""
+    """A request that may go out. context is what the upstream continues: our span. upgrade: "" for none."""
 
     request: Request
     head: RequestHead
@@ -30,7 +30,7 @@ class Admitted:
     interpreter: Interpreter | None
     governor: Governor | None
     context: TraceContext
-    upgrade: bool
+    upgrade: str
 
 
 def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitted:
@@ -47,10 +47,9 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     head = RequestHead(request.method, origin.scheme, verified, destination.port, path, query, request.headers)
     call.attributes.update(request_attributes(head))  # refused or not, the span says what was asked for
     _check_names(origin, name, port)
-    _check_policy(way_out, origin, head)
-    upgrade = forward.wants_websocket(request)
+    is_open = _check_policy(way_out, origin, head)
     server_name = verified if origin.is_tls else None
-    interpreter = None if upgrade else recognise_guarded(way_out.recognise, head)
+    interpreter = recognise_guarded(way_out.recognise, head)
     return Admitted(
         request=request,
         head=head,
@@ -59,7 +58,7 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
         interpreter=interpreter,
         governor=govern_guarded(way_out.govern, head, interpreter),
         context=_continue_trace(way_out, request, call),
-        upgrade=upgrade,
+        upgrade=forward.asked_upgrade(request, is_open=is_open),
     )
 
 
@@ -75,17 +74,19 @@ def _check_names(origin: Origin, host: str | None, port: int | None) -> None:
         raise RefusedError(421, "port_mismatch", f"connected to port {destination.port}, but Host has {port}")
 
 
-def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> None:
+def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> bool:
+    """Return whether every request to the destination is allowed. Raises: RefusedError when this one is not."""
     destination = origin.destination
     # A real address was chosen by the agent, so no name that it presents may vouch for it.
     address = None if destination.name is not None else destination.address
     if way_out.is_open(destination.name, address, destination.port):
-        return
+        return True
     verdict = way_out.policy.request(destination.name, address, destination.port, head.method, head.path)
     if not verdict.allowed:
         what = f"{head.method} {destination.host}:{destination.port}"
         message = f"{what} is not allowed ({verdict.reason}); add a rule to an EgressL4Route to allow it"
         raise RefusedError(403, verdict.reason, message, rule=verdict.rule, hint=verdict.hint)
+    return False
 
 
 def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext:

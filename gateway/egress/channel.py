@@ -136,7 +136,7 @@ class Channel(asyncio.Protocol):
         """Send bytes; waits while the peer does not keep up. Raises: OSError when the connection is gone."""
         self.write_nowait(data)
         if self._paused:
-            await self._drain()
+            await self.drain()
 
     def write_nowait(self, data: bytes) -> None:
         """Send bytes without waiting. Raises: OSError when the connection is gone."""
@@ -148,7 +148,8 @@ class Channel(asyncio.Protocol):
         if self._timer is not None:
             self._last = self._loop.time()
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
+        """Wait until the peer has taken enough of what was written. Raises: OSError when the connection is gone."""
         while self._paused:
             self._check()
             self._drained = self._loop.create_future()
@@ -262,6 +263,11 @@ class Channel(asyncio.Protocol):
     def is_idle_and_open(self) -> bool:
         """Say whether the connection can carry a new exchange: open, nothing unread, no end in sight."""
         return not (self._eof or self._tail or self._size or self._error) and self._transport is not None
+
+    @property
+    def is_paused(self) -> bool:
+        """Say whether the peer does not keep up with what is written."""
+        return self._paused
 
     @property
     def is_broken(self) -> bool:

@@ -20,12 +20,11 @@ from clrk.gateway.egress.admission import Admitted, admit
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.download import Download
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of, explain
+from clrk.gateway.egress.forward import Framing
 from clrk.gateway.egress.http1 import (
     Body,
-    HeadReader,
     Request,
     Response,
-    parse_response,
     render_chunk,
     render_head,
     render_last_chunk,
@@ -34,6 +33,7 @@ from clrk.gateway.egress.http1 import (
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call
 from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem
+from clrk.gateway.egress.reply import read_final_head
 from clrk.gateway.egress.tcp import tunnel
 from clrk.gateway.egress.upload import AgentGoneError, Upload
 from clrk.gateway.govern import Answer, Cut, Governor
@@ -42,7 +42,6 @@ from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import SpanEvent
 
 _REPEATABLE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
-MAX_INTERIM: Final = 64  # responses before the final one: an endless row of them would be no answer, at full speed
 
 
 class _DeadPooledError(Exception):
@@ -62,6 +61,7 @@ class Exchange:
         self._sent_at = 0.0
         self._governor: Governor | None = None  # until it has settled
         self._cut_short: Cut | None = None
+        self._switched = False  # what is said now is no HTTP
         self._capture = way_out.new_capture() if way_out.new_capture is not None else None
 
     async def run(self) -> bool:
@@ -134,14 +134,15 @@ class Exchange:
                 upload.send_head(upstream)
                 if not upload.done:
                     sending = spawn(upload.run(upstream), name="egress-upload")
-                response = await self._response_head(admitted, upstream)
+                response = await read_final_head(upstream, admitted.upgrade, lambda it: self._interim(it, upload))
+                self._call.attributes[attr.NETWORK_PROTOCOL_VERSION] = f"1.{response.minor}"
             except ConnectionError as exc:
                 if repeatable and not isinstance(exc, AgentGoneError):
                     raise _DeadPooledError from exc
                 raise
             reusable = await self._relay(admitted, upload, upstream, response)
-            if sending is not None and reusable:
-                await sending  # the upstream has answered and goes on reading
+            if sending is not None and reusable:  # the upstream has answered and goes on reading
+                await _end_of(sending, upstream)
                 reusable = upload.done
         finally:
             self._agent.on_lost(None)
@@ -154,29 +155,12 @@ class Exchange:
             else:
                 upstream.abort()
 
-    async def _response_head(self, admitted: Admitted, upstream: Channel) -> Response:
-        """Return the final response head; what comes before it (RFC 9110, section 15.2) is passed on."""
-        reader, interim = HeadReader(), 0
-        while True:
-            data = await upstream.read()
-            if not data:
-                raise ConnectionResetError("the upstream closed the connection without an answer")
-            while (found := reader.feed(data)) is not None:
-                head, data = found
-                response = parse_response(head)
-                self._call.attributes[attr.NETWORK_PROTOCOL_VERSION] = f"1.{response.minor}"
-                if response.status >= 200 or (response.status == 101 and admitted.upgrade):
-                    upstream.unread(data)
-                    return response
-                if response.status == 101:
-                    raise ProtocolError("upgrade", "the upstream switched protocols unasked")
-                interim += 1
-                if interim > MAX_INTERIM:
-                    raise ProtocolError("interim", f"over {MAX_INTERIM} responses before the final one")
-                if response.status != 100 and self._request.minor == 1:
-                    await self._agent.write(head + b"\r\n")
-                if not data:
-                    break
+    async def _interim(self, response: Response, upload: Upload) -> None:
+        """Pass on a response that comes before the final one, unless it answers what was answered already."""
+        if self._request.minor == 0 or (response.status == 100 and upload.answered_expect):
+            return
+        headers = forward.response_headers(response, framing=Framing.AS_SENT)
+        await self._agent.write(render_head(f"HTTP/1.1 {response.status} {response.reason}", headers))
 
     # --- the response coming down -----------------------------------------------------------------------------------
 
@@ -185,68 +169,96 @@ class Exchange:
         self._status = response.status
         download = Download(admitted, self._capture, self._elapsed)
         if response.status == 101:
+            if not upload.done:
+                raise ProtocolError("upgrade", "the upstream switched protocols before the request was complete")
             download.head(response, None)
             await self._switch(upstream, response)
             return False
         body = response_body(response, self._request.method)
         download.head(response, body)
-        # A rewritten request may have an answer from which bytes are withheld: its length is not known yet.
-        reframed = (upload.rewritten or download.rewrites) and not body.done and not body.until_close
-        chunked = (body.chunked or reframed) and self._request.minor == 1
-        self._open_ended = body.until_close or ((body.chunked or reframed) and not chunked)
-        self._continues = not (self._open_ended or self._asks_close())
+        framing = self._framing(admitted, body, response, rewrites=upload.rewritten or download.rewrites)
+        self._open_ended = body.until_close or framing is Framing.DECODED
+        ends = response.minor == 0 or "close" in response.tokens("connection")
+        asked_close = self._request.minor == 0 or "close" in self._request.tokens("connection")
+        self._continues = not (self._open_ended or asked_close or ends)
         headers = forward.response_headers(
-            response, chunked=chunked, drop_length=reframed, drop_coding=download.decodes, close=not self._continues
+            response, framing=framing, drop_coding=download.decodes, close=not self._continues
         )
         pending = [render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)]
-        await self._stream(download, body, upstream, pending, chunked=chunked)
+        await self._stream(download, body, upstream, pending, framing)
         if download.cut is not None:
             self._cut_short, self._continues = download.cut, False
             return False
         upstream.unread(body.rest)
-        return response.minor == 1 and not body.until_close and "close" not in response.tokens("connection")
+        return not (ends or body.until_close)
+
+    def _framing(self, admitted: Admitted, body: Body, response: Response, *, rewrites: bool) -> Framing:
+        """Decide how the body goes on: as it came, unless somebody may change it, or the agent can not read it so."""
+        if body.done or body.until_close:
+            stands = self._request.method == "HEAD" or response.status == 304  # for what GET would have got
+            return Framing.CHUNKED if stands and response.values("transfer-encoding") else Framing.AS_SENT
+        if (body.chunked or rewrites) and self._request.minor == 0:
+            return Framing.DECODED
+        # A governor may end the answer anywhere, and can do so only between chunks of ours.
+        if rewrites or (body.chunked and admitted.governor is not None):
+            return Framing.REWRITTEN
+        return Framing.CHUNKED if body.chunked else Framing.AS_SENT
 
     async def _stream(
-        self, download: Download, body: Body, upstream: Channel, pending: list[bytes], *, chunked: bool
+        self, download: Download, body: Body, upstream: Channel, pending: list[bytes], framing: Framing
     ) -> None:
         """Carry the body to its end, or to where its governor cuts it: cleanly, if the framing can say so."""
+        chunked = not body.done and framing in (Framing.CHUNKED, Framing.REWRITTEN)
         while not body.done:
             data = upstream.read_nowait()
             if not data:
-                await self._flush(pending)
+                await self._flush(pending, upstream)
                 data = await upstream.read()
                 if not data:
                     body.eof()
                     break
-            self._push(pending, download.data(body.feed(data)), chunked=chunked)
+            piece = body.feed(data)
+            out = download.data(piece)
+            if framing is Framing.CHUNKED:
+                self._call.response_bytes += len(piece)
+                if framed := body.framed(piece):
+                    pending.append(framed)
+            else:
+                self._push(pending, out, framing)
             if download.cut is not None:
                 break
             if len(pending) > 1 or not self._answered:
-                await self._flush(pending)
+                await self._flush(pending, upstream)
         if download.cut is None:
-            self._push(pending, download.end(), chunked=chunked)
+            self._push(pending, download.end(), framing)
         if chunked:
             pending.append(render_last_chunk(body.trailers))
-        await self._flush(pending)
+        await self._flush(pending, upstream)
         if download.cut is not None and not chunked:
             self._cut()
 
-    def _push(self, pending: list[bytes], piece: bytes, *, chunked: bool) -> None:
+    def _push(self, pending: list[bytes], piece: bytes, framing: Framing) -> None:
         if piece:
             self._call.response_bytes += len(piece)
-            pending.append(render_chunk(piece) if chunked else piece)
+            pending.append(render_chunk(piece) if framing is Framing.REWRITTEN else piece)
 
-    async def _flush(self, pending: list[bytes]) -> None:
+    async def _flush(self, pending: list[bytes], upstream: Channel) -> None:
         if pending:
             self._answered = True
             data = pending[0] if len(pending) == 1 else b"".join(pending)
             pending.clear()
-            await self._agent.write(data)
+            self._agent.write_nowait(data)
+            if self._agent.is_paused:  # the upstream can say nothing meanwhile, so its clock stands
+                upstream.set_idle_timeout(0)
+                self._agent.set_idle_timeout(self._exit.request_timeout_s)
+                await self._agent.drain()
+                self._agent.set_idle_timeout(0)
+                upstream.set_idle_timeout(self._exit.request_timeout_s)
 
     async def _switch(self, upstream: Channel, response: Response) -> None:
         """Become a tunnel (RFC 9110, section 15.2.2)."""
-        headers = forward.response_headers(response, chunked=False, drop_length=False, drop_coding=False, close=False)
-        self._answered, self._continues = True, False
+        headers = forward.response_headers(response, framing=Framing.AS_SENT)
+        self._answered, self._continues, self._switched = True, False, True
         self._agent.on_lost(None)
         upstream.set_idle_timeout(0)
         await self._agent.write(render_head(f"HTTP/1.1 101 {response.reason}", headers))
@@ -303,6 +315,11 @@ class Exchange:
             self._record(admitted, "agent_disconnected", str(exc), complete=False)
             self._agent.abort()
             return
+        if isinstance(exc, TimeoutError) and upload.waits_for_agent and not upload.done and not self._answered:
+            text = f"the request's body did not go on for {self._exit.request_timeout_s:g} s"
+            self._record(admitted, "request_timeout", text, complete=False)
+            self._answer(408, "request_timeout", text)
+            return
         kind = exc.code if isinstance(exc, ProtocolError) else error_type_of(exc)
         message = f"{admitted.target.label}: {explain(exc)}"
         if self._answered:
@@ -342,7 +359,7 @@ class Exchange:
 
     def _record(self, admitted: Admitted, error: str | None, message: str, *, complete: bool) -> None:
         facts = None
-        if (interpreter := admitted.interpreter) is not None:
+        if (interpreter := admitted.interpreter) is not None and not self._switched:
             if not complete:
                 interpreter.response_end(complete=False)
             facts = interpreter.facts()
@@ -356,3 +373,14 @@ class Exchange:
 
     def _elapsed(self) -> float:
         return self._loop.time() - self._sent_at
+
+
+async def _end_of(sending: asyncio.Task[None], upstream: Channel) -> None:
+    """Wait until the upload is over, or nobody is there any more to take it."""
+
+    def stop() -> None:
+        sending.cancel()
+
+    upstream.on_lost(stop)
+    await asyncio.wait((sending,))
+    upstream.on_lost(None)

@@ -6,6 +6,7 @@ Source: RFC 9110, section 7.6.1 (Connection); RFC 9112, sections 6.1 and 7.1; W3
 from __future__ import annotations
 
 import re
+from enum import Enum, auto
 from typing import Final
 
 from clrk.core.errors import ProtocolError
@@ -13,10 +14,25 @@ from clrk.gateway.egress.http1 import Head, Request, Response
 from clrk.gateway.telemetry.spans import TraceContext
 
 _HOP_BY_HOP: Final = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"))
+_TRACE: Final = frozenset(("traceparent", "tracestate"))
+# What a client may find changed against a direct connection, and nothing else. The differential run holds us to it.
+CHANGED_IN_REQUESTS: Final = _HOP_BY_HOP | {"traceparent", "tracestate", "baggage"}
+CHANGED_IN_RESPONSES: Final = _HOP_BY_HOP | {"alt-svc"}
 # A Connection header that names one of these wants to cut the message open somewhere else than we read it.
 _NOT_NOMINABLE: Final = frozenset(("host", "content-length", "content-type", "authorization", "cookie"))
+# What these name is HTTP again, or TLS: behind it would be requests that nobody judges (h2c smuggling).
+_NEVER_AN_UPGRADE: Final = re.compile(r"(?:h2|h2c|h3|https?|tls|ssl)(?:[-/].*)?")
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)(?::([0-9]{1,5}))?")
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?#]*)([/?].*)?", re.IGNORECASE)
+
+
+class Framing(Enum):
+    """How a response's body goes on to the agent."""
+
+    AS_SENT = auto()  # by its Content-Length, by the end of the connection, or there is none
+    CHUNKED = auto()  # in the chunks that it came in
+    REWRITTEN = auto()  # in chunks of ours: its length may not be what the upstream says
+    DECODED = auto()  # up to the end of the connection, since the agent knows no chunks
 
 
 def split_target(request: Request, scheme: str) -> tuple[str, str, str]:
@@ -51,9 +67,19 @@ def split_host(host: str) -> tuple[str, int | None]:
     return name, int(found[2]) if found[2] is not None else None
 
 
-def wants_websocket(request: Request) -> bool:
-    """Say whether the request asks to become a WebSocket (RFC 6455, section 4.1): the only upgrade that passes."""
-    return "upgrade" in request.tokens("connection") and request.tokens("upgrade") == ["websocket"]
+def asked_upgrade(request: Request, *, is_open: bool) -> str:
+    """Return the protocol that the connection is to become (RFC 9110, section 7.8), in lower case; "" for none.
+
+    Shape: is_open says that every request to the destination is allowed. Elsewhere only a WebSocket passes (RFC 6455,
+        section 4.1): what is said after the change is not judged any more. HTTP and TLS pass nowhere. An upgrade that
+        does not pass is not asked for, and the request is one like any other, as the protocol foresees.
+    """
+    asked = request.tokens("upgrade")
+    if len(asked) != 1 or request.minor == 0 or "upgrade" not in request.tokens("connection"):
+        return ""
+    if asked[0] == "websocket":
+        return asked[0] if request.method == "GET" else ""
+    return asked[0] if is_open and _NEVER_AN_UPGRADE.fullmatch(asked[0]) is None else ""
 
 
 def check_connection(head: Head) -> frozenset[str]:
@@ -65,65 +91,80 @@ def check_connection(head: Head) -> frozenset[str]:
 
 
 def request_headers(
-    request: Request, *, host: str, context: TraceContext, upgrade: bool, length: int | None, plain: bool
+    request: Request,
+    *,
+    host: str,
+    context: TraceContext,
+    upgrade: str,
+    length: int | None,
+    plain: bool,
+    expect: bool,
 ) -> list[tuple[str, str]]:
     """Return the headers to send upstream.
 
     Shape: host fills in for a missing Host header. length replaces Content-Length when the body was rewritten.
         plain asks for an answer without content coding (RFC 9110, section 12.5.3), whatever the agent accepts.
+        expect lets the agent's Expect pass: nobody has answered it yet.
         The context's baggage goes out only where the agent sends none.
     """
-    dropped = _HOP_BY_HOP | check_connection(request) | {"expect"}
-    kept: list[tuple[str, str]] = []
-    ours = {"traceparent": context.traceparent, "tracestate": context.tracestate}
+    dropped = _HOP_BY_HOP | _TRACE | check_connection(request)
+    # Each of these stands where the agent's first one stood, or at the end; "" takes it away.
+    ours: dict[str, str] = {}
+    if options := [*(["Upgrade"] if upgrade else ()), *(["TE"] if "trailers" in request.tokens("te") else ())]:
+        ours = {"connection": ", ".join(options)}
+        ours |= {"te": "trailers"} if "TE" in options else {}
+    if request.values("transfer-encoding"):
+        ours["transfer-encoding"] = "chunked"
+    elif length is not None:
+        ours["content-length"] = str(length)
+    ours["traceparent"], ours["tracestate"] = context.traceparent, context.tracestate
     if not request.values("baggage"):
         ours["baggage"] = context.baggage
     if plain:
         ours["accept-encoding"] = "identity"
         dropped |= {"accept-encoding"}
+    if upgrade:
+        dropped -= {"upgrade"}
+    if not expect:
+        dropped |= {"expect"}
+    kept: list[tuple[str, str]] = [] if request.values("host") else [("Host", host)]
     for name, value in request.headers:
         lower = name.lower()
         if lower in ours:
             if fresh := ours.pop(lower):
                 kept.append((name, fresh))
-        elif lower in ("traceparent", "tracestate"):
-            continue  # a second one
-        elif lower == "transfer-encoding":
-            kept.append((name, "chunked"))
-        elif lower == "content-length" and length is not None:
-            kept.append((name, str(length)))
-        elif upgrade and lower in ("connection", "upgrade"):
-            kept.append((name, "Upgrade" if lower == "connection" else "websocket"))
         elif lower not in dropped:
             kept.append((name, value))
-    if not request.values("host"):
-        kept.insert(0, ("Host", host))
-    kept.extend((name, value) for name, value in ours.items() if value)
+    kept.extend(("Connection" if name == "connection" else name, value) for name, value in ours.items() if value)
     return kept
 
 
 def response_headers(
-    response: Response, *, chunked: bool, drop_length: bool, drop_coding: bool, close: bool
+    response: Response, *, framing: Framing, drop_coding: bool = False, close: bool = False
 ) -> list[tuple[str, str]]:
     """Return the headers that the agent gets.
 
-    Shape: chunked says that we send chunks; drop_length that the upstream's Content-Length no longer holds; drop_coding
-        that its Content-Encoding was undone; close that the connection ends with this response. Alt-Svc goes: it would
-        send the agent to UDP, which goes nowhere.
+    Shape: framing says how the body goes on; drop_coding that the upstream's Content-Encoding was undone; close that
+        the connection ends with this response. Alt-Svc goes: it would send the agent to UDP, which goes nowhere.
+    Raises: ProtocolError(connection).
     """
-    dropped = _HOP_BY_HOP | frozenset(response.tokens("connection")) | {"alt-svc"}
+    dropped = _HOP_BY_HOP | check_connection(response) | {"alt-svc"}
     if response.status == 101:
         dropped -= {"connection", "upgrade"}
+    if response.status < 200:
+        dropped |= {"content-length"}
     if drop_coding:
         dropped |= {"content-encoding"}
+    if framing is Framing.REWRITTEN or framing is Framing.DECODED:
+        dropped |= {"content-length"}
+    coded = framing is not Framing.CHUNKED and framing is not Framing.REWRITTEN
     kept: list[tuple[str, str]] = []
-    coded = False
     for name, value in response.headers:
         lower = name.lower()
-        if chunked and not coded and (lower == "transfer-encoding" or (drop_length and lower == "content-length")):
+        if not coded and (lower == "transfer-encoding" or (lower == "content-length" and lower in dropped)):
             kept.append(("Transfer-Encoding" if lower == "content-length" else name, "chunked"))
             coded = True
-        elif lower not in dropped and not (drop_length and lower == "content-length"):
+        elif lower not in dropped:
             kept.append((name, value))
     if close:
         kept.append(("Connection", "close"))

@@ -14,6 +14,7 @@ from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.refusal import render_problem, status_of
 
 KEEP_ALIVE_S: Final = 300.0
+HEAD_TIMEOUT_S: Final = 60.0  # from a head's first byte to its last
 LINGER_S: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
 
@@ -33,28 +34,38 @@ async def relay_http(way_out: Exit, origin: Origin, agent: Channel) -> None:
 
 
 async def _next_request(way_out: Exit, origin: Origin, agent: Channel, start_ns: int) -> Request | None:
-    """Return the next request; None when there is none or it was refused."""
-    reader = HeadReader()
+    """Return the next request; None when there is none or it was refused. Raises: OSError between two requests."""
     agent.set_idle_timeout(KEEP_ALIVE_S)
+    data = await agent.read()
+    agent.set_idle_timeout(0)
+    if not data:
+        return None
     try:
-        while True:
-            data = await agent.read()
-            if not data and reader.is_empty:
-                return None
-            if not data:
-                raise ProtocolError("truncated", "the connection ended inside a request head")
-            if (found := reader.feed(data)) is not None:
-                head, rest = found
-                agent.unread(rest)
-                return parse_request(head)
+        head, rest = HeadReader().feed(data) or await _rest_of_head(agent, data)
+        agent.unread(rest)
+        return parse_request(head)
     except ProtocolError as exc:
         call = origin.call(start_ns or time.time_ns())
         reason, invocation_id = f"bad_request_{exc.code}", way_out.spans.identity.invocation_id
         way_out.spans.denied(call, reason, str(exc))
-        await agent.write(render_problem(status_of(exc.code), reason, str(exc), invocation_id=invocation_id))
+        if not agent.is_broken:
+            await agent.write(render_problem(status_of(exc.code), reason, str(exc), invocation_id=invocation_id))
         return None
-    finally:
-        agent.set_idle_timeout(0)
+
+
+async def _rest_of_head(agent: Channel, data: bytes) -> tuple[bytes, bytes]:
+    """Return (head, what follows it) of a head that begins with data. Raises: ProtocolError."""
+    reader = HeadReader()
+    try:
+        async with asyncio.timeout(HEAD_TIMEOUT_S):
+            while (found := reader.feed(data)) is None:
+                if not (data := await agent.read()):
+                    raise ProtocolError("truncated", "the connection ended inside a request head")
+            return found
+    except TimeoutError:
+        raise ProtocolError("timeout", f"the request head took longer than {HEAD_TIMEOUT_S:g} s") from None
+    except OSError as exc:
+        raise ProtocolError("truncated", f"the connection broke inside a request head: {exc}") from exc
 
 
 async def _linger(agent: Channel) -> None:

@@ -2,8 +2,9 @@
 
 Strict on purpose: only what RFC 9112 lets a sender write is read, so that no two readers of the same bytes can
 disagree about where a message ends (section 11.2, request smuggling). Bare CR or LF, line folding, white space before
-the colon, repeated Content-Length, Content-Length beside Transfer-Encoding: all refused. What we forward is written
-anew from what was read; names, values, their order and their case are kept.
+the colon, repeated Content-Length, Content-Length beside Transfer-Encoding, chunk extensions in requests: all refused.
+What we forward is written anew from what was read; names, values, their order and their case are kept, and so is where
+one chunk ends and the next begins.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Final
 
 from clrk.core.errors import ProtocolError
 
-MAX_HEAD_SIZE: Final = 64 * 1024
-MAX_HEADERS: Final = 256
+MAX_HEAD_SIZE: Final = 80 * 1024  # 64 KiB of headers, and a long target
+MAX_HEADERS: Final = 1024
 MAX_TRAILERS_SIZE: Final = 8 * 1024
 MAX_CHUNK_LINE: Final = 1024
 
@@ -28,6 +29,16 @@ _STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x
 _FORBIDDEN: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})")
+# RFC 9110, section 6.5.1: what frames, routes or authenticates a message has no place behind it. A server that merges
+# trailers into the headers would believe the agent's over what the gateway checked, or put there.
+_NOT_A_TRAILER: Final = frozenset(
+    ("content-length", "transfer-encoding", "host", "connection", "keep-alive", "te", "trailer", "upgrade")
+)
+_NOT_A_REQUEST_TRAILER: Final = _NOT_A_TRAILER | {
+    "authorization", "content-encoding", "content-range", "content-type", "cookie", "expect", "proxy-authorization",
+    "proxy-connection", "traceparent", "tracestate",
+}  # fmt: skip
 
 
 class Head:
@@ -90,14 +101,19 @@ class HeadReader:
     def feed(self, data: bytes) -> tuple[bytes, bytes] | None:
         """Return (head, what follows it), or None when more is needed.
 
-        Raises: ProtocolError(head_too_large).
+        Raises: ProtocolError(head_too_large | control_character); the latter when a line ends with a bare LF, so that
+            who ends all lines like this is told so, and does not wait for us as we for him.
         """
-        start = max(0, len(self._buffer) - 3)
+        if not self._buffer and 0 <= (end := data.find(b"\r\n\r\n")) <= MAX_HEAD_SIZE:
+            return data[: end + 2], data[end + 4 :]
+        start, had = max(0, len(self._buffer) - 3), len(self._buffer) - self._buffer.endswith(b"\r")
         self._buffer += data
         end = self._buffer.find(b"\r\n\r\n", start)
-        if end < 0 or end > MAX_HEAD_SIZE:
-            if len(self._buffer) > MAX_HEAD_SIZE:
-                raise ProtocolError("head_too_large", f"head is over {MAX_HEAD_SIZE} bytes")
+        if end > MAX_HEAD_SIZE or (end < 0 and len(self._buffer) >= MAX_HEAD_SIZE + 4):
+            raise ProtocolError("head_too_large", f"head is over {MAX_HEAD_SIZE} bytes")
+        if end < 0:
+            if self._buffer.count(b"\n", had) != self._buffer.count(b"\r\n", had):
+                raise ProtocolError("control_character", "a bare LF in the head")
             return None
         head, rest = bytes(self._buffer[: end + 2]), bytes(self._buffer[end + 4 :])
         self._buffer.clear()
@@ -172,6 +188,10 @@ class Body:
         """Return the body bytes in data, perhaps none. Raises: ProtocolError when the framing is broken."""
         return data
 
+    def framed(self, piece: bytes) -> bytes:
+        """Return what goes on the wire for the piece that feed just returned, framed as its sender framed it."""
+        return piece
+
     def eof(self) -> None:
         """The connection ended. Raises: ProtocolError(truncated) when the body had not."""
         self.done = True
@@ -214,18 +234,20 @@ class LengthBody(Body):
 
 
 class ChunkedBody(Body):
-    """A chunked body (RFC 9112, section 7.1). Chunk extensions are dropped, trailers are kept."""
+    """A chunked body (RFC 9112, section 7.1). Chunk extensions of a response are dropped; trailers are kept."""
 
-    __slots__ = ("_buffer", "_left", "_state")
+    __slots__ = ("_buffer", "_frames", "_left", "_of_request", "_state")
     chunked = True
     until_close = False
 
     _SIZE, _DATA, _DATA_END, _TRAILERS = range(4)
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_request: bool = False) -> None:
         super().__init__()
         self._buffer = b""
+        self._frames: list[bytes] = []
         self._left = 0
+        self._of_request = of_request
         self._state = self._SIZE
 
     def feed(self, data: bytes) -> bytes:
@@ -233,11 +255,16 @@ class ChunkedBody(Body):
         data = self._buffer + data if self._buffer else data
         self._buffer = b""
         pieces: list[bytes] = []
+        frames = self._frames
+        frames.clear()
         at = 0
         while not self.done:
             if self._state == self._DATA:
                 piece = data[at : at + self._left] if at or self._left < len(data) else data
+                if not piece:
+                    break
                 pieces.append(piece)
+                frames.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
                 if self._left:
@@ -252,6 +279,10 @@ class ChunkedBody(Body):
             self.rest = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def framed(self, piece: bytes) -> bytes:
+        """Return the chunks, or parts of them, of the last feed; without the last chunk and the trailers."""
+        return b"".join(self._frames)
+
     def _read_line(self, data: bytes, at: int) -> int:
         """Take one framing line at `at`; return where it ends, or -1 when it is not complete."""
         if self._state == self._TRAILERS:
@@ -260,14 +291,18 @@ class ChunkedBody(Body):
             return self._read_data_end(data, at)
         end = data.find(b"\r\n", at)
         if end < 0:
-            if len(data) - at > MAX_CHUNK_LINE or data.find(b"\n", at) >= 0:
+            if len(data) - at > MAX_CHUNK_LINE + 1 or data.find(b"\n", at) >= 0:
                 raise ProtocolError("chunk", "a chunk's size line is too long or ends with a bare LF")
             return -1
-        found = _CHUNK_LINE.fullmatch(data, at, end)
+        found = (_CHUNK_SIZE if self._of_request else _CHUNK_LINE).fullmatch(data, at, end)
         if found is None or end - at > MAX_CHUNK_LINE:
-            raise ProtocolError("chunk", "a chunk's size is not a hexadecimal number")
+            what = " without extension" if self._of_request else ""
+            raise ProtocolError("chunk", f"a chunk's size is not a hexadecimal number{what}")
         self._left = int(found[1], 16)
-        self._state = self._DATA if self._left else self._TRAILERS
+        self._state = self._TRAILERS
+        if self._left:
+            self._state = self._DATA
+            self._frames.append(b"%x\r\n" % self._left)
         return end + 2
 
     def _read_data_end(self, data: bytes, at: int) -> int:
@@ -277,6 +312,7 @@ class ChunkedBody(Body):
         if len(ending) < 2:
             return -1
         self._state = self._SIZE
+        self._frames.append(b"\r\n")
         return at + 2
 
     def _read_trailers(self, data: bytes, at: int) -> int:
@@ -284,14 +320,17 @@ class ChunkedBody(Body):
             self.done = True
             return at + 2
         end = data.find(b"\r\n\r\n", at)
+        if end - at > MAX_TRAILERS_SIZE or (end < 0 and len(data) - at >= MAX_TRAILERS_SIZE + 4):
+            raise ProtocolError("head_too_large", f"trailers are over {MAX_TRAILERS_SIZE} bytes")
         if end < 0:
-            if len(data) - at > MAX_TRAILERS_SIZE:
-                raise ProtocolError("head_too_large", "trailers are too large")
             return -1
         raw = data[at : end + 2]
         if _FORBIDDEN.search(raw) is not None:
             raise ProtocolError("control_character", "a control character in the trailers")
         self.trailers = _parse_fields(raw.decode("latin-1"))
+        refused = _NOT_A_REQUEST_TRAILER if self._of_request else _NOT_A_TRAILER
+        if any(name.lower() in refused for name, _ in self.trailers):
+            raise ProtocolError("trailer", "a trailer has the name of a header that frames, routes or authenticates")
         self.done = True
         return end + 4
 
@@ -322,7 +361,7 @@ def request_body(request: Request) -> Body:
             raise ProtocolError("transfer_encoding", "Content-Length beside Transfer-Encoding")
         if request.minor == 0:
             raise ProtocolError("transfer_encoding", "Transfer-Encoding in HTTP/1.0")
-        return _chunked(codings)
+        return _chunked(codings, of_request=True)
     return LengthBody(_length(lengths)) if lengths else NoBody()
 
 
@@ -334,14 +373,16 @@ def response_body(response: Response, method: str) -> Body:
     if codings:
         if lengths:
             raise ProtocolError("transfer_encoding", "Content-Length beside Transfer-Encoding")
-        return _chunked(codings)
+        if response.minor == 0:
+            raise ProtocolError("transfer_encoding", "Transfer-Encoding in HTTP/1.0")
+        return _chunked(codings, of_request=False)
     return LengthBody(_length(lengths)) if lengths else Body()
 
 
-def _chunked(codings: Sequence[str]) -> ChunkedBody:
+def _chunked(codings: Sequence[str], *, of_request: bool) -> ChunkedBody:
     if [coding.lower() for coding in codings] != ["chunked"]:
         raise ProtocolError("transfer_encoding", "the only transfer coding here is one `chunked`")
-    return ChunkedBody()
+    return ChunkedBody(of_request=of_request)
 
 
 def _length(lengths: Sequence[str]) -> int:

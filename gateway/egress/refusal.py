@@ -11,7 +11,7 @@ from clrk.gateway.egress.http1 import render_head
 from clrk.gateway.govern import Answer
 
 PROBLEM_TYPE: Final = "application/problem+json"
-_STATUS_OF_CODE: Final = {"head_too_large": 431, "too_many_headers": 431, "version": 505}
+_STATUS_OF_CODE: Final = {"head_too_large": 431, "too_many_headers": 431, "version": 505, "timeout": 408}
 
 
 class RefusedError(ClrkError):

@@ -1,4 +1,9 @@
-"""The request on its way up: what is here already goes with the head, the rest follows as it comes."""
+"""The request on its way up: what is here already goes with the head, the rest follows as it comes.
+
+A body goes up in the framing that it came in. One that somebody has to judge or rewrite as a whole is collected first
+and goes up in one piece; its `Expect: 100-continue` is then answered here, since the upstream can not be asked yet.
+Every other Expect is the upstream's to answer (RFC 9110, section 10.1.1).
+"""
 
 from __future__ import annotations
 
@@ -34,9 +39,12 @@ class Upload:
         self._kept = 0  # bytes of the allowance
         self._first = b""
         self._length: int | None = None  # of a rewritten body
+        self._whole = False  # collected: what goes up is framed by us
         self._collecting = False  # the interpreter gets the bytes only after it was asked to rewrite them
         self._plain = False  # the answer is to come without content coding
         self.rewritten = False
+        self.answered_expect = False
+        self.waits_for_agent = False  # the agent has begun its body, and owes us the next bytes of it
         self.answer: Answer | None = None  # what the governor says in place of the upstream
         self.error: ProtocolError | None = None  # the agent's body was broken
 
@@ -51,19 +59,20 @@ class Upload:
         return bool(self._first) or not self._body.done
 
     async def prepare(self, timeout_s: float) -> None:
-        """Answer Expect; take what is here of the body, or all of it when somebody judges or may rewrite it.
+        """Take what is here of the body, or all of it when somebody judges or may rewrite it.
 
         Raises: OSError, ProtocolError of the agent's side; RefusedError for a body that can not be judged as a whole.
         """
-        request, governor, interpreter = self._admitted.request, self._admitted.governor, self._admitted.interpreter
-        if not self._body.done and request.minor and "100-continue" in request.tokens("expect"):
-            await self._agent.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        governor, interpreter = self._admitted.governor, self._admitted.interpreter
         if governor is None and (interpreter is None or not interpreter.wants_whole_request):
-            self._first = self._feed(self._agent.read_nowait()) if not self._body.done else b""
+            self._first = b"" if self._body.done else self._take(self._agent.read_nowait())
             return
-        self._first = whole = await self._collect(
-            MAX_REWRITE_SIZE if governor is None else MAX_GOVERNED_BYTES, timeout_s
-        )
+        self._whole = True
+        if not self._body.done and self._expects_continue():
+            self.answered_expect = True
+            await self._agent.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        limit = MAX_REWRITE_SIZE if governor is None else MAX_GOVERNED_BYTES
+        sent = whole = await self._collect(limit, timeout_s)
         if governor is not None:
             if not self._body.done:
                 text = (
@@ -71,21 +80,28 @@ class Upload:
                 )
                 raise RefusedError(413, "body_too_large", text)
             self.answer = governor.judge(whole)
-            self._first = governor.rewrite_request(whole)
+            sent = governor.rewrite_request(whole)
             self._plain = governor.wants_plain_response
         if interpreter is not None:
             if self._body.done and interpreter.wants_whole_request:
-                self._first = interpreter.rewrite_request(self._first)
+                sent = interpreter.rewrite_request(sent)
             interpreter.request_data(whole)
-        self.rewritten = self._first is not whole
-        self._length = len(self._first) if self.rewritten and not self._body.chunked else None
+        self.rewritten = sent is not whole
+        self._length = len(sent) if self.rewritten and not self._body.chunked else None
+        self._first = self._frame(sent)
+
+    def _expects_continue(self) -> bool:
+        request = self._admitted.request
+        return request.minor == 1 and "100-continue" in request.tokens("expect")
 
     async def _collect(self, limit: int, timeout_s: float) -> bytes:
         """Return the whole body, or what has come when it turned out to be too much to keep."""
         collected, self._collecting = bytearray(), True
         self._agent.set_idle_timeout(timeout_s)
         while not self._body.done and len(collected) <= limit:
-            collected += (piece := await self._read())
+            if not (data := await self._agent.read()):
+                self._body.eof()
+            collected += (piece := self._feed(data))
             if not self._allowance.take(len(piece)):
                 break
             self._kept += len(piece)
@@ -108,16 +124,18 @@ class Upload:
             upgrade=self._admitted.upgrade,
             length=self._length,
             plain=self.rewritten or self._plain,
+            expect=request.minor == 1 and not self.answered_expect,
         )
         mark = "?" if "?" in request.target else ""
         line = f"{request.method} {head.path}{mark}{head.query} HTTP/1.1"
-        upstream.write_nowait(render_head(line, headers) + self._frame(self._first) + self._end())
+        upstream.write_nowait(render_head(line, headers) + self._first + self._end())
 
     async def run(self, upstream: Channel) -> None:
         """Send the rest. The agent's failure breaks the upstream; the upstream's is seen by whoever reads from it."""
+        self.waits_for_agent = bool(self._first) or not self._expects_continue()
         while not self._body.done:
             try:
-                piece = await self._read()
+                data = await self._next()
             except ProtocolError as exc:
                 self.error = exc
                 upstream.fail(AgentGoneError(str(exc)))
@@ -125,20 +143,29 @@ class Upload:
             except OSError as exc:
                 upstream.fail(AgentGoneError(str(exc)))
                 return
+            self.waits_for_agent = False
             try:
-                await upstream.write(self._frame(piece) + self._end())
+                await upstream.write(data)
             except OSError:
                 return  # perhaps it has answered already, and wants no more
+            self.waits_for_agent = True
 
-    async def _read(self) -> bytes:
-        """Return the next piece of the body; b"" when it is complete."""
-        while not self._body.done:
+    async def _next(self) -> bytes:
+        """Return the next bytes of the request as they go up."""
+        while True:
             data = await self._agent.read()
             if not data:
                 self._body.eof()
-            if piece := self._feed(data):
-                return piece
-        return b""
+            if out := self._take(data) + self._end():
+                return out
+
+    def _take(self, data: bytes) -> bytes:
+        """Return the body bytes in data as they go up."""
+        piece = self._feed(data)
+        if self._whole:
+            return self._frame(piece)
+        self._call.request_bytes += len(piece)
+        return self._body.framed(piece)
 
     def _feed(self, data: bytes) -> bytes:
         piece = self._body.feed(data)

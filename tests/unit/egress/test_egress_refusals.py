@@ -77,8 +77,8 @@ async def refused(request: bytes, *, rules=ALLOW, port: int = 80, gateway: dict 
         b"GET /\tHTTP/1.1\r\nHost: tools.internal\r\n\r\n",
         b"POST / HTTP/1.0\r\nHost: tools.internal\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"\r\nGET / HTTP/1.1\r\nHost: tools.internal\r\n\r\n",
-        HEAD + b"X: " + b"a" * 70_000 + b"\r\n\r\n",
-        HEAD + b"X: a\r\n" * 300 + b"\r\n",
+        HEAD + b"X: " + b"a" * 90_000 + b"\r\n\r\n",
+        HEAD + b"X: a\r\n" * 1100 + b"\r\n",
         b"GET / HTTP/3.0\r\nHost: tools.internal\r\n\r\n",
     ],
 )  # fmt: skip
@@ -92,7 +92,25 @@ async def test_ambiguous_requests_are_refused_and_nothing_goes_up(request_bytes)
 
 
 @pytest.mark.parametrize(
-    "tail", [b"zz\r\nabc\r\n", b"3\r\nabcd\r\n0\r\n\r\n", b"3\nabc\n0\n\n", b"-1\r\n\r\n", b"1 1\r\na\r\n"]
+    "tail",
+    [
+        b"zz\r\nabc\r\n",
+        b"3\r\nabcd\r\n0\r\n\r\n",
+        b"3\nabc\n0\n\n",
+        b"-1\r\n\r\n",
+        b"1 1\r\na\r\n",
+        b"3;a=b\r\nabc\r\n0\r\n\r\n",
+        b"3 \r\nabc\r\n0\r\n\r\n",
+        b"0x3\r\nabc\r\n0\r\n\r\n",
+        b"3\r\nabc0\r\n\r\n",
+        b"ffffffffffffffff\r\n",
+        b"10000000000000003\r\nabc\r\n0\r\n\r\n",
+        b"3\r\nabc\n0\r\n\r\n",
+        b"3;\nabc\r\n0\r\n\r\n",
+        b"\r\n3\r\nabc\r\n0\r\n\r\n",
+        b"+3\r\nabc\r\n0\r\n\r\n",
+        b"3\x0b\r\nabc\r\n0\r\n\r\n",
+    ],
 )
 async def test_a_broken_chunk_is_400(tail):
     """The head may have gone up by then; the rest must not follow, and the connection ends."""

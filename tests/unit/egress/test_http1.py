@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from clrk.core.errors import ProtocolError
 from clrk.gateway.egress.http1 import (
+    _NOT_A_REQUEST_TRAILER,
     MAX_HEAD_SIZE,
     ChunkedBody,
     HeadReader,
@@ -45,7 +46,7 @@ def test_head_byte_by_byte():
     assert request.headers == (("Host", "x"), ("X-Y", "z"), ("empty", ""))
 
 
-@pytest.mark.parametrize("size", [MAX_HEAD_SIZE + 1, MAX_HEAD_SIZE * 2])
+@pytest.mark.parametrize("size", [MAX_HEAD_SIZE + 4, MAX_HEAD_SIZE * 2])
 def test_a_head_without_end_is_refused(size):
     with pytest.raises(ProtocolError) as caught:
         HeadReader().feed(b"a" * size)
@@ -131,7 +132,7 @@ def test_broken_status_lines(head):
 
 
 NAMES = st.from_regex(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,12}", fullmatch=True).filter(
-    lambda name: name.lower() not in ("host", "content-length", "transfer-encoding", "connection")
+    lambda name: name.lower() not in _NOT_A_REQUEST_TRAILER
 )
 VALUES = st.from_regex(r"([!-~]([ -~]{0,20}[!-~])?)?", fullmatch=True)
 FIELDS = st.lists(st.tuples(NAMES, VALUES), max_size=8)
