@@ -20,6 +20,7 @@ import msgspec
 from clrk.core.egress_resources import EgressGateway, EgressL4Route
 from clrk.core.gateway_config import GatewayConfig
 from clrk.core.resources import DaemonAgent, DaemonAgentSpec
+from clrk.core.route_resources import AIProviderRoute, MCPRoute
 from clrk.gateway._aio import spawn
 from clrk.gateway.agent_status import DaemonStatus
 from clrk.gateway.agents import AgentTable
@@ -163,19 +164,25 @@ def wanted_of(agent: DaemonAgent, gateway: EgressGateway | None, config: Gateway
     """Say what is to run. A daemon may live for months, so rules that were taken away must end its run."""
     if gateway is None:
         return Wanted(agent, None, "")
-    routes = [route for route in config.routes if _applies(route, gateway)]
+    routes: list[EgressL4Route | AIProviderRoute | MCPRoute] = [*config.routes, *config.ai_routes, *config.mcp_routes]
+    policies = [one for one in config.credential_policies if one.metadata.namespace == gateway.metadata.namespace]
     capture = gateway.spec.otlp.capture_body if gateway.spec.otlp is not None else None
     ca_pem = config.upstream_ca_pem.get(f"{gateway.metadata.namespace}/{gateway.metadata.name}", "")
     parts = [
         gateway.spec.model_dump_json(exclude={"otlp"}),
         capture.model_dump_json() if capture is not None else "",
-        *(route.spec.model_dump_json() for route in routes),
+        *(
+            f"{route.kind}/{route.metadata.name} {route.spec.model_dump_json()}"
+            for route in routes
+            if _applies(route, gateway)
+        ),
+        *(policy.spec.model_dump_json() for policy in policies),
         ca_pem,
     ]
     return Wanted(agent, gateway, "\n".join(parts))
 
 
-def _applies(route: EgressL4Route, gateway: EgressGateway) -> bool:
+def _applies(route: EgressL4Route | AIProviderRoute | MCPRoute, gateway: EgressGateway) -> bool:
     return (route.metadata.namespace, route.spec.gateway_ref.name) == (
         gateway.metadata.namespace,
         gateway.metadata.name,

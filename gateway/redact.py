@@ -134,11 +134,15 @@ def is_secret_header(name: str) -> bool:
     return lower in _SECRET_HEADERS or _SECRET_HEADER.search(lower) is not None
 
 
-def redact_headers(headers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Return the values of each header by its lower-case name, in order, without secrets."""
+def redact_headers(headers: Iterable[tuple[str, str]], secret: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+    """Return the values of each header by its lower-case name, in order, without secrets.
+
+    Shape: secret are more names that are not shown, in lower case and with `_` for `-`.
+    """
     found: dict[str, list[str]] = {}
     for name, value in headers:
-        shown = REDACTED if is_secret_header(name) else redact_text(value)
+        is_secret = is_secret_header(name) or name.lower().replace("-", "_") in secret
+        shown = REDACTED if is_secret else redact_text(value)
         found.setdefault(name.lower(), []).append(shown)
     return found
 

@@ -14,6 +14,7 @@ from clrk import __version__
 from clrk.core.errors import ClrkError, ConfigError
 from clrk.core.layout import HostLayout
 from clrk.core.resources import RuntimeSpec
+from clrk.runtime.config.credentials import missing_credentials
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.config.load import DEFAULT_PATH, load
 
@@ -118,6 +119,7 @@ def _summarise(resources: Resources) -> list[str]:
         lines.append(f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {_count(rules, 'rule')}")
     for (namespace, name), values in sorted(resources.secrets.items()):
         lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
+    lines += [f"  note: {note}" for note in missing_credentials(resources)]
     if not resources.agents and not resources.daemons:
         lines.append("  no agent is declared")
     return lines

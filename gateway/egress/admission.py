@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clrk.core.errors import ProtocolError
+from clrk.gateway.credentials import Credential
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.governed import govern_guarded
 from clrk.gateway.egress.guarded import recognise_guarded
@@ -15,6 +16,7 @@ from clrk.gateway.egress.refusal import RefusedError, status_of
 from clrk.gateway.egress.upstream import Target
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import TraceContext
 from clrk.gateway.trace_context import parse_trace_context
 
@@ -31,6 +33,7 @@ class Admitted:
     governor: Governor | None
     context: TraceContext
     upgrade: str
+    credentials: tuple[Credential, ...] = ()
 
 
 def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitted:
@@ -49,17 +52,33 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     _check_names(origin, name, port)
     is_open = _check_policy(way_out, origin, head)
     server_name = verified if origin.is_tls else None
+    target = Target(destination.name, destination.address, destination.port, server_name)
     interpreter = recognise_guarded(way_out.recognise, head)
     return Admitted(
         request=request,
         head=head,
-        target=Target(destination.name, destination.address, destination.port, server_name),
+        target=target,
         body=body,
         interpreter=interpreter,
         governor=govern_guarded(way_out.govern, head, interpreter),
         context=_continue_trace(way_out, request, call),
         upgrade=forward.asked_upgrade(request, is_open=is_open),
+        credentials=_credentials(way_out, target, request, call),
     )
+
+
+def _credentials(way_out: Exit, target: Target, request: Request, call: Call) -> tuple[Credential, ...]:
+    """Return what the request gets on its way out (CONTRACT section 12): over TLS only, and to the host itself only.
+
+    Whoever dialled an address chose it: a server name beside it is the agent's word, and gets nothing.
+    """
+    host = target.name or str(target.address)
+    if target.server_name != host or not (found := way_out.credentials.of(host, target.port)):
+        return ()
+    if request.method == "TRACE":  # RFC 9110, section 9.3.8: its answer is the request, credentials among it
+        raise RefusedError(403, "trace_with_credentials", f"a TRACE to {host} would show the agent its credentials")
+    call.attributes[attr.CLRK_CREDENTIAL_POLICIES] = tuple(credential.policy for credential in found)
+    return found
 
 
 def _check_names(origin: Origin, host: str | None, port: int | None) -> None:

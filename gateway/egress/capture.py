@@ -14,11 +14,13 @@ from collections.abc import Callable
 from typing import Final
 
 from clrk.core.egress_resources import CaptureBody
+from clrk.gateway.credential_hosts import Credentials
 from clrk.gateway.egress.http1 import Body, Head
 from clrk.gateway.interpret import Allowance
 from clrk.gateway.llm.decompress import decoder
 from clrk.gateway.media import MediaType, parse_media_type
 from clrk.gateway.redact import redact_headers, redact_text
+from clrk.gateway.secret_values import SecretValues
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import AttributeValue, SpanEvent
 
@@ -34,8 +36,9 @@ _LOG: Final = logging.getLogger(__name__)
 class Capture:
     """One exchange. Order: request, request_data*, response, response_data*, events, close."""
 
-    def __init__(self, wanted: CaptureBody, allowance: Allowance) -> None:
+    def __init__(self, wanted: CaptureBody, allowance: Allowance, credentials: Credentials | None = None) -> None:
         self._wanted, self._allowance = wanted, allowance
+        self._credentials = credentials or Credentials(SecretValues())
         self._events: list[SpanEvent] = []
         self._request: _Body | None = None
         self._response: _Body | None = None
@@ -82,7 +85,9 @@ class Capture:
         self._response = self._body(head, body) if body is not None else None
 
     def _add_headers(self, name: str, prefix: str, head: Head) -> None:
-        shown: dict[str, AttributeValue] = {prefix + key: found for key, found in redact_headers(head.headers).items()}
+        redact = self._credentials.values.redact  # before what looks like a secret: that may be half of it
+        found = redact_headers([(key, redact(value)) for key, value in head.headers], self._credentials.secret_headers)
+        shown: dict[str, AttributeValue] = {prefix + key: values for key, values in found.items()}
         self._events.append(SpanEvent(name, time.time_ns(), shown))
 
     def _body(self, head: Head, body: Body) -> _Body | None:
@@ -91,7 +96,8 @@ class Capture:
         if body.done or media is None or not _is_included(media, self._wanted):
             return None
         is_stream = body.chunked or body.until_close or media.essence in _STREAMS
-        return _Body(head, media, self._wanted.max_bytes, self._allowance, is_stream=is_stream)
+        secrets = self._credentials.values
+        return _Body(head, media, self._wanted.max_bytes, self._allowance, secrets, is_stream=is_stream)
 
     def _end(self) -> None:
         if self._request is not None and self._request.size:
@@ -114,11 +120,21 @@ class Capture:
 class _Body:
     """Keeps max_bytes of one body: its first, or with is_stream its last."""
 
-    def __init__(self, head: Head, media: MediaType, max_bytes: int, allowance: Allowance, *, is_stream: bool) -> None:
+    def __init__(
+        self,
+        head: Head,
+        media: MediaType,
+        max_bytes: int,
+        allowance: Allowance,
+        secrets: SecretValues,
+        *,
+        is_stream: bool,
+    ) -> None:
         self.size = 0  # as transferred
         self._decoder = decoder(", ".join(head.values("content-encoding")))
         self._charset = media.parameters.get("charset", "utf-8")
         self._max_bytes, self._allowance, self._is_stream = max_bytes, allowance, is_stream
+        self._secrets = secrets
         self._kept = bytearray()
         self._charged = 0  # bytes of the allowance
         self._truncated = False  # there was more than is kept
@@ -186,7 +202,7 @@ class _Body:
             return None
         cut_start = self._truncated and self._is_stream
         cut_end = damaged or (self._truncated and not self._is_stream)
-        return redact_text(text, cut_start=cut_start, cut_end=cut_end)
+        return redact_text(self._secrets.redact(text), cut_start=cut_start, cut_end=cut_end)
 
 
 def _is_included(media: MediaType, wanted: CaptureBody) -> bool:

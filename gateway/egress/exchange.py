@@ -112,6 +112,7 @@ class Exchange:
         return False
 
     async def _carry(self, admitted: Admitted, upload: Upload) -> None:
+        upload.take_credentials(self._exit.credentials.values)
         upstream, reused = await self._exit.upstream.acquire(admitted.target)
         repeatable = reused and self._request.method in _REPEATABLE and not upload.has_body
         try:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from clrk.core.wire import FlowRecord, IPAddress
+from clrk.gateway.credential_hosts import Credentials
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.record import Call, Destination, EgressSpans
 from clrk.gateway.egress.upstream import Upstream
 from clrk.gateway.govern import Govern, ungoverned
 from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
 from clrk.gateway.policy import EgressPolicy
+from clrk.gateway.secret_values import SecretValues
 
 _MAX_OPEN: Final = 1024
 
@@ -31,6 +33,7 @@ class Exit:
     allowance: Allowance
     new_capture: Callable[[], Capture] | None = None
     govern: Govern = ungoverned
+    credentials: Credentials = field(default_factory=lambda: Credentials(SecretValues()))
     _open: dict[tuple[str | None, IPAddress | None, int], bool] = field(default_factory=dict)
 
     def is_open(self, name: str | None, address: IPAddress | None, port: int) -> bool:

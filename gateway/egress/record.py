@@ -15,6 +15,7 @@ from clrk.core.ids import SpanId, TraceId, new_span_id
 from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.interpret import Facts, RequestHead
 from clrk.gateway.redact import redact_url
+from clrk.gateway.secret_values import SecretValues
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import (
     UNSET,
@@ -107,9 +108,10 @@ def http_span_name(head: RequestHead) -> str:
 class EgressSpans:
     """Records the egress spans of one sandbox."""
 
-    def __init__(self, identity: Identity, recorder: Recorder) -> None:
+    def __init__(self, identity: Identity, recorder: Recorder, secrets: SecretValues | None = None) -> None:
         self.identity = identity
         self._recorder = recorder
+        self._secrets = secrets or SecretValues()
 
     def begin_http(self, call: Call, head: RequestHead) -> None:
         """The request is about to go upstream, as HTTP/1.1; call has request_attributes and its peer."""
@@ -182,13 +184,13 @@ class EgressSpans:
         self._recorder.begin(
             self.identity,
             component=Component.GATEWAY,
-            name=name,
+            name=self._secrets.redact(name),
             kind=SpanKind.CLIENT,
             start_ns=call.start_ns,
             span_id=call.span_id,
             parent_span_id=call.parent_span_id,
             trace_id=call.trace_id,
-            attributes=_attributes(call, found),
+            attributes=self._secrets.redact_attributes(_attributes(call, found)),
         )
 
     def _record(
@@ -209,12 +211,12 @@ class EgressSpans:
         self._recorder.record(
             self.identity,
             component=Component.GATEWAY,
-            name=name,
+            name=self._secrets.redact(name),
             kind=SpanKind.CLIENT,
             start_ns=call.start_ns,
             end_ns=time.time_ns(),
-            attributes=attributes,
-            status=UNSET if error is None else Status(StatusCode.ERROR, message),
+            attributes=self._secrets.redact_attributes(attributes),
+            status=UNSET if error is None else Status(StatusCode.ERROR, self._secrets.redact(message)),
             events=events,
             span_id=call.span_id,
             parent_span_id=call.parent_span_id,

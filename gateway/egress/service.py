@@ -14,6 +14,7 @@ from clrk.core.errors import ConfigError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway._aio import spawn
 from clrk.gateway.ca import LeafIssuer
+from clrk.gateway.credential_hosts import Credentials, compile_credentials, update_values
 from clrk.gateway.dns import SandboxResolver
 from clrk.gateway.egress.accept import Acceptor, EgressCounters
 from clrk.gateway.egress.addresses import AddressGuard
@@ -32,6 +33,7 @@ from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.recognise import KnownHosts, recognise
 from clrk.gateway.run import Run
+from clrk.gateway.secret_values import SecretValues
 from clrk.gateway.telemetry.spans import Recorder
 
 _NO_GATEWAY_TIMEOUT_S: Final = 60.0
@@ -61,6 +63,7 @@ class EgressService:
         self._runs: set[RunEgress] = set()
         self._contexts: dict[str | None, ssl.SSLContext] = {}
         self.counters = EgressCounters()
+        self._secret_values = SecretValues()
         self._governance = Governance(config)
         self._apply(config)
 
@@ -83,7 +86,8 @@ class EgressService:
             secrets=lambda: self._config.secrets,
         )
         timeout_s = run.gateway.spec.request_timeout if run.gateway is not None else _NO_GATEWAY_TIMEOUT_S
-        spans = EgressSpans(run.identity, self._recorder)
+        credentials = compile_credentials(run.gateway, self._config, self._secret_values)
+        spans = EgressSpans(run.identity, self._recorder, self._secret_values)
         names = NameTable()
         allowance = Allowance()
         hosts = KnownHosts(run.gateway, self._config.ai_routes)
@@ -100,8 +104,9 @@ class EgressService:
                 self._recognise or partial(recognise, allowance=allowance, hosts=hosts, prices=prices),
                 timeout_s,
                 allowance,
-                _new_capture(run.gateway),
+                _new_capture(run.gateway, credentials),
                 self._governance.of_run(run).govern,
+                credentials,
             ),
             counters=self.counters,
         )
@@ -127,6 +132,7 @@ class EgressService:
         self._contexts = contexts
         self._config = config
         self._governance.reconfigure(config)
+        update_values(self._secret_values, config)
 
     def _ca_pem(self, gateway: EgressGateway | None) -> str | None:
         if gateway is None:
@@ -139,11 +145,11 @@ def _proxy(gateway: EgressGateway | None) -> Proxy | None:
     return Proxy.compile(spec, gateway.metadata.namespace) if gateway is not None and spec is not None else None
 
 
-def _new_capture(gateway: EgressGateway | None) -> Callable[[], Capture] | None:
+def _new_capture(gateway: EgressGateway | None, credentials: Credentials) -> Callable[[], Capture] | None:
     otlp = gateway.spec.otlp if gateway is not None else None
     if otlp is None or otlp.capture_body is None:
         return None
-    return partial(Capture, otlp.capture_body, Allowance(MAX_KEPT_BYTES))
+    return partial(Capture, otlp.capture_body, Allowance(MAX_KEPT_BYTES), credentials)
 
 
 class RunEgress:

@@ -10,15 +10,18 @@ from __future__ import annotations
 from typing import Final
 
 from clrk.core.errors import ProtocolError
+from clrk.gateway.credentials import CredentialError, Filled, OutgoingHead, apply_all, drop_headers, fill
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.failure import DialFailedError
 from clrk.gateway.egress.http1 import render_chunk, render_head, render_last_chunk
 from clrk.gateway.egress.record import Call
 from clrk.gateway.egress.refusal import RefusedError
 from clrk.gateway.govern import MAX_GOVERNED_BYTES, Answer
 from clrk.gateway.interpret import Allowance
+from clrk.gateway.secret_values import SecretValues
 
 MAX_REWRITE_SIZE: Final = 8 * 1024 * 1024
 
@@ -42,6 +45,9 @@ class Upload:
         self._whole = False  # collected: what goes up is framed by us
         self._collecting = False  # the interpreter gets the bytes only after it was asked to rewrite them
         self._plain = False  # the answer is to come without content coding
+        self._filled: tuple[Filled, ...] = ()
+        self._signs = any(credential.signs for credential in admitted.credentials)
+        self._signed = b""  # the body that a signature covers
         self.rewritten = False
         self.answered_expect = False
         self.waits_for_agent = False  # the agent has begun its body, and owes us the next bytes of it
@@ -64,21 +70,20 @@ class Upload:
         Raises: OSError, ProtocolError of the agent's side; RefusedError for a body that can not be judged as a whole.
         """
         governor, interpreter = self._admitted.governor, self._admitted.interpreter
-        if governor is None and (interpreter is None or not interpreter.wants_whole_request):
+        as_a_whole = governor is not None or self._signs
+        if not as_a_whole and (interpreter is None or not interpreter.wants_whole_request):
             self._first = b"" if self._body.done else self._take(self._agent.read_nowait())
             return
         self._whole = True
         if not self._body.done and self._expects_continue():
             self.answered_expect = True
             await self._agent.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        limit = MAX_REWRITE_SIZE if governor is None else MAX_GOVERNED_BYTES
-        sent = whole = await self._collect(limit, timeout_s)
+        sent = whole = await self._collect(MAX_GOVERNED_BYTES if as_a_whole else MAX_REWRITE_SIZE, timeout_s)
+        if as_a_whole and not self._body.done:
+            why = "governed" if governor is not None else "signed by the gateway"
+            text = f"the call is {why}, and its body over {MAX_GOVERNED_BYTES >> 20} MiB, or what one run may hold"
+            raise RefusedError(413, "body_too_large", text)
         if governor is not None:
-            if not self._body.done:
-                text = (
-                    f"the call is governed, and its body over {MAX_GOVERNED_BYTES >> 20} MiB, or what one run may hold"
-                )
-                raise RefusedError(413, "body_too_large", text)
             self.answer = governor.judge(whole)
             sent = governor.rewrite_request(whole)
             self._plain = governor.wants_plain_response
@@ -89,6 +94,7 @@ class Upload:
         self.rewritten = sent is not whole
         self._length = len(sent) if self.rewritten and not self._body.chunked else None
         self._first = self._frame(sent)
+        self._signed = sent if self._signs else b""
 
     def _expects_continue(self) -> bool:
         request = self._admitted.request
@@ -112,7 +118,15 @@ class Upload:
     def close(self) -> None:
         """Let go of what was kept; the exchange is over. Idempotent."""
         self._allowance.give_back(self._kept)
-        self._kept, self._first = 0, b""
+        self._kept, self._first, self._signed = 0, b"", b""
+
+    def take_credentials(self, values: SecretValues) -> None:
+        """Take the values that go out with this request. Raises: DialFailedError: without them, it goes nowhere."""
+        if self._admitted.credentials:
+            try:
+                self._filled = fill(self._admitted.credentials, values, self._admitted.head.host)
+            except CredentialError as exc:
+                raise DialFailedError(exc.code, str(exc)) from exc
 
     def send_head(self, upstream: Channel) -> None:
         """Send the head and what is there of the body, in one write. Bounded, so it needs no backpressure."""
@@ -126,8 +140,13 @@ class Upload:
             plain=self.rewritten or self._plain,
             expect=request.minor == 1 and not self.answered_expect,
         )
-        mark = "?" if "?" in request.target else ""
-        line = f"{request.method} {head.path}{mark}{head.query} HTTP/1.1"
+        query = head.query
+        if self._filled:
+            host = next(value for name, value in headers if name.lower() == "host")
+            out = apply_all(self._filled, OutgoingHead(request.method, host, head.path, query, headers), self._signed)
+            query, headers = out.query, out.headers
+        mark = "?" if query or "?" in request.target else ""
+        line = f"{request.method} {head.path}{mark}{query} HTTP/1.1"
         upstream.write_nowait(render_head(line, headers) + self._first + self._end())
 
     async def run(self, upstream: Channel) -> None:
@@ -189,4 +208,9 @@ class Upload:
             return b""
         if self._admitted.interpreter is not None:
             self._admitted.interpreter.request_end()
-        return render_last_chunk(self._body.trailers) if self._body.chunked else b""
+        if not self._body.chunked:
+            return b""
+        trailers = self._body.trailers
+        for one in self._filled:  # a server may take a trailer for a header
+            trailers = tuple(drop_headers(trailers, one.credential.header_names))
+        return render_last_chunk(trailers)

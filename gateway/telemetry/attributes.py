@@ -106,6 +106,7 @@ CLRK_BUDGET_DENIED: Final = "clrk.budget.denied"  # bool
 CLRK_BUDGET_DAILY_USED: Final = "clrk.budget.daily_used"
 CLRK_BUDGET_DAILY_MAX: Final = "clrk.budget.daily_max"
 CLRK_BUDGET_ROUTE: Final = "clrk.budget.route"
+CLRK_CREDENTIAL_POLICIES: Final = "clrk.credential.policies"  # string[], namespace/name: whose credentials went out
 
 # --- Of metrics and log records only --------------------------------------------------------------------------------
 LOG_IOSTREAM: Final = log_attributes.LOG_IOSTREAM  # stdout or stderr

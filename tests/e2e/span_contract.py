@@ -38,6 +38,7 @@ HTTP: Types = {
     "http.request.method": str, "http.request.method_original": str, "http.response.status_code": int,
     "http.request.resend_count": int, "url.full": str, "network.protocol.name": str, "network.protocol.version": str,
     "clrk.tls.intercepted": bool, "tls.protocol.version": str, "tls.client.server_name": str,
+    "clrk.credential.policies": list,
 }  # fmt: skip
 LLM: Types = {
     "gen_ai.system": str, "gen_ai.provider.name": str, "gen_ai.operation.name": str, "gen_ai.request.model": str,

@@ -44,6 +44,29 @@ def test_check_of_valid_resources_says_what_was_found(tmp_path, capsys):
     assert err == ""
 
 
+@pytest.mark.parametrize(
+    ("secret", "key", "note"),
+    [
+        ("s", "token", None),
+        ("s", "other", "Secret default/s has no key 'other'"),
+        ("s", "empty", "Secret default/s, key 'empty', is empty"),
+        ("gone", "token", "there is no Secret default/gone"),
+    ],
+)
+def test_check_notes_a_credential_that_is_not_there_and_exits_0(secret, key, note, tmp_path, capsys):
+    policy = (
+        "---\napiVersion: clrk/v1alpha1\nkind: CredentialInjectionPolicy\nmetadata: {name: p}\nspec:\n"
+        f"  hostnames: [api.openai.com]\n  secretRef: {{name: {secret}}}\n  secretKey: {key}\n"
+        "  target: {type: Header}\n"
+    )
+    (tmp_path / "a.yaml").write_text(VALID.replace("hunter2}", "hunter2, empty: ''}") + policy)
+    assert main(["check", "-c", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    shown = f"  note: CredentialInjectionPolicy default/p: {note}, so calls to its hosts get a 502\n"
+    assert (shown in out) if note else ("note:" not in out)
+    assert "hunter2" not in out
+
+
 def test_check_shows_daemons_too(tmp_path, capsys):
     only = VALID.split("---", maxsplit=1)[0].replace("TaskAgent", "DaemonAgent")
     (tmp_path / "a.yaml").write_text(only)

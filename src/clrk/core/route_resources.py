@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from clrk.core.values import DnsLabel, GatewayRef, HostPattern, Model, Regex, Resource, parse_whole_quantity
 
@@ -14,6 +14,10 @@ ProviderName = Literal["anthropic", "openai", "google_genai", "azure_openai", "a
 Glob = Annotated[str, Field(min_length=1, max_length=256)]
 TokenCount = Annotated[int, BeforeValidator(parse_whole_quantity), Field(ge=0, le=2**53)]
 Usd = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+_FRAMING_HEADERS: Final = frozenset(
+    "host content-length content-type content-encoding transfer-encoding connection keep-alive proxy-connection te "
+    "trailer upgrade expect accept-encoding traceparent tracestate baggage".split()
+)
 HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}$")]
 
 
@@ -159,11 +163,17 @@ class SecretRef(Model):
     name: DnsLabel
 
 
+def _check_free_header(value: str) -> str:
+    if value.lower() in _FRAMING_HEADERS:
+        raise ValueError(f"{value!r} says how the request is carried, which is not a credential's to change")
+    return value
+
+
 class HeaderTarget(Model):
     """The header is overwritten with prefix and secret; the prefix is taken to the letter, `Bearer ` with its blank."""
 
     type: Literal["Header"]
-    header_name: HeaderName = "Authorization"
+    header_name: Annotated[HeaderName, AfterValidator(_check_free_header)] = "Authorization"
     prefix: Annotated[str, Field(pattern=r"^[\t\x20-\x7e]*$", max_length=256)] = ""
 
 
@@ -172,6 +182,10 @@ class QueryParamTarget(Model):
 
     type: Literal["QueryParam"]
     query_param_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._~-]{1,128}$")]
+
+
+AWS_KEYS: Final = ("accessKeyId", "secretAccessKey")
+AWS_SESSION_KEY: Final = "sessionToken"  # temporary keys have one
 
 
 class AwsSigV4Target(Model):
@@ -206,6 +220,16 @@ class CredentialInjectionPolicySpec(Model):
         if not self.target_refs and not self.hostnames:
             raise ValueError("give targetRefs or hostnames; a policy without either would reach no host")
         return self
+
+    @property
+    def required_keys(self) -> tuple[str, ...]:
+        """Return the keys that the Secret has to have, each with a value."""
+        return AWS_KEYS if isinstance(self.target, AwsSigV4Target) else (self.secret_key,)
+
+    @property
+    def optional_keys(self) -> tuple[str, ...]:
+        """Return the keys that are used where they are there."""
+        return (AWS_SESSION_KEY,) if isinstance(self.target, AwsSigV4Target) else ()
 
 
 class CredentialInjectionPolicy(Resource):

@@ -191,6 +191,7 @@ class Lab:
         secrets: dict[str, dict[str, str]] | None = None,
         host_addresses: Sequence[str] = (),
         daemon: bool = False,
+        config: dict | None = None,
     ) -> None:
         self.ca = Authority("clrk test CA")
         self.recorder = SpanList()
@@ -211,7 +212,7 @@ class Lab:
             routes=[EgressL4Route.model_validate(route) for route in routes],
             ca_cert_pem=self.ca.cert_pem, ca_key_pem=self.ca.key_pem,
             upstream_ca_pem={"default/default": upstream_ca} if upstream_ca else {},
-            host_addresses=list(host_addresses), secrets=secrets or {},
+            host_addresses=list(host_addresses), secrets=secrets or {}, **(config or {}),
         )  # fmt: skip
         self.identity = Identity(
             new_invocation_id(), "TaskAgent", "default", "agent", agent.uid, agent.revision, SandboxId("0badcafe"),

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from credential_policies import BEARER, policy
 from scripted_agents import CURL, daemon
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route
@@ -278,6 +279,18 @@ async def test_rules_that_were_taken_away_end_a_run(desk):
     await desk.configure(daemon("d", FOREVER), gateways=[exporting], routes=[ROUTE])  # of no matter to a run
     assert desk.heard(StopRun) == []
     await desk.configure(daemon("d", FOREVER), gateways=[exporting], routes=[])
+    await desk.runtime.until(lambda: len(desk.starts()) == 2)
+    assert len(desk.heard(StopRun)) == 1
+
+
+async def test_a_credential_that_was_taken_away_ends_a_run_and_a_rotated_one_does_not(desk):
+    key = policy(BEARER, hostnames=["api.example.com"])
+    given = {"gateways": [GATEWAY], "credential_policies": [key], "secrets": {"default/keys": {"token": "one"}}}
+    await desk.configure(daemon("d", FOREVER), **given)
+    await desk.state("Running")
+    await desk.configure(daemon("d", FOREVER), **(given | {"secrets": {"default/keys": {"token": "two"}}}))
+    assert desk.heard(StopRun) == []
+    await desk.configure(daemon("d", FOREVER), **(given | {"credential_policies": []}))
     await desk.runtime.until(lambda: len(desk.starts()) == 2)
     assert len(desk.heard(StopRun)) == 1
 
