@@ -144,6 +144,8 @@ def update_values(values: SecretValues, config: GatewayConfig) -> None:
         for credential in map(Credential.compile, config.credential_policies)
         for key in (*credential.keys, *credential.optional_keys)
     ]
+    proxies = [(gateway.metadata.namespace, gateway.spec.upstream_proxy) for gateway in config.gateways]
+    used += [(f"{space}/{proxy.secret_ref.name}", "password") for space, proxy in proxies if proxy and proxy.secret_ref]
     values.replace(config.secrets, used)
 
 

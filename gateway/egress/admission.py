@@ -48,7 +48,8 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     except ProtocolError as exc:
         raise RefusedError(status_of(exc.code), f"bad_request_{exc.code}", str(exc)) from exc
     head = RequestHead(request.method, origin.scheme, verified, destination.port, path, query, request.headers)
-    call.attributes.update(request_attributes(head))  # refused or not, the span says what was asked for
+    # refused or not, the span says what was asked for
+    call.attributes.update(request_attributes(head, way_out.spans.redactor))
     _check_names(origin, name, port)
     is_open = _check_policy(way_out, origin, head)
     server_name = verified if origin.is_tls else None

@@ -14,13 +14,11 @@ from collections.abc import Callable
 from typing import Final
 
 from clrk.core.egress_resources import CaptureBody
-from clrk.gateway.credential_hosts import Credentials
 from clrk.gateway.egress.http1 import Body, Head
 from clrk.gateway.interpret import Allowance
 from clrk.gateway.llm.decompress import decoder
 from clrk.gateway.media import MediaType, parse_media_type
-from clrk.gateway.redact import redact_headers, redact_text
-from clrk.gateway.secret_values import SecretValues
+from clrk.gateway.redact import KNOWN_SECRETS, Redactor
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import AttributeValue, SpanEvent
 
@@ -36,9 +34,9 @@ _LOG: Final = logging.getLogger(__name__)
 class Capture:
     """One exchange. Order: request, request_data*, response, response_data*, events, close."""
 
-    def __init__(self, wanted: CaptureBody, allowance: Allowance, credentials: Credentials | None = None) -> None:
+    def __init__(self, wanted: CaptureBody, allowance: Allowance, redactor: Redactor = KNOWN_SECRETS) -> None:
         self._wanted, self._allowance = wanted, allowance
-        self._credentials = credentials or Credentials(SecretValues())
+        self._redactor = redactor
         self._events: list[SpanEvent] = []
         self._request: _Body | None = None
         self._response: _Body | None = None
@@ -85,8 +83,7 @@ class Capture:
         self._response = self._body(head, body) if body is not None else None
 
     def _add_headers(self, name: str, prefix: str, head: Head) -> None:
-        redact = self._credentials.values.redact  # before what looks like a secret: that may be half of it
-        found = redact_headers([(key, redact(value)) for key, value in head.headers], self._credentials.secret_headers)
+        found = self._redactor.headers(head.headers)
         shown: dict[str, AttributeValue] = {prefix + key: values for key, values in found.items()}
         self._events.append(SpanEvent(name, time.time_ns(), shown))
 
@@ -96,8 +93,7 @@ class Capture:
         if body.done or media is None or not _is_included(media, self._wanted):
             return None
         is_stream = body.chunked or body.until_close or media.essence in _STREAMS
-        secrets = self._credentials.values
-        return _Body(head, media, self._wanted.max_bytes, self._allowance, secrets, is_stream=is_stream)
+        return _Body(head, media, self._wanted.max_bytes, self._allowance, self._redactor, is_stream=is_stream)
 
     def _end(self) -> None:
         if self._request is not None and self._request.size:
@@ -126,7 +122,7 @@ class _Body:
         media: MediaType,
         max_bytes: int,
         allowance: Allowance,
-        secrets: SecretValues,
+        redactor: Redactor,
         *,
         is_stream: bool,
     ) -> None:
@@ -134,7 +130,7 @@ class _Body:
         self._decoder = decoder(", ".join(head.values("content-encoding")))
         self._charset = media.parameters.get("charset", "utf-8")
         self._max_bytes, self._allowance, self._is_stream = max_bytes, allowance, is_stream
-        self._secrets = secrets
+        self._redactor = redactor
         self._kept = bytearray()
         self._charged = 0  # bytes of the allowance
         self._truncated = False  # there was more than is kept
@@ -202,7 +198,7 @@ class _Body:
             return None
         cut_start = self._truncated and self._is_stream
         cut_end = damaged or (self._truncated and not self._is_stream)
-        return redact_text(self._secrets.redact(text), cut_start=cut_start, cut_end=cut_end)
+        return self._redactor.text(text, cut_start=cut_start, cut_end=cut_end)
 
 
 def _is_included(media: MediaType, wanted: CaptureBody) -> bool:

@@ -14,8 +14,7 @@ from typing import Final
 from clrk.core.ids import SpanId, TraceId, new_span_id
 from clrk.core.wire import FlowRecord, IPAddress
 from clrk.gateway.interpret import Facts, RequestHead
-from clrk.gateway.redact import redact_url
-from clrk.gateway.secret_values import SecretValues
+from clrk.gateway.redact import KNOWN_SECRETS, Redactor
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import (
     UNSET,
@@ -31,6 +30,7 @@ from clrk.gateway.telemetry.spans import (
 )
 
 MAX_URL_SIZE: Final = 4096
+_REDACTED: Final = frozenset((attr.URL_FULL,))  # when it was made, as URLs are
 _TCP: Final[dict[str, AttributeValue]] = {attr.NETWORK_TRANSPORT: "tcp"}
 _MALFORMED: Final = {"timeout": "the agent connected and sent nothing for too long, so there was no stamp to check"}
 _KNOWN_METHODS: Final = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY".split())
@@ -76,21 +76,21 @@ def connect_time_ns(flow: FlowRecord) -> int:
     return flow.connect_ns + time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-def full_url(head: RequestHead) -> str:
+def full_url(head: RequestHead, redactor: Redactor) -> str:
     """Return url.full without secrets; there is no userinfo, since requests with it are refused."""
     default = 443 if head.scheme == "https" else 80
     host = f"[{head.host}]" if ":" in head.host else head.host
     port = "" if head.port == default else f":{head.port}"
     target = f"{head.path}?{head.query}" if head.query else head.path
-    return f"{head.scheme}://{host}{port}{redact_url(target)}"[:MAX_URL_SIZE]
+    return f"{head.scheme}://{host}{port}{redactor.url(target)}"[:MAX_URL_SIZE]
 
 
-def request_attributes(head: RequestHead) -> dict[str, AttributeValue]:
+def request_attributes(head: RequestHead, redactor: Redactor) -> dict[str, AttributeValue]:
     """Return the attributes of an HTTP client span that are known before the answer."""
     known = head.method in _KNOWN_METHODS
     found: dict[str, AttributeValue] = {
         attr.HTTP_REQUEST_METHOD: head.method if known else "_OTHER",
-        attr.URL_FULL: full_url(head),
+        attr.URL_FULL: full_url(head, redactor),
         attr.SERVER_ADDRESS: head.host,
         attr.SERVER_PORT: head.port,
         attr.NETWORK_PROTOCOL_NAME: "http",
@@ -106,12 +106,12 @@ def http_span_name(head: RequestHead) -> str:
 
 
 class EgressSpans:
-    """Records the egress spans of one sandbox."""
+    """Records the egress spans of one sandbox: without secrets, whoever wrote them into a call."""
 
-    def __init__(self, identity: Identity, recorder: Recorder, secrets: SecretValues | None = None) -> None:
+    def __init__(self, identity: Identity, recorder: Recorder, redactor: Redactor = KNOWN_SECRETS) -> None:
         self.identity = identity
+        self.redactor = redactor
         self._recorder = recorder
-        self._secrets = secrets or SecretValues()
 
     def begin_http(self, call: Call, head: RequestHead) -> None:
         """The request is about to go upstream, as HTTP/1.1; call has request_attributes and its peer."""
@@ -184,13 +184,13 @@ class EgressSpans:
         self._recorder.begin(
             self.identity,
             component=Component.GATEWAY,
-            name=self._secrets.redact(name),
+            name=self.redactor.text(name),
             kind=SpanKind.CLIENT,
             start_ns=call.start_ns,
             span_id=call.span_id,
             parent_span_id=call.parent_span_id,
             trace_id=call.trace_id,
-            attributes=self._secrets.redact_attributes(_attributes(call, found)),
+            attributes=self.redactor.attributes(_attributes(call, found), _REDACTED),
         )
 
     def _record(
@@ -211,12 +211,12 @@ class EgressSpans:
         self._recorder.record(
             self.identity,
             component=Component.GATEWAY,
-            name=self._secrets.redact(name),
+            name=self.redactor.text(name),
             kind=SpanKind.CLIENT,
             start_ns=call.start_ns,
             end_ns=time.time_ns(),
-            attributes=self._secrets.redact_attributes(attributes),
-            status=UNSET if error is None else Status(StatusCode.ERROR, self._secrets.redact(message)),
+            attributes=self.redactor.attributes(attributes, _REDACTED),
+            status=UNSET if error is None else Status(StatusCode.ERROR, self.redactor.text(message)),
             events=events,
             span_id=call.span_id,
             parent_span_id=call.parent_span_id,

@@ -14,7 +14,7 @@ from clrk.core.errors import ConfigError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway._aio import spawn
 from clrk.gateway.ca import LeafIssuer
-from clrk.gateway.credential_hosts import Credentials, compile_credentials, update_values
+from clrk.gateway.credential_hosts import compile_credentials, update_values
 from clrk.gateway.dns import SandboxResolver
 from clrk.gateway.egress.accept import Acceptor, EgressCounters
 from clrk.gateway.egress.addresses import AddressGuard
@@ -32,6 +32,7 @@ from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.recognise import KnownHosts, recognise
+from clrk.gateway.redact import Redactor
 from clrk.gateway.run import Run
 from clrk.gateway.secret_values import SecretValues
 from clrk.gateway.telemetry.spans import Recorder
@@ -87,7 +88,9 @@ class EgressService:
         )
         timeout_s = run.gateway.spec.request_timeout if run.gateway is not None else _NO_GATEWAY_TIMEOUT_S
         credentials = compile_credentials(run.gateway, self._config, self._secret_values)
-        spans = EgressSpans(run.identity, self._recorder, self._secret_values)
+        patterns = run.gateway.spec.redact.patterns if run.gateway is not None else ()
+        redactor = Redactor(patterns, lambda: self._secret_values.known, credentials.secret_headers)
+        spans = EgressSpans(run.identity, self._recorder, redactor)
         names = NameTable()
         allowance = Allowance()
         hosts = KnownHosts(run.gateway, self._config.ai_routes)
@@ -104,7 +107,7 @@ class EgressService:
                 self._recognise or partial(recognise, allowance=allowance, hosts=hosts, prices=prices),
                 timeout_s,
                 allowance,
-                _new_capture(run.gateway, credentials),
+                _new_capture(run.gateway, redactor),
                 self._governance.of_run(run).govern,
                 credentials,
             ),
@@ -145,11 +148,11 @@ def _proxy(gateway: EgressGateway | None) -> Proxy | None:
     return Proxy.compile(spec, gateway.metadata.namespace) if gateway is not None and spec is not None else None
 
 
-def _new_capture(gateway: EgressGateway | None, credentials: Credentials) -> Callable[[], Capture] | None:
+def _new_capture(gateway: EgressGateway | None, redactor: Redactor) -> Callable[[], Capture] | None:
     otlp = gateway.spec.otlp if gateway is not None else None
     if otlp is None or otlp.capture_body is None:
         return None
-    return partial(Capture, otlp.capture_body, Allowance(MAX_KEPT_BYTES), credentials)
+    return partial(Capture, otlp.capture_body, Allowance(MAX_KEPT_BYTES), redactor)
 
 
 class RunEgress:

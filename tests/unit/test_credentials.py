@@ -26,6 +26,7 @@ from clrk.gateway.credentials import (
     replace_header,
     replace_parameter,
 )
+from clrk.gateway.redact import Redactor
 from clrk.gateway.secret_values import SecretValues
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/standin"))
@@ -297,6 +298,10 @@ def test_botocore_does_not_log_what_it_signs(caplog):
     assert "CanonicalRequest" not in caplog.text
 
 
+def shown_by(values: SecretValues) -> Redactor:
+    return Redactor(values=lambda: values.known)
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -308,10 +313,10 @@ def test_a_rotated_value_is_used_at_once_and_the_former_one_still_redacted():
     values.replace({"default/keys": {"token": "second/value"}}, [("default/keys", "token")])
     assert values.get("default/keys", "token") == "second/value"
     text = "a first-value, second/value, second%2Fvalue, lamp"
-    assert values.redact(text) == "a [redacted], [redacted], [redacted], lamp"
+    assert shown_by(values).text(text) == "a [redacted], [redacted], [redacted], lamp"
     values.replace({}, [("default/keys", "token")])
     assert values.get("default/keys", "token") is None
-    assert "value" not in values.redact(text)
+    assert "value" not in shown_by(values).text(text)
 
 
 def test_former_values_are_bounded_and_short_ones_leave_texts_alone():
@@ -319,9 +324,9 @@ def test_former_values_are_bounded_and_short_ones_leave_texts_alone():
     for number in range(2000):
         values.replace({"s": {"k": f"value-{number:06}"}}, [("s", "k")])
     assert len(values._former) <= 256
-    assert "1999" not in values.redact("value-001999")
+    assert "1999" not in shown_by(values).text("value-001999")
     values.replace({"s": {"k": "abc"}}, [("s", "k")])
-    assert values.redact("abc abcdef") == "abc abcdef"
+    assert shown_by(values).text("abc abcdef") == "abc abcdef"
 
 
 def test_one_secret_inside_another_and_in_json():
@@ -329,7 +334,7 @@ def test_one_secret_inside_another_and_in_json():
     values.replace(
         {"s": {"a": "longer-secret", "b": "longer-secret-and-more", "c": 'qu"ote\\d'}}, [("s", k) for k in "abc"]
     )
-    assert values.redact("x longer-secret-and-more y") == "x [redacted] y"
-    assert values.redact('{"k": "qu\\"ote\\\\d"}') == '{"k": "[redacted]"}'
-    found = values.redact_attributes({"a": "longer-secret", "b": ["x", "longer-secret"], "n": 3, "t": True})
-    assert found == {"a": "[redacted]", "b": ("x", "[redacted]"), "n": 3, "t": True}
+    assert shown_by(values).text("x longer-secret-and-more y") == "x [redacted] y"
+    assert shown_by(values).text('{"k": "qu\\"ote\\\\d"}') == '{"k": "[redacted]"}'
+    found = shown_by(values).attributes({"a": "longer-secret", "b": ["x", "longer-secret"], "n": 3, "t": True})
+    assert found == {"a": "[redacted]", "b": ["x", "[redacted]"], "n": 3, "t": True}

@@ -241,7 +241,7 @@ def test_hostile_text_takes_time_in_proportion_to_its_size(name):
 
 
 def test_a_text_with_too_many_places_shows_nothing_behind_the_first_that_was_not_looked_at():
-    for word in ("token ", "sk-", "://", "eyJ ", "-----BEGIN ", "?key= "):
+    for word in ("token ", "sk- ", "://", "eyJ ", "-----BEGIN ", "?key= "):
         text = "begin " + word * 50_000
         shown = redact_text(text + SHAPES["GitHub"] + ' password: "hunter2"')
         assert shown.startswith("begin ")

@@ -13,10 +13,10 @@ import zstandard
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
 from clrk.core.egress_resources import CaptureBody
-from clrk.gateway.egress import capture as module
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.http1 import parse_request, parse_response, request_body, response_body
 from clrk.gateway.interpret import Allowance
+from clrk.gateway.redact import Redactor
 from clrk.gateway.telemetry import attributes as attr
 
 RULES = [{"hostnames": ["tools.internal"], "ports": [80]}]
@@ -289,7 +289,7 @@ async def test_a_failure_costs_the_events_only(monkeypatch, caplog):
     def broken(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(module, "redact_headers", broken)
+    monkeypatch.setattr(Redactor, "headers", broken)
     found = await events_of(answer(b"{}", headers="Content-Type: application/json\r\n"), request(b"{}"))
     assert found == {}
     assert "capturing a call failed" in caplog.text
