@@ -101,15 +101,27 @@ def stand_in() -> Iterator[None]:
     folder = OUT / "standin"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "requests.jsonl").unlink(missing_ok=True)
+    keys = {host: f"demo-{secrets.token_hex(16)}" for host in ("api.anthropic.com", "api.openai.com")}
+    for host, key in keys.items():  # what credentials.yaml names: the agents' own keys are placeholders
+        write_private(OUT / f"{host}.key", key)
+    write_private(folder / "keys.json", json.dumps(keys))
     command = [
         str(BIN / "python"), str(ROOT / "examples" / "standin" / "serve.py"), "--dir", str(folder),
         "--tls", "127.0.0.1:18443", "--mcp", "127.0.0.1:18444", "--plain", "127.0.0.1:18445",
+        "--keys", str(folder / "keys.json"),
     ]  # fmt: skip
     with child("standin", command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         if not process.stdout.readline():
             give_up("the stand-in did not start", OUT / "standin.log")
         yield
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner reads."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import mcp_tools
 import openai_api
 import uvicorn
 from aiohttp import web
+from api_keys import ApiKeys
 from certificates import make_server_context
 from request_log import BodyFacts, RequestLog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="certificates, CA and requests.jsonl go here")
     for name in ("tls", "mcp", "plain"):
         parser.add_argument(f"--{name}", default="127.0.0.1:0", metavar="IP:PORT", help="port 0: any free one")
+    parser.add_argument("--keys", type=Path, metavar="FILE", help="JSON: host name → the API key it demands; else any")
     asyncio.run(_serve(parser.parse_args()))
 
 
@@ -45,7 +47,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    runner = web.AppRunner(_by_hostname(log), access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(_by_hostname(log, ApiKeys.read(arguments.keys)), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, sockets["tls"], ssl_context=context).start()
     await web.SockSite(runner, sockets["plain"]).start()
@@ -73,7 +75,7 @@ def _listen(address: str) -> socket.socket:
     return sock
 
 
-def _by_hostname(log: RequestLog) -> web.Application:
+def _by_hostname(log: RequestLog, keys: ApiKeys) -> web.Application:
     @web.middleware
     async def record(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -87,7 +89,7 @@ def _by_hostname(log: RequestLog) -> web.Application:
             headers=[(name.decode(), value.decode("latin-1")) for name, value in request.raw_headers],
             body=body,
         )
-        return await handler(request)
+        return keys.refusal(request) or await handler(request)
 
     app = web.Application(middlewares=[record], client_max_size=32 * 2**20)
     app.add_domain(anthropic_api.HOSTNAME, anthropic_api.application())

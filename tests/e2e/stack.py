@@ -52,13 +52,17 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def stand_in(folder: Path) -> Iterator[StandIn]:
-    """Run examples/standin on free ports."""
+def stand_in(folder: Path, keys: dict[str, str] | None = None) -> Iterator[StandIn]:
+    """Run examples/standin on free ports. keys: the API key that a host demands; any will do elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "keys.json").write_text(json.dumps(keys or {}))
     with (folder / "standin.log").open("wb") as log:
         serve = ROOT / "examples/standin/serve.py"
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, serve, "--dir", folder],
+            [
+                "setpriv", "--pdeathsig", "KILL", "--", sys.executable, serve,
+                "--dir", folder, "--keys", folder / "keys.json",
+            ],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
         assert process.stdout is not None

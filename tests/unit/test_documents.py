@@ -28,6 +28,8 @@ def test_the_resources_of_the_demo_are_valid(tmp_path: Path, capsys: pytest.Capt
         (demo / path.name).write_text(path.read_text())
     for folder in (".venv", ".output/demo/standin", "examples/agents"):  # what its relative paths name
         (tmp_path / folder).mkdir(parents=True)
+    for host in ("api.anthropic.com", "api.openai.com"):
+        (tmp_path / f".output/demo/{host}.key").write_text("made up")
     sys.path.insert(0, str(ROOT / "examples/standin"))
     from certificates import make_server_context
 
