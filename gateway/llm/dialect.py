@@ -18,7 +18,8 @@ class Dialect(Protocol):
     Shape: operation is gen_ai.operation.name. request_model, streams, max_output_tokens (of one choice, as the request
     limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
     completion holds what the response has said so far. usage_due says that the next event may be the one that exists
-    only because usage was asked for, and event() says True when it was.
+    only because usage was asked for, and event() says True when it was. takes_include_usage: the API has OpenAI's
+    `stream_options.include_usage`.
     """
 
     completion: Completion
@@ -27,6 +28,7 @@ class Dialect(Protocol):
     streams: bool
     max_output_tokens: int | None
     choices: int
+    takes_include_usage: bool
 
     @property
     def usage_due(self) -> bool:
@@ -55,6 +57,7 @@ class JsonDialect:
     """What dialects have in common; the rest of Dialect is theirs."""
 
     operation = names.OPERATION_CHAT
+    takes_include_usage = False
 
     def __init__(self, head: RequestHead) -> None:
         self.completion = Completion()
