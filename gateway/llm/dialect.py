@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from clrk.gateway.interpret import RequestHead
+from clrk.gateway.interpret import RequestHead, ResponseHead
 from clrk.gateway.llm import framing
 from clrk.gateway.llm.completion import Completion
 from clrk.gateway.llm.sse import SseEvent
@@ -18,8 +18,8 @@ class Dialect(Protocol):
     Shape: operation is gen_ai.operation.name. request_model, streams, max_output_tokens (of one choice, as the request
     limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
     completion holds what the response has said so far. usage_due says that the next event may be the one that exists
-    only because usage was asked for, and event() says True when it was. takes_include_usage: the API has OpenAI's
-    `stream_options.include_usage`.
+    only because usage was asked for, and event() says True when it was. spends_tokens: False where tokens are only
+    counted. price_models: the names to look for a price under, the one to trust most first.
     """
 
     completion: Completion
@@ -28,7 +28,11 @@ class Dialect(Protocol):
     streams: bool
     max_output_tokens: int | None
     choices: int
-    takes_include_usage: bool
+    spends_tokens: bool
+
+    @property
+    def price_models(self) -> tuple[str | None, ...]:
+        """Names of the model, as price lists may know them."""
 
     @property
     def usage_due(self) -> bool:
@@ -36,6 +40,9 @@ class Dialect(Protocol):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the attributes of a request body (without content coding); empty when it is malformed."""
+
+    def response_head(self, head: ResponseHead) -> None:
+        """Take the response's head: some APIs say things only there."""
 
     def splitter(self, media_type: str) -> framing.Splitter | None:
         """Return what cuts a response of this media type into events, None when it is one document."""
@@ -49,6 +56,9 @@ class Dialect(Protocol):
     def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:
         """Return Content-Type and body of an error in the provider's schema; code is clrk's own, stable reason."""
 
+    def error_headers(self, status: int) -> tuple[tuple[str, str], ...]:
+        """Return the headers, but for Content-Type, that an error in the provider's schema has."""
+
     def error_event(self, code: str, message: str) -> bytes:
         """Return the event that ends a stream with an error, to be sent between two events."""
 
@@ -57,7 +67,7 @@ class JsonDialect:
     """What dialects have in common; the rest of Dialect is theirs."""
 
     operation = names.OPERATION_CHAT
-    takes_include_usage = False
+    spends_tokens = True
 
     def __init__(self, head: RequestHead) -> None:
         self.completion = Completion()
@@ -67,6 +77,11 @@ class JsonDialect:
         self.choices = 1
 
     @property
+    def price_models(self) -> tuple[str | None, ...]:
+        """See Dialect."""
+        return self.completion.model, self.request_model
+
+    @property
     def usage_due(self) -> bool:
         """Usage is part of the protocol: nothing was asked for, nothing is withheld."""
         return False
@@ -74,3 +89,10 @@ class JsonDialect:
     def splitter(self, media_type: str) -> framing.Splitter | None:
         """See Dialect."""
         return framing.splitter(media_type)
+
+    def response_head(self, head: ResponseHead) -> None:
+        """See Dialect: everything stands in the body."""
+
+    def error_headers(self, status: int) -> tuple[tuple[str, str], ...]:
+        """See Dialect."""
+        return ()

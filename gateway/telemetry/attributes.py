@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from opentelemetry.semconv._incubating.attributes import (
+    aws_attributes,
     cloudevents_attributes,
     gen_ai_attributes,
     host_attributes,
@@ -94,12 +95,6 @@ CLRK_EGRESS_DENY_REASON: Final = "clrk.egress.deny_reason"
 CLRK_EGRESS_ROUTE: Final = "clrk.egress.route"
 CLRK_EGRESS_WOULD_DENY: Final = "clrk.egress.would_deny"  # a deny reason, where the gateway's mode is not Enforce
 CLRK_COST_USD: Final = "clrk.cost.usd"  # float
-CLRK_COST_UNKNOWN: Final = "clrk.cost.unknown"  # bool: the call was probably billed, and nobody here knows the price
-CLRK_GEN_AI_REFUSED: Final = "clrk.gen_ai.refused"  # bool: the model declined to answer
-CLRK_GEN_AI_RESPONSE_SERVICE_TIER: Final = (
-    "clrk.gen_ai.response.service_tier"  # of providers for which semconv has no name
-)
-CLRK_GEN_AI_USAGE_WEB_SEARCHES: Final = "clrk.gen_ai.usage.web_searches"  # int: made and billed by the provider
 CLRK_BODY_USAGE_VISIBLE: Final = "clrk.body.usage_visible"  # bool
 CLRK_BODY_REQUEST_REWRITTEN: Final = "clrk.body.request_rewritten"  # bool
 CLRK_BODY_TRUNCATED: Final = "clrk.body.truncated"  # bool: there was more than was captured
@@ -166,27 +161,27 @@ CLOUDEVENTS_EVENT_TYPE: Final = cloudevents_attributes.CLOUDEVENTS_EVENT_TYPE
 
 # --- GenAI (Development) --------------------------------------------------------------------------------------------
 OPERATION_CHAT: Final = gen_ai_attributes.GenAiOperationNameValues.CHAT.value
+OPERATION_COUNT_TOKENS: Final = "count_tokens"  # semconv has no word for it, and allows one of our own
 OPERATION_EMBEDDINGS: Final = gen_ai_attributes.GenAiOperationNameValues.EMBEDDINGS.value
 OPERATION_EXECUTE_TOOL: Final = gen_ai_attributes.GenAiOperationNameValues.EXECUTE_TOOL.value
 OPERATION_GENERATE_CONTENT: Final = gen_ai_attributes.GenAiOperationNameValues.GENERATE_CONTENT.value
 OPERATION_INVOKE_AGENT: Final = gen_ai_attributes.GenAiOperationNameValues.INVOKE_AGENT.value
 OPERATION_TEXT_COMPLETION: Final = gen_ai_attributes.GenAiOperationNameValues.TEXT_COMPLETION.value
+AWS_BEDROCK_GUARDRAIL_ID: Final = aws_attributes.AWS_BEDROCK_GUARDRAIL_ID
+AWS_REQUEST_ID: Final = aws_attributes.AWS_REQUEST_ID
 GEN_AI_AGENT_ID: Final = gen_ai_attributes.GEN_AI_AGENT_ID
 GEN_AI_AGENT_NAME: Final = gen_ai_attributes.GEN_AI_AGENT_NAME
 GEN_AI_AGENT_VERSION: Final = gen_ai_attributes.GEN_AI_AGENT_VERSION
 GEN_AI_CONVERSATION_ID: Final = gen_ai_attributes.GEN_AI_CONVERSATION_ID
-GEN_AI_EMBEDDINGS_DIMENSION_COUNT: Final = gen_ai_attributes.GEN_AI_EMBEDDINGS_DIMENSION_COUNT  # int
 GEN_AI_OPERATION_NAME: Final = gen_ai_attributes.GEN_AI_OPERATION_NAME
 GEN_AI_OUTPUT_TYPE: Final = gen_ai_attributes.GEN_AI_OUTPUT_TYPE
 GEN_AI_PROMPT_NAME: Final = gen_ai_attributes.GEN_AI_PROMPT_NAME
 GEN_AI_PROVIDER_NAME: Final = gen_ai_attributes.GEN_AI_PROVIDER_NAME
 GEN_AI_REQUEST_CHOICE_COUNT: Final = gen_ai_attributes.GEN_AI_REQUEST_CHOICE_COUNT  # int
-GEN_AI_REQUEST_ENCODING_FORMATS: Final = gen_ai_attributes.GEN_AI_REQUEST_ENCODING_FORMATS  # string[]
 GEN_AI_REQUEST_FREQUENCY_PENALTY: Final = gen_ai_attributes.GEN_AI_REQUEST_FREQUENCY_PENALTY  # float
 GEN_AI_REQUEST_MAX_TOKENS: Final = gen_ai_attributes.GEN_AI_REQUEST_MAX_TOKENS  # int
 GEN_AI_REQUEST_MODEL: Final = gen_ai_attributes.GEN_AI_REQUEST_MODEL
 GEN_AI_REQUEST_PRESENCE_PENALTY: Final = gen_ai_attributes.GEN_AI_REQUEST_PRESENCE_PENALTY  # float
-GEN_AI_REQUEST_PREVIOUS_RESPONSE_ID: Final = "gen_ai.request.previous_response.id"  # semconv-genai, after 1.41.1
 GEN_AI_REQUEST_SEED: Final = gen_ai_attributes.GEN_AI_REQUEST_SEED  # int
 GEN_AI_REQUEST_STOP_SEQUENCES: Final = gen_ai_attributes.GEN_AI_REQUEST_STOP_SEQUENCES  # string[]
 GEN_AI_REQUEST_STREAM: Final = gen_ai_attributes.GEN_AI_REQUEST_STREAM  # bool, only when streaming
