@@ -16,16 +16,14 @@ from typing import Final
 from clrk.core.egress_resources import EgressGateway
 from clrk.core.route_resources import AIProviderRoute
 from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
+from clrk.gateway.llm import bedrock_converse, bedrock_invoke, gemini, vertex
 from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.body import is_json, media_type
 from clrk.gateway.llm.completion import Provider
 from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.llm.dialect import Dialect
 from clrk.gateway.llm.interpreter import LlmInterpreter
-from clrk.gateway.llm.ollama import OllamaChat, OllamaGenerate
-from clrk.gateway.llm.openai_chat import OpenAiChat, OpenAiCompletions
-from clrk.gateway.llm.openai_embeddings import OpenAiEmbeddings
-from clrk.gateway.llm.openai_responses import OpenAiResponses
+from clrk.gateway.llm.openai_chat import OpenAiChat
 from clrk.gateway.mcp.interpreter import McpInterpreter
 from clrk.gateway.policy_names import HostPattern, normalise_name
 
@@ -34,6 +32,9 @@ _ANTHROPIC: Final = Provider("anthropic", "anthropic", "anthropic")
 _OPENAI: Final = Provider("openai", "openai", "openai", asks_usage=True)
 _AZURE: Final = Provider("azure.ai.openai", "azure_openai", "azure")
 _COMPATIBLE: Final = Provider("openai_compatible", "openai", asks_usage=True)
+_GEMINI: Final = Provider("gcp.gemini", "google_genai", "google")
+_VERTEX: Final = Provider("gcp.vertex_ai", "google_genai", "google")
+_BEDROCK: Final = Provider("aws.bedrock", "aws_bedrock", "aws")
 
 # Who a host is; `.x` stands for any name below x.
 PROVIDERS: Final[dict[str, Provider]] = {
@@ -45,9 +46,23 @@ PROVIDERS: Final[dict[str, Provider]] = {
     "api.perplexity.ai": Provider("perplexity", "openai", "perplexity"),
     "api.x.ai": Provider("x_ai", "openai", "x-ai"),
     ".openai.azure.com": _AZURE,
-    ".cognitiveservices.azure.com": _AZURE,
-    ".services.ai.azure.com": _AZURE,
+    "generativelanguage.googleapis.com": _GEMINI,
+    "aiplatform.googleapis.com": _VERTEX,
 }
+
+# Who a host is whose name has the region in it, in every form: FIPS, dual-stack, China, PrivateLink, multi-region.
+_LABEL: Final = r"[a-z0-9-]+"
+REGIONAL: Final[tuple[tuple[re.Pattern[str], Provider], ...]] = (
+    (re.compile(rf"{_LABEL}-aiplatform\.(?:mtls\.)?googleapis\.com"), _VERTEX),
+    (re.compile(rf"aiplatform\.{_LABEL}\.rep\.(?:mtls\.)?googleapis\.com"), _VERTEX),
+    (
+        re.compile(
+            rf"bedrock-(?:runtime|runtime-fips|mantle)\.{_LABEL}\.(?:amazonaws\.com(?:\.cn)?|api\.aws)"
+            rf"|(?:{_LABEL}\.)?vpce-{_LABEL}\.bedrock-(?:runtime|runtime-fips|mantle)\.{_LABEL}\.vpce\.amazonaws\.com"
+        ),
+        _BEDROCK,
+    ),
+)
 
 # What an operator may call a host (core.route_resources.AI_PROVIDERS).
 BY_OPERATOR: Final[dict[str, Provider]] = {
@@ -55,6 +70,8 @@ BY_OPERATOR: Final[dict[str, Provider]] = {
     "openai": _OPENAI,
     "azure_openai": _AZURE,
     "openai_compatible": _COMPATIBLE,
+    "google_genai": _GEMINI,
+    "aws_bedrock": _BEDROCK,
 }
 
 
@@ -62,25 +79,20 @@ BY_OPERATOR: Final[dict[str, Provider]] = {
 class Api:
     """One API: the shape of its paths (a base URL may put anything in front), and who is meant on unknown hosts.
 
-    Shape: systems are the gen_ai.system values of the providers that serve it as their own. elsewhere None: only hosts
-    that are known serve it, the path alone says too little.
+    Shape: systems are the gen_ai.system values of the providers that serve it as their own.
     """
 
     path: re.Pattern[str]
     dialect: Callable[[RequestHead], Dialect]
-    elsewhere: Provider | None
+    elsewhere: Provider
     systems: frozenset[str]
 
-    def provider(self, known: Provider | None) -> Provider | None:
-        """Return who serves this API: a known provider may speak another's too."""
-        if known is None or known.system in self.systems:
-            return known or self.elsewhere
-        return replace(known, system=self.elsewhere.system if self.elsewhere is not None else min(self.systems))
+    def provider(self, known: Provider) -> Provider:
+        """Return a known provider as the one that serves this API: some speak another's too."""
+        return known if known.system in self.systems else replace(known, system=self.elsewhere.system)
 
 
 _SPEAK_OPENAI: Final = frozenset(("openai", "azure_openai"))
-_LIKE_OPENAI: Final = Provider("openai", "openai")
-_SPEAK_OLLAMA: Final = frozenset(("ollama",))
 
 APIS: Final = (
     Api(
@@ -89,12 +101,27 @@ APIS: Final = (
         Provider("anthropic", "anthropic"),
         frozenset(("anthropic",)),
     ),
-    Api(re.compile(r"/chat/completions/?$"), OpenAiChat, _LIKE_OPENAI, _SPEAK_OPENAI),
-    Api(re.compile(r"(?<!/chat)/completions/?$"), OpenAiCompletions, _LIKE_OPENAI, _SPEAK_OPENAI),
-    Api(re.compile(r"/responses/?$"), OpenAiResponses, _LIKE_OPENAI, _SPEAK_OPENAI),
-    Api(re.compile(r"/embeddings/?$"), OpenAiEmbeddings, _LIKE_OPENAI, _SPEAK_OPENAI),
-    Api(re.compile(r"/api/chat/?$"), OllamaChat, None, _SPEAK_OLLAMA),
-    Api(re.compile(r"/api/generate/?$"), OllamaGenerate, None, _SPEAK_OLLAMA),
+    Api(re.compile(r"/chat/completions/?$"), OpenAiChat, Provider("openai", "openai"), _SPEAK_OPENAI),
+    Api(gemini.PATH, gemini.GeminiContent, Provider("gcp.gen_ai", "google_genai"), frozenset(("google_genai",))),
+    Api(
+        vertex.ANTHROPIC_PATH,
+        vertex.VertexAnthropic,
+        Provider("anthropic", "anthropic"),
+        frozenset(("anthropic",)),
+    ),
+    Api(vertex.OPENAI_PATH, vertex.VertexOpenAi, Provider("openai", "openai"), _SPEAK_OPENAI),
+    Api(
+        bedrock_converse.PATH,
+        bedrock_converse.BedrockConverse,
+        Provider("aws.bedrock", "aws_bedrock"),
+        frozenset(("aws_bedrock",)),
+    ),
+    Api(
+        bedrock_invoke.PATH,
+        bedrock_invoke.BedrockInvoke,
+        Provider("aws.bedrock", "aws_bedrock"),
+        frozenset(("aws_bedrock",)),
+    ),
 )
 
 
@@ -123,7 +150,10 @@ class KnownHosts:
                 return provider
         if (known := PROVIDERS.get(name)) is not None:
             return known
-        return next((found for suffix, found in PROVIDERS.items() if suffix[0] == "." and name.endswith(suffix)), None)
+        for suffix, provider in PROVIDERS.items():
+            if suffix[0] == "." and name.endswith(suffix):
+                return provider
+        return next((provider for shape, provider in REGIONAL if shape.fullmatch(name)), None)
 
 
 _TABLE: Final = KnownHosts()
@@ -151,8 +181,8 @@ def recognise(
         if api.path.search(head.path) is None:
             continue
         known = hosts.provider(head.host)
-        provider = api.provider(known)
-        if provider is not None and (known is not None or json_body):
+        if known is not None or json_body:
+            provider = api.provider(known) if known is not None else api.elsewhere
             dialect = api.dialect(head)
             return LlmInterpreter(head, provider, dialect, allowance, prices=prices, sure=known is not None)
     if json_body and _may_be_mcp(head):
