@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -85,6 +85,18 @@ class Governor(Protocol):
 
         Shape: sent says whether the upstream may have seen the request. Called exactly once after judge.
         """
+
+
+Inject = Callable[[bytes], bool]
+"""Puts bytes into an answer under way, between two of its pieces; False when that is not possible (any more)."""
+
+
+@runtime_checkable
+class Injector(Protocol):
+    """A Governor that may have something to say to the agent meanwhile. Its response_data returns whole events."""
+
+    def stream_opened(self, inject: Inject) -> None:
+        """Take the way into the answer; called after response_head, before the first response_data."""
 
 
 Govern = Callable[[RequestHead, Interpreter | None], Governor | None]

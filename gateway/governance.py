@@ -8,6 +8,7 @@ from __future__ import annotations
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.mcp.governance import McpRun
 from clrk.gateway.run import Run
 
 
@@ -31,7 +32,16 @@ class RunGovernance:
 
     def __init__(self, config: GatewayConfig, run: Run) -> None:
         self._config, self._run = config, run
+        self.mcp = McpRun.of(config, run)
 
     def govern(self, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
         """Return the governor of an exchange; None when nothing governs it. interpreter is what understands it."""
-        return None
+        return self.mcp.govern(head, interpreter)
+
+    def is_mcp_host(self, host: str) -> bool:
+        """Say whether an MCPRoute names a host: what is posted there is read as MCP, whatever its headers say."""
+        return self.mcp.names_host(host)
+
+    def http_only(self, *names: str | None) -> bool:
+        """Say whether every exchange with a host, by any of its names, has to be judged; see Exit."""
+        return self.mcp.enforces and self.mcp.names_host(*names)

@@ -6,6 +6,7 @@ HTTP call. An interpreter never does I/O, never delays a byte, and gives up (usa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -73,13 +74,21 @@ class Facts:
 
     Shape: name is the span's name; "" means that the exchange turned out to be plain HTTP, so keep the HTTP name.
     error_type is set for provider and JSON-RPC errors that the HTTP status does not
-    show (also put into attributes as error.type); status_message goes into the span's status.
+    show (also put into attributes as error.type); status_message goes into the span's status. also are other calls
+    that the exchange carried, each with a span of its own. later says that the answer comes on another exchange.
     """
 
     name: str
     attributes: dict[str, AttributeValue] = field(default_factory=dict)
     error_type: str | None = None
     status_message: str = ""
+    also: tuple[Facts, ...] = ()
+    later: Later | None = field(default=None, compare=False)
+
+
+Later = Callable[[Callable[[Facts], None]], Callable[[], None]]
+"""Calls back once, with what was understood, when the answer has come or nobody waits any more; what it returns ends
+the wait."""
 
 
 class Interpreter(Protocol):

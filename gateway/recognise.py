@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from clrk.core.egress_resources import EgressGateway
@@ -24,7 +24,8 @@ from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.llm.dialect import Dialect
 from clrk.gateway.llm.interpreter import LlmInterpreter
 from clrk.gateway.llm.openai_chat import OpenAiChat
-from clrk.gateway.mcp.interpreter import McpInterpreter
+from clrk.gateway.mcp.conversations import Conversations
+from clrk.gateway.mcp.interpreter import McpInterpreter, McpStream
 from clrk.gateway.policy_names import HostPattern, normalise_name
 
 # Values of gen_ai.provider.name: semconv 1.41.1; gen_ai.system: CONTRACT section 13, the protocol spoken.
@@ -159,23 +160,38 @@ class KnownHosts:
 _TABLE: Final = KnownHosts()
 
 
+def _no_host(host: str) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class KnownMcp:
+    """What is known of MCP beforehand: hosts that serve it, by the operator's word, and what the run said so far."""
+
+    is_host: Callable[[str], bool] = _no_host
+    conversations: Conversations = field(default_factory=Conversations)
+
+
 def recognise(
     head: RequestHead,
     allowance: Allowance | None = None,
     hosts: KnownHosts = _TABLE,
     prices: PriceList = BUNDLED,
+    mcp: KnownMcp | None = None,
 ) -> Interpreter | None:
     """Return the interpreter of an exchange, None when it is a plain HTTP call.
 
-    Shape: allowance, hosts and prices are the run's, shared by its exchanges.
+    Shape: allowance, hosts, prices and mcp are the run's, shared by its exchanges.
 
     An MCP interpreter is a suspicion until the body has shown `"jsonrpc"`; without it its Facts have no name and no
-    attributes, and the call stays plain HTTP. GET streams and DELETE of an MCP session are plain HTTP: they carry no
-    request of the agent.
+    attributes, and the call stays plain HTTP. GET streams and DELETE of an MCP session are plain HTTP by their names:
+    they carry no request of the agent.
     """
+    allowance, mcp = allowance or Allowance(), mcp or KnownMcp()
     if head.method != "POST":
-        return None
-    allowance = allowance or Allowance()
+        return McpStream(head, allowance, mcp.conversations) if _may_be_mcp_stream(head) else None
+    if mcp.is_host(head.host):
+        return McpInterpreter(head, allowance, mcp.conversations, sure=True)
     json_body = is_json(head.header("content-type"))
     for api in APIS:
         if api.path.search(head.path) is None:
@@ -186,8 +202,15 @@ def recognise(
             dialect = api.dialect(head)
             return LlmInterpreter(head, provider, dialect, allowance, prices=prices, sure=known is not None)
     if json_body and _may_be_mcp(head):
-        return McpInterpreter(head, allowance)
+        return McpInterpreter(head, allowance, mcp.conversations)
     return None
+
+
+def _may_be_mcp_stream(head: RequestHead) -> bool:
+    """A GET that asks for events (what they are shows whether it is MCP), or the end of a session."""
+    if head.method == "GET":
+        return any(name.lower() == "accept" and "text/event-stream" in value.lower() for name, value in head.headers)
+    return head.method == "DELETE" and head.header("mcp-session-id") is not None
 
 
 def _may_be_mcp(head: RequestHead) -> bool:

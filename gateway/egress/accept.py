@@ -279,7 +279,7 @@ class Acceptor:
         if sni is not None:
             call.attributes[attr.TLS_CLIENT_SERVER_NAME] = sni
         try:
-            upstream = await self._exit.upstream.dial(self._admit_tunnel(origin))
+            upstream = await self._exit.upstream.dial(self._admit_tunnel(origin, sni))
         except DialDeniedError as exc:
             spans.denied(call, exc.reason, str(exc), exc.rule)
             agent.reset()
@@ -302,7 +302,7 @@ class Acceptor:
             call.request_bytes, call.response_bytes = upstream.sent_bytes, upstream.received_bytes
             spans.tcp(call, error, message)
 
-    def _admit_tunnel(self, origin: Origin) -> Target:
+    def _admit_tunnel(self, origin: Origin, sni: str | None = None) -> Target:
         """Decide where a tunnel goes. Raises: DialDeniedError."""
         destination = origin.destination
         if destination.name is not None and origin.server_name not in (None, destination.name):
@@ -314,6 +314,8 @@ class Acceptor:
             raise DialDeniedError(verdict.reason, f"{where} is not allowed", verdict.hint, verdict.rule)
         if verdict.needs_http:
             raise DialDeniedError("http_only", f"{where} is allowed for some HTTP requests only", rule=verdict.rule)
+        if self._exit.http_only(destination.host, origin.server_name, sni):
+            raise DialDeniedError("http_only", f"{where} has an MCPRoute, which can judge HTTP only")
         server_name = (origin.name or str(destination.address)) if origin.is_tls else None
         return Target(destination.name, destination.address, destination.port, server_name)
 

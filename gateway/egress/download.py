@@ -7,7 +7,7 @@ from collections.abc import Callable
 from clrk.gateway.egress.admission import Admitted
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.http1 import Body, Response
-from clrk.gateway.govern import Cut
+from clrk.gateway.govern import Cut, Inject, Injector
 from clrk.gateway.interpret import ResponseHead
 
 
@@ -33,6 +33,11 @@ class Download:
             self._interpreter.response_head(head, self._elapsed_s())
         if self._governor is not None:
             self._governor.response_head(head)
+
+    def opened(self, inject: Inject) -> None:
+        """The answer's head is written; inject puts bytes between what data() returns."""
+        if isinstance(self._governor, Injector):
+            self._governor.stream_opened(inject)
 
     @property
     def rewrites(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from clrk.core.errors import ProtocolError
@@ -186,6 +187,7 @@ class Exchange:
             response, framing=framing, drop_coding=download.decodes, close=not self._continues
         )
         pending = [render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)]
+        download.opened(partial(self._inject, framing=framing))
         await self._stream(download, body, upstream, pending, framing)
         if download.cut is not None:
             self._cut_short, self._continues = download.cut, False
@@ -242,6 +244,17 @@ class Exchange:
         if piece:
             self._call.response_bytes += len(piece)
             pending.append(render_chunk(piece) if framing is Framing.REWRITTEN else piece)
+
+    def _inject(self, piece: bytes, *, framing: Framing) -> bool:
+        """Send what a governor has to say meanwhile. Between two awaits of _stream all that was pending is written."""
+        if not self._answered or self._agent.is_paused:
+            return False
+        try:
+            self._agent.write_nowait(render_chunk(piece) if framing is Framing.REWRITTEN else piece)
+        except OSError:
+            return False
+        self._call.response_bytes += len(piece)
+        return True
 
     async def _flush(self, pending: list[bytes], upstream: Channel) -> None:
         if pending:

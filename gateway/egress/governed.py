@@ -8,7 +8,7 @@ from typing import Final
 
 from clrk.gateway.egress.guarded import GuardedInterpreter
 from clrk.gateway.egress.refusal import RefusedError
-from clrk.gateway.govern import Answer, Cut, Govern, Governor
+from clrk.gateway.govern import Answer, Cut, Govern, Governor, Inject, Injector
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.telemetry.spans import AttributeValue
 
@@ -80,6 +80,14 @@ class GuardedGovernor:
                 self._inner.response_head(head)
             except Exception:  # as above
                 self._failed("reading a response head")
+
+    def stream_opened(self, inject: Inject) -> None:
+        """See Injector; a governor that is none has nothing to say."""
+        if isinstance(self._inner, Injector):
+            try:
+                self._inner.stream_opened(inject)
+            except Exception:  # as above
+                self._failed("opening an answer")
 
     def response_data(self, chunk: bytes) -> bytes | Cut:
         """See Governor."""

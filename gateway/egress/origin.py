@@ -23,7 +23,11 @@ Recognise = Callable[[RequestHead], Interpreter | None]
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """What the connections of one run share. new_capture is there where headers and bodies are to be kept."""
+    """What the connections of one run share.
+
+    Shape: new_capture is there where headers and bodies are to be kept. http_only says of a host, by any of its names,
+    that every exchange with it has to be judged, so that nothing but HTTP may pass.
+    """
 
     policy: EgressPolicy
     upstream: Upstream
@@ -34,6 +38,7 @@ class Exit:
     new_capture: Callable[[], Capture] | None = None
     govern: Govern = ungoverned
     credentials: Credentials = field(default_factory=lambda: Credentials(SecretValues()))
+    http_only: Callable[..., bool] = lambda *_: False
     _open: dict[tuple[str | None, IPAddress | None, int], bool] = field(default_factory=dict)
 
     def is_open(self, name: str | None, address: IPAddress | None, port: int) -> bool:

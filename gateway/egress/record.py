@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from clrk.core.ids import SpanId, TraceId, new_span_id
 from clrk.core.wire import FlowRecord, IPAddress
+from clrk.gateway.egress.late import record_late
 from clrk.gateway.interpret import Facts, RequestHead
 from clrk.gateway.redact import KNOWN_SECRETS, Redactor
 from clrk.gateway.telemetry import attributes as attr
@@ -105,13 +106,22 @@ def http_span_name(head: RequestHead) -> str:
     return f"{head.method if head.method in _KNOWN_METHODS else 'HTTP'} {head.host}"
 
 
+def _beside(call: Call) -> Call:
+    """Return another call of the same exchange: what is measured of the exchange itself is on the first one's span."""
+    attributes = {name: value for name, value in call.attributes.items() if name != attr.HTTP_REQUEST_METHOD}
+    return replace(call, span_id=new_span_id(), begun=False, request_bytes=0, response_bytes=0, attributes=attributes)
+
+
 class EgressSpans:
     """Records the egress spans of one sandbox: without secrets, whoever wrote them into a call."""
 
-    def __init__(self, identity: Identity, recorder: Recorder, redactor: Redactor = KNOWN_SECRETS) -> None:
+    def __init__(
+        self, identity: Identity, recorder: Recorder, redactor: Redactor = KNOWN_SECRETS, late_s: float = 60.0
+    ) -> None:
         self.identity = identity
         self.redactor = redactor
         self._recorder = recorder
+        self._late_s = late_s
 
     def begin_http(self, call: Call, head: RequestHead) -> None:
         """The request is about to go upstream, as HTTP/1.1; call has request_attributes and its peer."""
@@ -133,7 +143,28 @@ class EgressSpans:
         message: str = "",
         events: Sequence[SpanEvent] = (),
     ) -> None:
-        """One exchange that went upstream; status is None when no response came. call has request_attributes."""
+        """One exchange that went upstream; status is None when no response came. call has request_attributes.
+
+        An exchange whose answer comes on another one is recorded when it has come, or late_s later.
+        """
+        if facts is not None and facts.later is not None and error is None:
+            record_late(facts.later, lambda late: self._http(call, head, status, late, events=events), self._late_s)
+        else:
+            self._http(call, head, status, facts, error=error, message=message, events=events)
+
+    def _http(
+        self,
+        call: Call,
+        head: RequestHead,
+        status: int | None,
+        facts: Facts | None,
+        *,
+        error: str | None = None,
+        message: str = "",
+        events: Sequence[SpanEvent] = (),
+    ) -> None:
+        for other in facts.also if facts is not None else ():
+            self._http(_beside(call), head, status, other, error=error, message=message)
         found: dict[str, AttributeValue] = {}
         if status is not None:
             found[attr.HTTP_RESPONSE_STATUS_CODE] = status

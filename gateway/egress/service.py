@@ -29,9 +29,10 @@ from clrk.gateway.egress.upstream import Upstream, is_local_address
 from clrk.gateway.governance import Governance
 from clrk.gateway.interpret import Allowance
 from clrk.gateway.llm.cost import BUNDLED, PriceList
+from clrk.gateway.mcp.conversations import Conversations
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
-from clrk.gateway.recognise import KnownHosts, recognise
+from clrk.gateway.recognise import KnownHosts, KnownMcp, recognise
 from clrk.gateway.redact import Redactor
 from clrk.gateway.run import Run
 from clrk.gateway.secret_values import SecretValues
@@ -90,9 +91,11 @@ class EgressService:
         credentials = compile_credentials(run.gateway, self._config, self._secret_values)
         patterns = run.gateway.spec.redact.patterns if run.gateway is not None else ()
         redactor = Redactor(patterns, lambda: self._secret_values.known, credentials.secret_headers)
-        spans = EgressSpans(run.identity, self._recorder, redactor)
+        spans = EgressSpans(run.identity, self._recorder, redactor, timeout_s)
         names = NameTable()
         allowance = Allowance()
+        governing = self._governance.of_run(run)
+        mcp = KnownMcp(governing.is_mcp_host)
         hosts = KnownHosts(run.gateway, self._config.ai_routes)
         prices = PriceList(run.gateway.spec.prices) if run.gateway is not None else BUNDLED
         acceptor = Acceptor(
@@ -104,17 +107,25 @@ class EgressService:
                 policy,
                 upstream,
                 spans,
-                self._recognise or partial(recognise, allowance=allowance, hosts=hosts, prices=prices),
+                self._recognise or partial(recognise, allowance=allowance, hosts=hosts, prices=prices, mcp=mcp),
                 timeout_s,
                 allowance,
                 _new_capture(run.gateway, redactor),
-                self._governance.of_run(run).govern,
+                governing.govern,
                 credentials,
+                governing.http_only,
             ),
             counters=self.counters,
         )
         resolver = SandboxResolver(identity=run.identity, policy=lambda: policy, names=names, recorder=self._recorder)
-        serving = RunEgress(run, acceptor, resolver, upstream, self._runs)
+        serving = RunEgress(
+            run,
+            acceptor=acceptor,
+            resolver=resolver,
+            upstream=upstream,
+            conversations=mcp.conversations,
+            siblings=self._runs,
+        )
         self._runs.add(serving)
         return serving
 
@@ -161,12 +172,15 @@ class RunEgress:
     def __init__(
         self,
         run: Run,
+        *,
         acceptor: Acceptor,
         resolver: SandboxResolver,
         upstream: Upstream,
+        conversations: Conversations,
         siblings: set[RunEgress],
     ) -> None:
         self._acceptor, self._resolver, self._upstream, self._siblings = acceptor, resolver, upstream, siblings
+        self._conversations = conversations
         sockets, label = run.sockets, run.identity.sandbox_id
         resolver.start(sockets.dns_udp, sockets.dns_tcp)
         self._accepting = [
@@ -181,5 +195,6 @@ class RunEgress:
             task.cancel()
         await asyncio.gather(*self._accepting, return_exceptions=True)
         await self._acceptor.close()
+        self._conversations.close()
         await self._resolver.close()
         self._upstream.close()

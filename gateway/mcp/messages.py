@@ -23,7 +23,7 @@ METHODS: Final = frozenset(
     }
 )  # fmt: skip
 _METHOD: Final = re.compile(r"[A-Za-z][A-Za-z0-9_/.$-]{0,127}")
-_MAX_BATCH: Final = 1024
+_MAX_BATCH: Final = 256
 
 
 class _Message(msgspec.Struct):
@@ -72,30 +72,18 @@ class Response:
         return names.ERROR_TYPE_TOOL if self.is_tool_error else None
 
 
-def requests(body: bytes) -> tuple[Request, ...] | None:
-    """Return the requests and notifications of a body; None when it is not JSON-RPC 2.0."""
-    messages = _messages(body)
-    if messages is None:
-        return None
-    return tuple(request for message in messages if (request := _request(message)) is not None)
+def parse(raw: bytes) -> tuple[Request | Response, ...]:
+    """Return the messages of a body or of one event; none when it is not JSON-RPC 2.0. Methods that are none go."""
+    found = (_request(one) if one.method is not None else _response(one) for one in _messages(raw))
+    return tuple(one for one in found if one is not None)
 
 
-def responses(body: bytes) -> tuple[Response, ...] | None:
-    """Return the responses of a body or of one event; None when it is not JSON-RPC 2.0."""
-    messages = _messages(body)
-    if messages is None:
-        return None
-    return tuple(_response(message) for message in messages if message.method is None)
-
-
-def _messages(body: bytes) -> list[_Message] | None:
+def _messages(raw: bytes) -> list[_Message]:
     try:
-        messages = _MANY.decode(body) if body.lstrip()[:1] == b"[" else [_ONE.decode(body)]
+        messages = _MANY.decode(raw) if raw.lstrip()[:1] == b"[" else [_ONE.decode(raw)]
     except _MALFORMED:
-        return None
-    if not messages or any(message.jsonrpc != "2.0" for message in messages):
-        return None
-    return messages[:_MAX_BATCH]
+        return []
+    return messages[:_MAX_BATCH] if all(message.jsonrpc == "2.0" for message in messages) else []
 
 
 def _request(message: _Message) -> Request | None:

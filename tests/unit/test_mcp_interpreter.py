@@ -167,12 +167,17 @@ def test_ids_that_are_none(id_: object) -> None:
     assert "jsonrpc.request.id" not in facts.attributes
 
 
-def test_a_batch_is_named_after_its_first_request_and_fails_with_its_first_failure() -> None:
+def test_every_call_of_a_batch_has_facts_of_its_own() -> None:
     batch = [CALL | {"id": 1}, {"jsonrpc": "2.0", "method": "notifications/initialized"}, CALL | {"id": "2"}]
     answers = [RESULT | {"id": "2", "result": {"isError": True}}, RESULT | {"id": 1}]
     facts, _ = same_facts_however_cut(HEAD, b" " + raw(batch), OK, raw(answers))
-    assert (facts.name, facts.attributes["jsonrpc.request.id"]) == ("tools/call get_weather", "1")
-    assert facts.error_type == "tool_error"
+    several = [facts, *facts.also]
+    assert [one.name for one in several] == [
+        "tools/call get_weather", "notifications/initialized", "tools/call get_weather",
+    ]  # fmt: skip
+    assert [one.attributes.get("jsonrpc.request.id") for one in several] == ["1", None, "2"]
+    assert [one.error_type for one in several] == [None, None, "tool_error"]
+    assert all(one.attributes["mcp.session.id"] == SESSION[1] for one in several)
     separate = event(answers[1]) + event(answers[0])
     assert same_facts_however_cut(HEAD, raw(batch), OK_SSE, separate)[0] == facts
 

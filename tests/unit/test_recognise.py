@@ -13,8 +13,8 @@ from clrk.gateway.interpret import RequestHead, ResponseHead
 from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.interpreter import LlmInterpreter
 from clrk.gateway.llm.openai_chat import OpenAiChat
-from clrk.gateway.mcp.interpreter import McpInterpreter
-from clrk.gateway.recognise import KnownHosts, recognise
+from clrk.gateway.mcp.interpreter import McpInterpreter, McpStream
+from clrk.gateway.recognise import KnownHosts, KnownMcp, recognise
 
 FORM = (("Content-Type", "application/x-www-form-urlencoded"),)
 ACCEPT_BOTH = ("accept", "text/event-stream;q=0.9 , application/json")
@@ -70,8 +70,8 @@ def test_mcp_suspects(head: RequestHead) -> None:
         post("api.openai.com", "/v1/chat/completions/abc"),
         post("api.openai.com", "/v1/embeddings"),
         replace(post("api.anthropic.com", "/v1/messages"), method="GET"),
-        replace(post("h", "/mcp", *JSON, ("Mcp-Session-Id", "x")), method="DELETE"),
-        replace(post("h", "/mcp", *JSON, ACCEPT_BOTH), method="GET"),
+        replace(post("h", "/mcp", *JSON), method="DELETE"),
+        replace(post("h", "/mcp", *JSON, ("Mcp-Session-Id", "x")), method="GET"),
     ],
 )
 def test_plain_http(head: RequestHead) -> None:
@@ -166,3 +166,14 @@ def test_on_an_unknown_host_the_request_has_to_name_a_model(host: str, body: byt
     interpreter.request_data(body)
     interpreter.request_end()
     assert interpreter.facts().name == name
+
+
+def test_what_an_mcp_session_is_besides_posts() -> None:
+    for method, header in (("DELETE", ("Mcp-Session-Id", "x")), ("GET", ACCEPT_BOTH)):
+        assert isinstance(recognise(replace(post("h", "/mcp", header), method=method)), McpStream)
+
+
+def test_a_host_that_an_mcp_route_names_needs_no_headers() -> None:
+    known = KnownMcp(lambda host: host == "h")
+    assert isinstance(recognise(post("h", "/x", *FORM), mcp=known), McpInterpreter)
+    assert recognise(post("other", "/x", *FORM), mcp=known) is None

@@ -1,0 +1,207 @@
+"""Leaving out of answers the tools that may not be called: `result.tools` of a JSON-RPC response. Pure.
+
+Theory of operation: an event of a stream is held until its blank line has come, read, and passed on as it came unless
+something had to be left out: what comes out is always whole events, so that others may be put between them. A document
+is held to its end. What no client can read passes; what only we can not read (too large, nested too deeply, an unknown
+content coding) ends the answer, since it may hold what must not be shown.
+Source: MCP 2025-06-18, server/tools (ListToolsResult); WHATWG HTML, section 9.2.6 (event streams).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from clrk.core.errors import ClrkError
+from clrk.gateway.interpret import Allowance
+from clrk.gateway.llm.sse import SseEvent, SseSplitter
+
+MAX_HELD_BYTES: Final = 16 << 20  # of one event, or of one document
+_BOM: Final = b"\xef\xbb\xbf"
+_ROW: Final = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|$)")
+_MAX_DIGITS: Final = 4000  # Python refuses to read longer integers
+
+Shows = Callable[[str], bool]
+
+
+class UnfilterableError(ClrkError):
+    """An answer that may hold what must not be shown."""
+
+
+def filter_message(raw: bytes, shows: Shows) -> bytes:
+    """Return a JSON-RPC message or batch without the tools that shows() hides; the same object if there are none.
+
+    Shape: what comes back has the same values otherwise; its spelling is ours.
+    Raises: UnfilterableError for JSON that a client may read and we can not.
+    """
+    if b"tools" not in raw and b"\\" not in raw:  # no spelling of the member's name
+        return raw
+    reader = _Reader()
+    try:
+        value = reader.read(raw)
+    except RecursionError as exc:
+        raise UnfilterableError("an answer that is nested too deeply to be filtered") from exc
+    except json.JSONDecodeError:
+        return raw
+    changed = [_filter(message, shows) for message in (value if isinstance(value, list) else [value])]
+    if not any(changed) and not (reader.ambiguous and _lists_tools(value)):
+        return raw
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+class _Reader:
+    """Reads what clients read, and more. ambiguous: an object had two members of one name; the last one counts."""
+
+    def __init__(self) -> None:
+        self.ambiguous = False
+
+    def read(self, raw: bytes) -> Any:
+        """Return the value. Raises: json.JSONDecodeError, RecursionError."""
+        text = raw.removeprefix(_BOM).decode("utf-8", "replace")
+        return json.loads(
+            text,
+            object_pairs_hook=self._pairs,
+            parse_constant=lambda _: None,
+            parse_float=_finite,
+            parse_int=lambda digits: int(digits) if len(digits) < _MAX_DIGITS else _finite(digits),
+            strict=False,
+        )
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        self.ambiguous = self.ambiguous or len(found) != len(pairs)
+        return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else math.copysign(1e308, value)
+
+
+def _tools(message: Any) -> list[Any] | None:
+    result = message.get("result") if isinstance(message, dict) else None
+    tools = result.get("tools") if isinstance(result, dict) else None
+    return tools if isinstance(tools, list) else None
+
+
+def _lists_tools(value: Any) -> bool:
+    return any(_tools(message) is not None for message in (value if isinstance(value, list) else [value]))
+
+
+def _filter(message: Any, shows: Shows) -> bool:
+    """Take hidden tools out of a message; say whether there were any."""
+    tools = _tools(message)
+    if tools is None:
+        return False
+    kept = [tool for tool in tools if _is_shown(tool, shows)]
+    if len(kept) == len(tools):
+        return False
+    tools[:] = kept
+    return True
+
+
+def _is_shown(tool: Any, shows: Shows) -> bool:
+    name = tool.get("name") if isinstance(tool, dict) else None
+    return isinstance(name, str) and name.isprintable() and shows(name)
+
+
+class DocumentFilter:
+    """Filters one JSON document. Gives its bytes back to the allowance when it is closed."""
+
+    def __init__(self, shows: Shows, allowance: Allowance) -> None:
+        self._shows, self._held = shows, _Held(allowance)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Hold a chunk. Raises: UnfilterableError."""
+        self._held.add(chunk)
+        return b""
+
+    def finish(self) -> bytes:
+        """Return what is shown. Raises: UnfilterableError."""
+        return filter_message(self._held.take(), self._shows)
+
+    def close(self) -> None:
+        """Let go of what is held. Idempotent."""
+        self._held.take()
+
+
+class EventFilter:
+    """Filters one event stream. Shape: on_event sees each event that has data, as it was sent."""
+
+    def __init__(self, shows: Shows, allowance: Allowance, on_event: Callable[[SseEvent], None] | None = None) -> None:
+        self._shows, self._held, self._on_event = shows, _Held(allowance), on_event
+        self._splitter = SseSplitter(MAX_HELD_BYTES)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return the events that end in this chunk. Raises: UnfilterableError."""
+        return b"".join(self._pieces(chunk))
+
+    def finish(self) -> bytes:
+        """Return what a stream left without its blank line: some clients read it. Raises: UnfilterableError."""
+        event = self._splitter.finish()
+        raw = self._held.take()
+        return raw if event is None else self._show(event, raw)
+
+    def close(self) -> None:
+        """Let go of what is held. Idempotent."""
+        self._held.take()
+
+    def _pieces(self, chunk: bytes) -> Iterator[bytes]:
+        at = 0
+        if self._splitter.expects_lf and chunk.startswith(b"\n") and not self._held.size:
+            yield b"\n"  # it ends the event before
+            at = 1
+        for event in self._splitter.feed(chunk):
+            self._held.add(chunk[at : event.end])
+            at = event.end
+            yield self._show(event, self._held.take())
+        self._held.add(chunk[at:])
+
+    def _show(self, event: SseEvent, raw: bytes) -> bytes:
+        if not event.data:
+            return raw
+        if self._on_event is not None:
+            self._on_event(event)
+        shown = filter_message(event.data, self._shows)
+        return raw if shown is event.data else _with_data(raw, shown)
+
+
+def _with_data(raw: bytes, data: bytes) -> bytes:
+    """Return an event with other data, in one line where its first data line was; all other lines are kept."""
+    rows: list[bytes] = []
+    pending: bytes | None = b"data: " + data
+    for number, row in enumerate(_ROW.findall(raw)):
+        line = row.rstrip(b"\r\n")
+        if (line.removeprefix(_BOM) if number == 0 else line).partition(b":")[0] != b"data":
+            rows.append(row)
+        elif pending is not None:
+            rows.append(pending + row[len(line) :])
+            pending = None
+    return b"".join(rows)
+
+
+class _Held:
+    """Bytes that wait to be judged: bounded by themselves and, for all exchanges of a run, by its allowance."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        self._allowance = allowance
+        self._pieces: list[bytes] = []
+        self.size = 0
+
+    def add(self, piece: bytes) -> None:
+        if not piece:
+            return
+        if self.size + len(piece) > MAX_HELD_BYTES or not self._allowance.take(len(piece)):
+            raise UnfilterableError("an answer that is too large to be filtered")
+        self.size += len(piece)
+        self._pieces.append(piece)
+
+    def take(self) -> bytes:
+        raw = b"".join(self._pieces)
+        self._allowance.give_back(self.size)
+        self._pieces.clear()
+        self.size = 0
+        return raw
