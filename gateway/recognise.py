@@ -23,7 +23,10 @@ from clrk.gateway.llm.completion import Provider
 from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.llm.dialect import Dialect
 from clrk.gateway.llm.interpreter import LlmInterpreter
-from clrk.gateway.llm.openai_chat import OpenAiChat
+from clrk.gateway.llm.ollama import OllamaChat, OllamaGenerate
+from clrk.gateway.llm.openai_chat import OpenAiChat, OpenAiCompletions
+from clrk.gateway.llm.openai_embeddings import OpenAiEmbeddings
+from clrk.gateway.llm.openai_responses import OpenAiResponses
 from clrk.gateway.mcp.conversations import Conversations
 from clrk.gateway.mcp.interpreter import McpInterpreter, McpStream
 from clrk.gateway.policy_names import HostPattern, normalise_name
@@ -47,6 +50,8 @@ PROVIDERS: Final[dict[str, Provider]] = {
     "api.perplexity.ai": Provider("perplexity", "openai", "perplexity"),
     "api.x.ai": Provider("x_ai", "openai", "x-ai"),
     ".openai.azure.com": _AZURE,
+    ".cognitiveservices.azure.com": _AZURE,
+    ".services.ai.azure.com": _AZURE,
     "generativelanguage.googleapis.com": _GEMINI,
     "aiplatform.googleapis.com": _VERTEX,
 }
@@ -80,20 +85,25 @@ BY_OPERATOR: Final[dict[str, Provider]] = {
 class Api:
     """One API: the shape of its paths (a base URL may put anything in front), and who is meant on unknown hosts.
 
-    Shape: systems are the gen_ai.system values of the providers that serve it as their own.
+    Shape: systems are the gen_ai.system values of the providers that serve it as their own. elsewhere None: only hosts
+    that are known serve it, the path alone says too little.
     """
 
     path: re.Pattern[str]
     dialect: Callable[[RequestHead], Dialect]
-    elsewhere: Provider
+    elsewhere: Provider | None
     systems: frozenset[str]
 
-    def provider(self, known: Provider) -> Provider:
-        """Return a known provider as the one that serves this API: some speak another's too."""
-        return known if known.system in self.systems else replace(known, system=self.elsewhere.system)
+    def provider(self, known: Provider | None) -> Provider | None:
+        """Return who serves this API: a known provider may speak another's too."""
+        if known is None or known.system in self.systems:
+            return known or self.elsewhere
+        return replace(known, system=self.elsewhere.system if self.elsewhere is not None else min(self.systems))
 
 
 _SPEAK_OPENAI: Final = frozenset(("openai", "azure_openai"))
+_LIKE_OPENAI: Final = Provider("openai", "openai")
+_SPEAK_OLLAMA: Final = frozenset(("ollama",))
 
 APIS: Final = (
     Api(
@@ -102,7 +112,12 @@ APIS: Final = (
         Provider("anthropic", "anthropic"),
         frozenset(("anthropic",)),
     ),
-    Api(re.compile(r"/chat/completions/?$"), OpenAiChat, Provider("openai", "openai"), _SPEAK_OPENAI),
+    Api(re.compile(r"/chat/completions/?$"), OpenAiChat, _LIKE_OPENAI, _SPEAK_OPENAI),
+    Api(re.compile(r"(?<!/chat)/completions/?$"), OpenAiCompletions, _LIKE_OPENAI, _SPEAK_OPENAI),
+    Api(re.compile(r"/responses/?$"), OpenAiResponses, _LIKE_OPENAI, _SPEAK_OPENAI),
+    Api(re.compile(r"/embeddings/?$"), OpenAiEmbeddings, _LIKE_OPENAI, _SPEAK_OPENAI),
+    Api(re.compile(r"/api/chat/?$"), OllamaChat, None, _SPEAK_OLLAMA),
+    Api(re.compile(r"/api/generate/?$"), OllamaGenerate, None, _SPEAK_OLLAMA),
     Api(gemini.PATH, gemini.GeminiContent, Provider("gcp.gen_ai", "google_genai"), frozenset(("google_genai",))),
     Api(
         vertex.ANTHROPIC_PATH,
@@ -197,8 +212,8 @@ def recognise(
         if api.path.search(head.path) is None:
             continue
         known = hosts.provider(head.host)
-        if known is not None or json_body:
-            provider = api.provider(known) if known is not None else api.elsewhere
+        provider = api.provider(known)
+        if provider is not None and (known is not None or json_body):
             dialect = api.dialect(head)
             return LlmInterpreter(head, provider, dialect, allowance, prices=prices, sure=known is not None)
     if json_body and _may_be_mcp(head):

@@ -46,6 +46,7 @@ class _Document(msgspec.Struct):
 
 
 _GENERATED: Final = ("text", "thinking", "partial_json")  # of a content_block_delta
+_LISTED: Final = {"speed": ("standard",), "inference_geo": ("global", "not_available")}  # of usage: the list's prices
 _ERROR_TYPES: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -72,16 +73,17 @@ class AnthropicMessages(JsonDialect):
         self.request_model = values.text(request.model)
         self.streams = request.stream is True
         self.max_output_tokens = values.count(request.max_tokens)
-        found: dict[str, AttributeValue | None] = {
-            names.GEN_AI_REQUEST_MODEL: self.request_model,
-            names.GEN_AI_REQUEST_MAX_TOKENS: self.max_output_tokens,
-            names.GEN_AI_REQUEST_TEMPERATURE: values.number(request.temperature),
-            names.GEN_AI_REQUEST_TOP_P: values.number(request.top_p),
-            names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
-            names.GEN_AI_REQUEST_STOP_SEQUENCES: values.texts(request.stop_sequences),
-            names.GEN_AI_REQUEST_STREAM: True if self.streams else None,
-        }
-        return {key: value for key, value in found.items() if value is not None}
+        return values.known(
+            {
+                names.GEN_AI_REQUEST_MODEL: self.request_model,
+                names.GEN_AI_REQUEST_MAX_TOKENS: self.max_output_tokens,
+                names.GEN_AI_REQUEST_TEMPERATURE: values.number(request.temperature),
+                names.GEN_AI_REQUEST_TOP_P: values.number(request.top_p),
+                names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
+                names.GEN_AI_REQUEST_STOP_SEQUENCES: values.texts(request.stop_sequences),
+                names.GEN_AI_REQUEST_STREAM: True if self.streams else None,
+            }
+        )
 
     def document(self, body: bytes) -> None:
         """Take a whole JSON response."""
@@ -136,15 +138,29 @@ class AnthropicMessages(JsonDialect):
     def _stop(self, reason: object) -> None:
         if (found := values.text(reason)) is not None:
             self.completion.finished(0, found)
+            self.completion.refused |= found == "refusal"
 
     def _usage(self, reported: object, *, final: bool) -> None:
         """Merge counts: input_tokens leaves out what was read from or written to the cache, semconv wants it in."""
+        self._billing(reported)
         usage = self.completion.usage
         plain = values.count(values.member(reported, "input_tokens"))
         if plain is not None:
             usage = _larger(usage, _input_side(plain, reported, usage))
         output = values.count(values.member(reported, "output_tokens"))
+        searches = values.count(values.member(values.member(reported, "server_tool_use"), "web_search_requests"))
+        usage = replace(usage, web_searches=max(usage.web_searches, searches or 0))
         self.completion.usage = replace(usage, output_tokens=output) if final and output is not None else usage
+
+    def _billing(self, reported: object) -> None:
+        """Note what makes a call cost something else than the list says: tier, fast mode, where it was served."""
+        done = self.completion
+        if (tier := values.code(values.member(reported, "service_tier"))) is not None:
+            done.extra[names.CLRK_GEN_AI_RESPONSE_SERVICE_TIER] = tier
+            done.off_list = done.off_list or tier != "standard"
+        for key, listed in _LISTED.items():
+            found = values.code(values.member(reported, key))
+            done.off_list = done.off_list or found not in (None, *listed)
 
 
 def _input_side(plain: int, reported: object, before: Usage) -> Usage:

@@ -62,7 +62,8 @@ class BoundedBody:
 class ResponseBody:
     """One response body, as a document or as events.
 
-    framing tells from the media type how events are cut. is_stream: there are events. given_up: what came could not be
+    framing tells from the media type how events are cut. is_stream: there are events. has_begun: one with data was
+    among them (a comment that keeps the connection alive is no answer). given_up: what came could not be
     followed to its end (encoding, size, corruption).
     """
 
@@ -77,6 +78,7 @@ class ResponseBody:
         self._allowance = allowance
         self._window = 0  # of the decoder, as far as it is filled
         self._burst = False
+        self.has_begun = False
 
     def __del__(self) -> None:
         """Give back the decoder's window."""
@@ -115,7 +117,9 @@ class ResponseBody:
             if self._splitter is None:
                 self._document.add(piece)
             elif size <= MAX_BURST_BYTES or self.is_plain:
-                yield from self._splitter.feed(piece)
+                for event in self._splitter.feed(piece):
+                    self.has_begun = self.has_begun or bool(event.data)
+                    yield event
             else:
                 self._burst = True
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from clrk.gateway.llm.values import MAX_ITEMS
+from clrk.gateway.llm.values import MAX_ITEMS, known
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
@@ -26,7 +26,10 @@ class Provider:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. input_tokens holds the cached ones too, output_tokens the reasoning ones (semconv 1.41.1)."""
+    """What a call used. input_tokens holds the cached ones too, output_tokens the reasoning ones (semconv 1.41.1).
+
+    Shape: generates False: the API has no output to count. Searches are those that the provider made and bills.
+    """
 
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -37,22 +40,27 @@ class Usage:
     input_audio: int | None = None
     output_audio: int | None = None
     cache_audio: int | None = None
+    web_searches: int = 0
+    storage_searches: int = 0
+    generates: bool = True
 
     @property
     def is_whole(self) -> bool:
         """True when both sides were reported."""
-        return self.input_tokens is not None and self.output_tokens is not None
+        return self.input_tokens is not None and (self.output_tokens is not None or not self.generates)
 
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the gen_ai.usage attributes that are known."""
-        found = {
-            names.GEN_AI_USAGE_INPUT_TOKENS: self.input_tokens,
-            names.GEN_AI_USAGE_OUTPUT_TOKENS: self.output_tokens,
-            names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: self.cache_read,
-            names.GEN_AI_USAGE_CACHE_CREATION_INPUT_TOKENS: self.cache_creation,
-            names.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS: self.reasoning,
-        }
-        return {key: value for key, value in found.items() if value is not None}
+        return known(
+            {
+                names.GEN_AI_USAGE_INPUT_TOKENS: self.input_tokens,
+                names.GEN_AI_USAGE_OUTPUT_TOKENS: self.output_tokens,
+                names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: self.cache_read,
+                names.GEN_AI_USAGE_CACHE_CREATION_INPUT_TOKENS: self.cache_creation,
+                names.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS: self.reasoning,
+                names.CLRK_GEN_AI_USAGE_WEB_SEARCHES: self.web_searches or None,
+            }
+        )
 
 
 NO_USAGE: Final = Usage()
@@ -63,7 +71,8 @@ class Completion:
     """Collects while the response passes.
 
     Shape: extra holds attributes of one API only. output_bytes counts what a stream has generated so far, in bytes of
-    UTF-8 (text, reasoning, arguments of tools), for whoever has to judge it before the usage comes.
+    UTF-8 (text, reasoning, arguments of tools), for whoever has to judge it before the usage comes. refused: the model
+    declined. off_list: the call is billed by other prices than the listed ones (service tier, fast mode, region).
     """
 
     response_id: str | None = None
@@ -73,6 +82,8 @@ class Completion:
     error_type: str | None = None
     error_message: str = ""
     output_bytes: int = 0
+    refused: bool = False
+    off_list: bool = False
     extra: dict[str, AttributeValue] = field(default_factory=dict)
 
     def finished(self, choice: int, reason: str) -> None:
@@ -89,6 +100,8 @@ class Completion:
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the gen_ai.response and gen_ai.usage attributes that are known."""
         found: dict[str, AttributeValue] = {**self.extra, **self.usage.attributes()}
+        if self.refused:
+            found[names.CLRK_GEN_AI_REFUSED] = True
         if self.response_id is not None:
             found[names.GEN_AI_RESPONSE_ID] = self.response_id
         if self.model is not None:

@@ -56,12 +56,18 @@ class PriceList:
         self._own = tuple(_OwnPrice.compile(price) for price in own)
 
     def cost_usd(
-        self, provider: Provider, models: tuple[str | None, ...], usage: Usage, at: datetime | None = None
+        self,
+        provider: Provider,
+        models: tuple[str | None, ...],
+        usage: Usage,
+        at: datetime | None = None,
+        *,
+        off_list: bool = False,
     ) -> float | None:
         """Return the price in USD of one call, None when any part of it is unknown.
 
         Shape: models in order of trust, normally the response's and then the request's; at defaults to now. The
-        operator's price for any of them goes before bundled ones.
+        operator's price for any of them goes before bundled ones. off_list: the bundled ones do not hold.
         """
         if not usage.is_whole:
             return None
@@ -69,7 +75,7 @@ class PriceList:
             for own in self._own:
                 if model and own.fits(provider.name, model):
                     return _own_cost(own.price, usage)
-        return _bundled_cost(provider.price_id, models, usage, at)
+        return None if off_list else _bundled_cost(provider.price_id, models, usage, at)
 
 
 BUNDLED: Final = PriceList()
@@ -97,9 +103,16 @@ def _bundled_cost(
     provider, info = found
     try:
         price = info.calc_price(_priced(usage), provider, genai_request_timestamp=at or datetime.now(tz=UTC))
+        # The library takes what has no price for free.
+        if any(used and getattr(price.model_price, key) is None for key, used in _extras(usage)):
+            return None
         return float(price.total_price)
     except (ArithmeticError, LookupError, ValueError):
         return None  # counts that contradict each other, such as more cached than all tokens
+
+
+def _extras(usage: Usage) -> tuple[tuple[str, int], ...]:
+    return ("web_searches_kcount", usage.web_searches), ("storage_searches_kcount", usage.storage_searches)
 
 
 def _priced(usage: Usage) -> PricedUsage:
@@ -111,6 +124,9 @@ def _priced(usage: Usage) -> PricedUsage:
         "cache_write_1h_tokens": usage.cache_creation_1h,
         "input_audio_tokens": usage.input_audio,
         "output_audio_tokens": usage.output_audio,
+        "output_reasoning_tokens": usage.reasoning,
+        "web_searches": usage.web_searches,
+        "storage_searches": usage.storage_searches,
     }
     known = {key: value for key, value in reported.items() if value}
     if usage.cache_audio is not None and {"cache_read_tokens", "input_audio_tokens"} <= known.keys():

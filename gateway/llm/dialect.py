@@ -18,8 +18,9 @@ class Dialect(Protocol):
     Shape: operation is gen_ai.operation.name. request_model, streams, max_output_tokens (of one choice, as the request
     limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
     completion holds what the response has said so far. usage_due says that the next event may be the one that exists
-    only because usage was asked for, and event() says True when it was. spends_tokens: False where tokens are only
-    counted. price_models: the names to look for a price under, the one to trust most first.
+    only because usage was asked for, and event() says True when it was. takes_include_usage: the API has OpenAI's
+    `stream_options.include_usage`. spends_tokens: False where tokens are only counted. price_models: the names to look
+    for a price under, the one to trust most first.
     """
 
     completion: Completion
@@ -28,6 +29,7 @@ class Dialect(Protocol):
     streams: bool
     max_output_tokens: int | None
     choices: int
+    takes_include_usage: bool
     spends_tokens: bool
 
     @property
@@ -68,6 +70,7 @@ class JsonDialect:
 
     operation = names.OPERATION_CHAT
     spends_tokens = True
+    takes_include_usage = False
 
     def __init__(self, head: RequestHead) -> None:
         self.completion = Completion()

@@ -6,7 +6,7 @@ from typing import Final
 
 from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 from clrk.gateway.llm.body import BoundedBody, ResponseBody, media_type
-from clrk.gateway.llm.completion import Provider, Usage
+from clrk.gateway.llm.completion import NO_USAGE, Provider, Usage
 from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.llm.decompress import unpack
 from clrk.gateway.llm.dialect import Dialect
@@ -58,12 +58,13 @@ class LlmInterpreter:
 
     def cost(self, usage: Usage, model: str | None = None) -> float | None:
         """Return what usage costs in USD, None when the price is unknown. model None: the one that was asked for."""
-        return self._prices.cost_usd(self.provider, (model,) if model else self.dialect.price_models, usage)
+        models = (model,) if model else self.dialect.price_models
+        return self._prices.cost_usd(self.provider, models, usage, off_list=self.dialect.completion.off_list)
 
     @property
     def wants_whole_request(self) -> bool:
         """True where the request may have to ask for usage: whether it streams stands in the body."""
-        return self.provider.asks_usage and self._request_encoding is None
+        return self.provider.asks_usage and self.dialect.takes_include_usage and self._request_encoding is None
 
     def rewrite_request(self, body: bytes) -> bytes:
         """Return the body, asking for usage if it streams and does not ask itself."""
@@ -96,18 +97,18 @@ class LlmInterpreter:
         """Take response bytes and return what the agent gets."""
         if self._body is None:
             return chunk
-        if self._body.is_stream and chunk and self._first_chunk_s is None:
-            self._first_chunk_s = elapsed_s
         if self._filter is not None:
             passed = self._filter.feed(chunk)
             self.boundary = self._filter.boundary
-            return passed
-        end: int | None = None
-        for event in self._body.feed(chunk):
-            self.dialect.event(event)
-            end = event.end
-        self.boundary = end if self._body.is_plain else None
-        return chunk
+        else:
+            passed, end = chunk, None
+            for event in self._body.feed(chunk):
+                self.dialect.event(event)
+                end = event.end
+            self.boundary = end if self._body.is_plain else None
+        if self._first_chunk_s is None and self._body.has_begun:
+            self._first_chunk_s = elapsed_s
+        return passed
 
     def response_end(self, *, complete: bool) -> bytes:
         """Read what is left, and return held bytes."""
@@ -118,6 +119,10 @@ class LlmInterpreter:
         elif last is not None and self.dialect.event(last) and self._filter is not None:
             self._filter.drop_held()
         return self._filter.finish() if self._filter is not None else b""
+
+    def _may_be_billed(self) -> bool:
+        done = self.dialect.completion
+        return done.usage != NO_USAGE or (done.error_type is None and 0 < self._status < 400)
 
     def facts(self) -> Facts:
         """Return what was understood."""
@@ -139,9 +144,12 @@ class LlmInterpreter:
         usage_due = self.dialect.spends_tokens and done.error_type is None and self._status < 400
         if usage_due and not done.usage.is_whole:
             found[names.CLRK_BODY_USAGE_VISIBLE] = False
-        cost = self._prices.cost_usd(self.provider, self.dialect.price_models, done.usage)
+        models = self.dialect.price_models
+        cost = self._prices.cost_usd(self.provider, models, done.usage, off_list=done.off_list)
         if cost is not None:
             found[names.CLRK_COST_USD] = cost
+        elif self.dialect.spends_tokens and self._may_be_billed():
+            found[names.CLRK_COST_UNKNOWN] = True
         # An error body without a code says less than the HTTP status does.
         error_type = None if done.error_type == names.ERROR_TYPE_OTHER and self._status >= 400 else done.error_type
         if error_type is not None:

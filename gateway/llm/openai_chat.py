@@ -1,4 +1,8 @@
-"""OpenAI Chat Completions (POST …/chat/completions), as documents and as events, and what imitates it."""
+"""OpenAI Chat Completions and Completions (POST …/chat/completions, …/completions), and what imitates them.
+
+Both as documents and as events. Sources: platform.openai.com/docs/api-reference/{chat,completions}; Azure OpenAI names
+the deployment in the path; DeepSeek, xAI, Groq and vLLM differ where a comment says so.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,16 @@ from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Completion, Usage
 from clrk.gateway.llm.dialect import JsonDialect
-from clrk.gateway.llm.openai_errors import OpenAiErrors, take_error
+from clrk.gateway.llm.openai_common import OpenAiErrors, deployment_of, output_type, take_error, take_tier
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
-API_TYPE: Final = "chat_completions"  # semconv 1.41.1, openai.api.type
+_ABSENT: Final = msgspec.Raw(b"")  # msgspec knows no Raw | None
 
 
 class _Request(msgspec.Struct):
-    """Only what becomes an attribute: messages and tools are skipped unread."""
+    """Only what becomes an attribute, or tells how much may be used: messages and tools are skipped unread."""
 
     model: Any = None
     max_tokens: Any = None
@@ -34,54 +38,65 @@ class _Request(msgspec.Struct):
     frequency_penalty: Any = None
     presence_penalty: Any = None
     n: Any = None
+    best_of: Any = None
+    prompt: msgspec.Raw = _ABSENT
     service_tier: Any = None
     response_format: Any = None
+
+
+class _Message(msgspec.Struct):
+    refusal: Any = None
 
 
 class _Choice(msgspec.Struct):
     index: Any = None
     finish_reason: Any = None
     delta: Any = None
+    message: _Message | None = None
+    text: Any = None
 
 
-class _Document(msgspec.Struct):
-    """A completion, a chunk or an error: they share these members."""
+class _Envelope(msgspec.Struct):
+    """What is left to read when choices are no choices."""
 
     id: Any = None
     model: Any = None
-    choices: list[_Choice] | None = None
     usage: Any = None
     error: Any = None
     service_tier: Any = None
     system_fingerprint: Any = None
+    x_groq: Any = None
 
 
-class _ErrorDocument(msgspec.Struct):
-    """When choices are no choices there may still be an error in it."""
+class _Document(_Envelope):
+    """A completion, a chunk or an error: they share these members."""
 
-    error: Any = None
+    choices: list[_Choice] | None = None
 
 
 _REQUEST: Final = msgspec.json.Decoder(_Request)
 _DOCUMENT: Final = msgspec.json.Decoder(_Document)
-_ERROR: Final = msgspec.json.Decoder(_ErrorDocument)
+_ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
+_PROMPTS: Final = msgspec.json.Decoder(list[msgspec.Raw])
 _MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")  # Azure OpenAI: the model may be named by the path only
-_OUTPUT_TYPES: Final = {"text": "text", "json_object": "json", "json_schema": "json"}
+_BLANK: Final = re.compile(rb"[ \t\r\n]*")
 
 
 class OpenAiChat(OpenAiErrors, JsonDialect):
     """Dialect of Chat Completions (see dialect.Dialect)."""
 
+    takes_include_usage = True
+    api_type: str | None = "chat_completions"  # semconv 1.41.1, openai.api.type
+
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
-        deployment = _DEPLOYMENT.search(head.path)
-        self._deployment = values.text(deployment.group(1)) if deployment is not None else None
+        self._deployment = deployment_of(head)
+        self._returned = 1
 
     @property
     def usage_due(self) -> bool:
         """True once every choice has finished: what follows is the usage chunk and `[DONE]`."""
-        return len(self.completion.finish_reasons) >= self.choices
+        return len(self.completion.finish_reasons) >= self._returned
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
@@ -91,26 +106,31 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
             return {}
         self.request_model = values.text(request.model) or self._deployment
         self.streams = request.stream is True
-        self.choices = values.count(request.n) or 1
         limit = values.count(request.max_completion_tokens)
         self.max_output_tokens = values.count(request.max_tokens) if limit is None else limit
-        found: dict[str, AttributeValue | None] = {
-            names.GEN_AI_REQUEST_MODEL: self.request_model,
-            names.GEN_AI_REQUEST_MAX_TOKENS: self.max_output_tokens,
-            names.GEN_AI_REQUEST_TEMPERATURE: values.number(request.temperature),
-            names.GEN_AI_REQUEST_TOP_P: values.number(request.top_p),
-            names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
-            names.GEN_AI_REQUEST_STOP_SEQUENCES: values.texts(request.stop),
-            names.GEN_AI_REQUEST_STREAM: True if self.streams else None,
-            names.GEN_AI_REQUEST_SEED: values.integer(request.seed),
-            names.GEN_AI_REQUEST_FREQUENCY_PENALTY: values.number(request.frequency_penalty),
-            names.GEN_AI_REQUEST_PRESENCE_PENALTY: values.number(request.presence_penalty),
-            names.GEN_AI_REQUEST_CHOICE_COUNT: self.choices if self.choices != 1 else None,
-            names.GEN_AI_OUTPUT_TYPE: _output_type(request.response_format),
-            names.OPENAI_REQUEST_SERVICE_TIER: _service_tier(request.service_tier),
-            names.OPENAI_API_TYPE: API_TYPE,
-        }
-        return {key: value for key, value in found.items() if value is not None}
+        wanted = values.count(request.n) or 1
+        self._returned = wanted * _prompts(request.prompt)
+        # best_of are generated, and billed, of which n are returned.
+        self.choices = max(wanted, values.count(request.best_of) or 1) * _prompts(request.prompt)
+        tier = values.code(request.service_tier)
+        return values.known(
+            {
+                names.GEN_AI_REQUEST_MODEL: self.request_model,
+                names.GEN_AI_REQUEST_MAX_TOKENS: self.max_output_tokens,
+                names.GEN_AI_REQUEST_TEMPERATURE: values.number(request.temperature),
+                names.GEN_AI_REQUEST_TOP_P: values.number(request.top_p),
+                names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
+                names.GEN_AI_REQUEST_STOP_SEQUENCES: values.texts(request.stop),
+                names.GEN_AI_REQUEST_STREAM: True if self.streams else None,
+                names.GEN_AI_REQUEST_SEED: values.integer(request.seed),
+                names.GEN_AI_REQUEST_FREQUENCY_PENALTY: values.number(request.frequency_penalty),
+                names.GEN_AI_REQUEST_PRESENCE_PENALTY: values.number(request.presence_penalty),
+                names.GEN_AI_REQUEST_CHOICE_COUNT: wanted if wanted != 1 else None,
+                names.GEN_AI_OUTPUT_TYPE: output_type(request.response_format),
+                names.OPENAI_REQUEST_SERVICE_TIER: None if tier == "auto" else tier,  # semconv: only when not auto
+                names.OPENAI_API_TYPE: self.api_type,
+            }
+        )
 
     def document(self, body: bytes) -> None:
         """Take a whole JSON response."""
@@ -124,64 +144,87 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
         return document is not None and document.choices == [] and isinstance(document.usage, dict)
 
     def _take(self, raw: bytes) -> _Document | None:
+        document: _Document | None = None
         try:
-            document = _DOCUMENT.decode(raw)
+            envelope: _Envelope = _DOCUMENT.decode(raw)
         except _MALFORMED:
-            self._error_only(raw)
-            return None
+            try:
+                envelope = _ENVELOPE.decode(raw)
+            except _MALFORMED:
+                return None
         done = self.completion
-        done.response_id = values.text(document.id) or done.response_id
-        done.model = values.text(document.model) or done.model
-        for position, choice in enumerate(document.choices or ()):
-            if (reason := values.text(choice.finish_reason)) is not None:
-                index = values.count(choice.index)
-                done.finished(position if index is None else index, reason)
-            if isinstance(choice.delta, dict):
-                _count_delta(done, choice.delta)
-        if isinstance(document.usage, dict):
-            done.usage = _usage(document.usage)
-        for name, value in (
-            (names.OPENAI_RESPONSE_SERVICE_TIER, values.code(document.service_tier)),
-            (names.OPENAI_RESPONSE_SYSTEM_FINGERPRINT, values.text(document.system_fingerprint)),
-        ):
-            if value is not None:
-                done.extra[name] = value
-        take_error(done, document.error)
+        done.response_id = values.text(envelope.id) or done.response_id
+        done.model = values.text(envelope.model) or done.model
+        if isinstance(envelope, _Document):
+            document = envelope
+            for position, choice in enumerate(document.choices or ()):
+                self._choice(position, choice)
+        reported = envelope.usage or values.member(envelope.x_groq, "usage")  # Groq's last chunk of a stream
+        if isinstance(reported, dict):
+            done.usage = _usage(reported)
+            # Perplexity bills citations too, and says so in other words than its price list.
+            done.off_list = done.off_list or bool(values.count(reported.get("citation_tokens")))
+        take_tier(done, envelope.service_tier)
+        if (fingerprint := values.text(envelope.system_fingerprint)) is not None:
+            done.extra[names.OPENAI_RESPONSE_SYSTEM_FINGERPRINT] = fingerprint
+        take_error(done, envelope.error)
         return document
 
-    def _error_only(self, raw: bytes) -> None:
-        try:
-            take_error(self.completion, _ERROR.decode(raw).error)
-        except _MALFORMED:
-            return
+    def _choice(self, position: int, choice: _Choice) -> None:
+        done = self.completion
+        if (reason := values.text(choice.finish_reason)) is not None:
+            index = values.count(choice.index)
+            done.finished(position if index is None else index, reason)
+        if isinstance(choice.delta, dict):
+            _count_delta(done, choice.delta)
+        elif choice.message is not None and values.text(choice.message.refusal) is not None:
+            done.refused = True
+        done.generated(choice.text)
+
+
+class OpenAiCompletions(OpenAiChat):
+    """Dialect of the older Completions: a prompt, or several, in place of messages."""
+
+    operation = names.OPERATION_TEXT_COMPLETION
+    api_type = None  # semconv 1.41.1 has no value for it
+
+
+def _prompts(prompt: msgspec.Raw) -> int:
+    """Return how many prompts there are: a text or a list of tokens is one."""
+    raw = bytes(prompt)
+    if not raw.startswith(b"["):
+        return 1
+    try:
+        items = _PROMPTS.decode(raw)
+    except _MALFORMED:
+        return 1
+    return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
 
 
 def _count_delta(done: Completion, delta: dict[str, object]) -> None:
     """Count what a chunk adds: text, refusal, reasoning as DeepSeek and vLLM send it, and arguments of tools."""
     done.generated(delta.get("content"), delta.get("refusal"), delta.get("reasoning_content"), delta.get("reasoning"))
+    if values.text(delta.get("refusal")) is not None:
+        done.refused = True
     called = delta.get("tool_calls")
     for call in called if isinstance(called, list) else ():
         function = values.member(call, "function")
         done.generated(values.member(function, "name"), values.member(function, "arguments"))
 
 
-def _output_type(response_format: object) -> str | None:
-    kind = values.code(values.member(response_format, "type"))
-    return _OUTPUT_TYPES.get(kind) if kind is not None else None
-
-
-def _service_tier(tier: object) -> str | None:
-    found = values.code(tier)
-    return None if found == "auto" else found  # semconv: only when requested and not auto
-
-
 def _usage(reported: dict[object, object]) -> Usage:
     prompt, answer = reported.get("prompt_tokens_details"), reported.get("completion_tokens_details")
+    given, output = values.count(reported.get("prompt_tokens")), values.count(reported.get("completion_tokens"))
+    reasoning = values.count(values.member(answer, "reasoning_tokens"))
+    total = values.count(reported.get("total_tokens"))
+    if None not in (given, output, reasoning, total) and total == given + output + reasoning:  # type: ignore[operator]
+        output = output + reasoning  # type: ignore[operator]  # xAI counts reasoning beside the completion
+    cached = values.count(values.member(prompt, "cached_tokens"))
     return Usage(
-        input_tokens=values.count(reported.get("prompt_tokens")),
-        output_tokens=values.count(reported.get("completion_tokens")),
-        cache_read=values.count(values.member(prompt, "cached_tokens")),
-        reasoning=values.count(values.member(answer, "reasoning_tokens")),
+        input_tokens=given,
+        output_tokens=output,
+        cache_read=values.count(reported.get("prompt_cache_hit_tokens")) if cached is None else cached,  # DeepSeek
+        reasoning=reasoning,
         input_audio=values.count(values.member(prompt, "audio_tokens")),
         output_audio=values.count(values.member(answer, "audio_tokens")),
     )

@@ -6,6 +6,8 @@ import math
 import re
 from typing import Final
 
+from clrk.gateway.telemetry.spans import AttributeValue
+
 MAX_TEXT: Final = 256
 MAX_ITEMS: Final = 128
 _MAX_INT: Final = 2**63 - 1  # OTLP integers are signed 64 bit
@@ -67,3 +69,8 @@ def texts(value: object) -> list[str] | None:
 def member(value: object, key: str) -> object:
     """Return one member of an object, None when it is no object."""
     return value.get(key) if isinstance(value, dict) else None
+
+
+def known(found: dict[str, AttributeValue | None]) -> dict[str, AttributeValue]:
+    """Return the attributes that have a value."""
+    return {key: value for key, value in found.items() if value is not None}

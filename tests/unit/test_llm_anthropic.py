@@ -67,6 +67,7 @@ ANSWER: dict[str, AttributeValue] = {
     "gen_ai.usage.output_tokens": 15,
     "gen_ai.usage.cache_read.input_tokens": 2000,
     "gen_ai.usage.cache_creation.input_tokens": 100,
+    "clrk.gen_ai.response.service_tier": "standard",
 }
 
 
@@ -83,7 +84,7 @@ def start(**usage: int) -> bytes:
     return event({"type": "message_start", "message": message}, "message_start")
 
 
-def delta(reason: str | None = "end_turn", **usage: int) -> bytes:
+def delta(reason: str | None = "end_turn", **usage: Any) -> bytes:
     body = {"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": None}, "usage": usage}
     return event(body, "message_delta")
 
@@ -131,10 +132,14 @@ def test_requests_are_never_rewritten() -> None:
     assert "clrk.body.request_rewritten" not in facts.attributes
 
 
-def test_time_to_first_chunk_is_of_the_first_bytes() -> None:
-    facts, _, _ = exchange(HEAD, raw(REQUEST), OK_SSE, [b"", STREAM[:3], STREAM[3:]])
-    assert facts.attributes["gen_ai.response.time_to_first_chunk"] == 1.25
+def test_time_to_first_chunk_is_that_of_the_first_event() -> None:
+    """semconv 1.41.1: until the first chunk of the stream is received; comments that keep it alive are none."""
+    pieces = [b"", b": keep-alive\n\n", STREAM[:30], STREAM[30:1200], STREAM[1200:]]
+    facts, _, _ = exchange(HEAD, raw(REQUEST), OK_SSE, pieces)
+    assert facts.attributes["gen_ai.response.time_to_first_chunk"] == 0.25 + 3
     assert "gen_ai.response.time_to_first_chunk" not in exchange(HEAD, raw(REQUEST), OK, [raw(MESSAGE)])[0].attributes
+    silent, _, _ = exchange(HEAD, raw(REQUEST), OK_SSE, [b": keep-alive\n\n"])
+    assert "gen_ai.response.time_to_first_chunk" not in silent.attributes
 
 
 def test_counts_of_newer_streams_are_cumulative() -> None:
@@ -306,7 +311,7 @@ def test_hostile_values_are_bounded() -> None:
 
 def test_without_an_answer_there_are_still_facts() -> None:
     facts, _, _ = exchange(HEAD, raw(REQUEST), None, [], complete=False)
-    assert facts.attributes == BASE | {"clrk.body.usage_visible": False}
+    assert facts.attributes == BASE | {"clrk.body.usage_visible": False}  # nobody knows that anything was billed
 
 
 @pytest.mark.parametrize(("encoding", "read"), [("gzip", True), ("deflate", False), ("compress", False)])
@@ -315,3 +320,50 @@ def test_compressed_requests(encoding: str, read: bool) -> None:
     facts, _, _ = exchange(head, gzip.compress(raw(REQUEST)), OK, [raw(MESSAGE)])
     assert ("gen_ai.request.model" in facts.attributes) is read
     assert usage_of(facts.attributes) == (2125, 15)
+
+
+@pytest.mark.parametrize(
+    ("usage", "listed"),
+    [
+        ({"service_tier": "standard"}, True),
+        ({"service_tier": "priority"}, False),
+        ({"service_tier": "batch"}, False),
+        ({"speed": "fast"}, False),
+        ({"speed": "standard", "inference_geo": "global"}, True),
+        ({"inference_geo": "us"}, False),
+        ({"service_tier": 7, "speed": None}, True),
+    ],
+)
+def test_calls_that_are_billed_by_other_prices_have_no_cost(usage: dict[str, Any], listed: bool) -> None:
+    message = MESSAGE | {"usage": {"input_tokens": 5, "output_tokens": 1} | usage}
+    facts, _, _ = exchange(HEAD, raw(REQUEST), OK, [raw(message)])
+    assert ("clrk.cost.usd" in facts.attributes) is listed
+    assert facts.attributes.get("clrk.cost.unknown") is (None if listed else True)
+
+
+def test_tools_thinking_and_the_providers_own_searches() -> None:
+    content = [
+        {"type": "thinking", "thinking": "hm", "signature": "EqQBCgIYAhIM"},
+        {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "x"}},
+        {"type": "tool_use", "id": "toolu_1", "name": "build_status", "input": {"job": "main"}},
+    ]
+    usage = {"input_tokens": 1000, "output_tokens": 100, "server_tool_use": {"web_search_requests": 2}}
+    message = MESSAGE | {"content": content, "stop_reason": "tool_use", "usage": usage}
+    facts, _ = same_facts_however_cut(HEAD, raw(REQUEST), OK, raw(message))
+    assert facts.attributes["gen_ai.response.finish_reasons"] == ["tool_use"]
+    assert facts.attributes["clrk.gen_ai.usage.web_searches"] == 2
+    assert facts.attributes["clrk.cost.usd"] == pytest.approx((1000 * 3 + 100 * 15) / 1e6 + 0.02)
+    streamed = start(input_tokens=1000) + delta(
+        "tool_use", output_tokens=100, server_tool_use={"web_search_requests": 2}
+    )
+    again, _ = same_facts_however_cut(HEAD, raw(REQUEST), OK_SSE, streamed)
+    assert again.attributes["clrk.cost.usd"] == facts.attributes["clrk.cost.usd"]
+
+
+def test_a_refusal_is_said() -> None:
+    refused, _, _ = exchange(HEAD, raw(REQUEST), OK, [raw(MESSAGE | {"stop_reason": "refusal"})])
+    assert refused.attributes["clrk.gen_ai.refused"] is True
+    assert refused.error_type is None
+    streamed, _, _ = exchange(HEAD, raw(REQUEST), OK_SSE, [start() + delta("refusal", output_tokens=1)])
+    assert streamed.attributes["clrk.gen_ai.refused"] is True
+    assert "clrk.gen_ai.refused" not in exchange(HEAD, raw(REQUEST), OK, [raw(MESSAGE)])[0].attributes

@@ -52,13 +52,49 @@ def test_every_provider_that_we_price_is_in_the_bundle() -> None:
     known = {provider.id for provider in providers}
     priced = {provider.price_id for provider in (*PROVIDERS.values(), *BY_OPERATOR.values())} - {None}
     assert priced <= known
-    assert all(api.elsewhere.price_id is None for api in APIS)
+    assert all(api.elsewhere is None or api.elsewhere.price_id is None for api in APIS)
 
 
 def test_who_is_asked_for_usage() -> None:
     assert [host for host, found in PROVIDERS.items() if found.asks_usage] == ["api.openai.com"]
     assert [name for name, found in BY_OPERATOR.items() if found.asks_usage] == ["openai", "openai_compatible"]
-    assert not any(api.elsewhere.asks_usage for api in APIS)
+    assert not any(api.elsewhere.asks_usage for api in APIS if api.elsewhere is not None)
+
+
+def test_what_the_list_does_not_know_is_not_taken_for_free() -> None:
+    """The library skips what a model has no price for; and tiers, fast mode and regions have prices of their own."""
+    claude = Provider("anthropic", "anthropic", "anthropic")
+    searched = Usage(1_000_000, 0, web_searches=100)
+    assert BUNDLED.cost_usd(claude, ("claude-haiku-4-5",), searched, AT) == pytest.approx(1 + 1)
+    assert cost_usd("deepseek", ("deepseek-chat",), Usage(1_000, 1, web_searches=1), AT) is None
+    assert BUNDLED.cost_usd(claude, ("claude-haiku-4-5",), USAGE, AT, off_list=True) is None
+    assert PriceList(OWN).cost_usd(Provider("x", "x"), ("house-1",), USAGE, AT, off_list=True) == pytest.approx(12)
+
+
+@pytest.mark.parametrize(
+    ("price_id", "model", "usage", "usd"),
+    [
+        # gpt-5: $1.25 in, $0.125 cached, $10 out, reasoning among it.
+        ("openai", "gpt-5", Usage(1_000_000, 200_000, cache_read=400_000, reasoning=150_000), 0.75 + 0.05 + 2.0),
+        # claude-sonnet-4-5: over 200,000 tokens of input all of it is at the higher tier.
+        ("anthropic", "claude-sonnet-4-5", Usage(200_000, 10_000), 0.6 + 0.15),
+        ("anthropic", "claude-sonnet-4-5", Usage(300_000, 10_000, cache_read=100_000), 1.2 + 0.06 + 0.225),
+        ("anthropic", "claude-haiku-4-5", Usage(100_000, 0, cache_creation=60_000, cache_creation_1h=20_000), 0.13),
+        ("openai", "text-embedding-3-small", Usage(1_000_000, generates=False), 0.02),
+        # sonar: $1 in, $1 out, and $12 for a thousand requests.
+        ("perplexity", "sonar", Usage(1_000, 1_000), 0.002 + 0.012),
+    ],
+)
+def test_prices_computed_by_hand(price_id: str, model: str, usage: Usage, usd: float) -> None:
+    assert cost_usd(price_id, (model,), usage, AT) == pytest.approx(usd)
+
+
+def test_prices_by_the_hour() -> None:
+    """deepseek-chat costs half outside 00:30 to 16:30 UTC."""
+    day, night = datetime(2026, 11, 1, 12, tzinfo=UTC), datetime(2026, 11, 1, 20, tzinfo=UTC)
+    by_day = cost_usd("deepseek", ("deepseek-chat",), Usage(1_000_000, 0), day)
+    assert by_day == pytest.approx(0.27)
+    assert cost_usd("deepseek", ("deepseek-chat",), Usage(1_000_000, 0), night) == pytest.approx(0.135)
 
 
 OWN = [

@@ -12,7 +12,9 @@ from clrk.core.route_resources import AIProviderRoute
 from clrk.gateway.interpret import RequestHead, ResponseHead
 from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.interpreter import LlmInterpreter
-from clrk.gateway.llm.openai_chat import OpenAiChat
+from clrk.gateway.llm.openai_chat import OpenAiChat, OpenAiCompletions
+from clrk.gateway.llm.openai_embeddings import OpenAiEmbeddings
+from clrk.gateway.llm.openai_responses import OpenAiResponses
 from clrk.gateway.mcp.interpreter import McpInterpreter, McpStream
 from clrk.gateway.recognise import KnownHosts, KnownMcp, recognise
 
@@ -31,12 +33,17 @@ ACCEPT_BOTH = ("accept", "text/event-stream;q=0.9 , application/json")
         (post("api.openai.com", "/v1/chat/completions", ACCEPT_BOTH), OpenAiChat),
         (post("10.0.0.5", "/v1/chat/completions"), OpenAiChat),
         (post("me.openai.azure.com", "/openai/deployments/d/chat/completions"), OpenAiChat),
+        (post("api.openai.com", "/v1/completions"), OpenAiCompletions),
+        (post("api.openai.com", "/v1/responses"), OpenAiResponses),
+        (post("me.openai.azure.com", "/openai/v1/responses"), OpenAiResponses),
+        (post("me.cognitiveservices.azure.com", "/openai/responses/"), OpenAiResponses),
+        (post("10.0.0.5", "/v1/embeddings"), OpenAiEmbeddings),
     ],
 )
 def test_llm_calls(head: RequestHead, dialect: type) -> None:
     interpreter = recognise(head)
     assert isinstance(interpreter, LlmInterpreter)
-    assert isinstance(interpreter.dialect, dialect)
+    assert type(interpreter.dialect) is dialect
 
 
 @pytest.mark.parametrize(
@@ -68,7 +75,9 @@ def test_mcp_suspects(head: RequestHead) -> None:
         post("api.anthropic.com", "/v1/messages/count_tokens"),
         post("api.anthropic.com", "/v1/messages/batches"),
         post("api.openai.com", "/v1/chat/completions/abc"),
-        post("api.openai.com", "/v1/embeddings"),
+        post("api.openai.com", "/v1/responses/resp_1/cancel"),
+        post("api.openai.com", "/v1/batches"),
+        post("stranger.test", "/api/chat"),
         replace(post("api.anthropic.com", "/v1/messages"), method="GET"),
         replace(post("h", "/mcp", *JSON), method="DELETE"),
         replace(post("h", "/mcp", *JSON, ("Mcp-Session-Id", "x")), method="GET"),
@@ -149,6 +158,15 @@ def test_a_known_provider_may_speak_anothers_protocol() -> None:
     interpreter = recognise(post("llm.internal", "/v1/messages", *FORM), hosts=known_hosts())
     assert isinstance(interpreter, LlmInterpreter)
     assert (interpreter.provider.name, interpreter.provider.system) == ("openai_compatible", "anthropic")
+    ollama = recognise(post("llm.internal", "/api/chat", *FORM), hosts=known_hosts())
+    assert isinstance(ollama, LlmInterpreter)
+    assert (ollama.provider.name, ollama.provider.system) == ("openai_compatible", "ollama")
+    claude = recognise(post("api.anthropic.com", "/v1/chat/completions"))
+    assert isinstance(claude, LlmInterpreter)
+    assert (claude.provider.name, claude.provider.system) == ("anthropic", "openai")
+    azure = recognise(post("me.openai.azure.com", "/openai/v1/chat/completions"))
+    assert isinstance(azure, LlmInterpreter)
+    assert (azure.provider.name, azure.provider.system) == ("azure.ai.openai", "azure_openai")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
-"""Errors as OpenAI's APIs report them, in documents and in streams, and what imitates it. For dialects to inherit."""
+"""What OpenAI's APIs have in common: errors in documents and streams, service tiers, output types, deployments."""
 
 from __future__ import annotations
 
+import re
 from typing import Final
+from urllib.parse import unquote
 
 import msgspec
 
+from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Completion
 from clrk.gateway.telemetry import attributes as names
@@ -18,6 +21,9 @@ _TYPES: Final = {  # platform.openai.com/docs/guides/error-codes, and the `type`
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+_DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")
+_OUTPUT_TYPES: Final = {"text": "text", "json_object": "json", "json_schema": "json"}
+_LISTED_TIERS: Final = frozenset(("default", "standard", "auto", "on_demand"))  # what price lists are about
 
 
 class OpenAiErrors:
@@ -44,3 +50,22 @@ def take_error(completion: Completion, error: object) -> None:
     kind = kind or (str(number) if number is not None else None)
     completion.error_type = kind or names.ERROR_TYPE_OTHER
     completion.error_message = values.message(values.member(error, "message"))
+
+
+def take_tier(completion: Completion, tier: object) -> None:
+    """Note by which service tier a call was served: but for the standard one, each has prices of its own."""
+    if (served := values.code(tier)) is not None:
+        completion.extra[names.OPENAI_RESPONSE_SERVICE_TIER] = served
+        completion.off_list = completion.off_list or served not in _LISTED_TIERS
+
+
+def output_type(asked: object) -> str | None:
+    """Return gen_ai.output.type of a response_format."""
+    kind = values.code(values.member(asked, "type"))
+    return _OUTPUT_TYPES.get(kind) if kind is not None else None
+
+
+def deployment_of(head: RequestHead) -> str | None:
+    """Return the deployment in a path of Azure OpenAI: there it stands for the model, which the body need not name."""
+    found = _DEPLOYMENT.search(head.path)
+    return values.text(unquote(found.group(1))) if found is not None else None
