@@ -30,8 +30,10 @@ import dns.rrset
 
 from clrk.gateway._aio import spawn
 from clrk.gateway.names import NameTable, NameTableFullError
+from clrk.gateway.policy import Verdict
+from clrk.gateway.redact import KNOWN_SECRETS, Redactor
 from clrk.gateway.telemetry import attributes as attr
-from clrk.gateway.telemetry.spans import Component, Identity, Recorder, SpanKind, Status, StatusCode
+from clrk.gateway.telemetry.spans import AttributeValue, Component, Identity, Recorder, SpanKind, Status, StatusCode
 
 TTL_S: Final = 60
 MAX_UDP_QUERY: Final = 4096
@@ -49,16 +51,19 @@ _LOCALHOST: Final = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 class NamePolicy(Protocol):
     """What the resolver asks of the egress policy."""
 
-    def may_allow_name(self, name: str) -> bool:
+    def name(self, name: str) -> Verdict:
         """Say whether any rule could allow a connection to this name."""
+
+    def holds(self, verdict: Verdict) -> bool:
+        """Say whether a denial is one: not where the gateway only watches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply in wire format; denied is the name if the policy can not allow it."""
+    """A reply in wire format; denied is the name, and why, if the policy can not allow it."""
 
     wire: bytes
-    denied: str | None = None
+    denied: tuple[str, Verdict] | None = None
 
 
 def answer(query: bytes, *, names: NameTable, policy: NamePolicy, max_size: int) -> Answer | None:
@@ -92,17 +97,19 @@ def answer(query: bytes, *, names: NameTable, policy: NamePolicy, max_size: int)
         return Answer(reply.to_wire(), denied)
 
 
-def _resolve(question: dns.rrset.RRset, reply: dns.message.Message, names: NameTable, policy: NamePolicy) -> str | None:
-    """Fill the reply for one question; return the name if the policy can not allow it."""
+def _resolve(
+    question: dns.rrset.RRset, reply: dns.message.Message, names: NameTable, policy: NamePolicy
+) -> tuple[str, Verdict] | None:
+    """Fill the reply for one question; return the name, and why, if the policy can not allow it."""
     if question.rdtype == dns.rdatatype.PTR:
         _answer_pointer(question, reply, names)
         return None
     name = question.name.to_text(omit_final_dot=True).lower()
     if name == "localhost" or name.endswith(".localhost"):  # RFC 6761 section 6.3
         addresses = _LOCALHOST
-    elif not policy.may_allow_name(name):
+    elif policy.holds(verdict := policy.name(name)):
         reply.set_rcode(dns.rcode.NXDOMAIN)
-        return name
+        return name, verdict
     else:
         try:
             addresses = names.bind(name)
@@ -136,8 +143,9 @@ class SandboxResolver:
         policy: Callable[[], NamePolicy],
         names: NameTable,
         recorder: Recorder,
+        redactor: Redactor = KNOWN_SECRETS,
     ) -> None:
-        self._identity = identity
+        self._identity, self._redactor = identity, redactor
         self._policy = policy
         self._names = names
         self._recorder = recorder
@@ -168,13 +176,24 @@ class SandboxResolver:
         if result is None:
             return None
         if result.denied is not None:
-            self._record_denied(result.denied)
+            self._record_denied(*result.denied)
         return result.wire
 
-    def _record_denied(self, name: str) -> None:
+    def _record_denied(self, name: str, verdict: Verdict) -> None:
         if name in self._denied or len(self._denied) >= MAX_DENIED_SPANS:
             return
         self._denied.add(name)
+        attributes: dict[str, AttributeValue] = {
+            attr.CLRK_DST_NAME: name,
+            attr.DNS_QUESTION_NAME: name,
+            attr.CLRK_EGRESS_DENY_REASON: verdict.reason,
+            attr.ERROR_TYPE: verdict.reason,
+        }
+        if verdict.rule:
+            attributes[attr.CLRK_EGRESS_ROUTE] = verdict.rule
+        if verdict.hint:
+            attributes[attr.CLRK_EGRESS_ADD_RULE] = verdict.hint
+        message = f"no rule allows {name}" + ("; clrk.egress.add_rule is one that would" if verdict.hint else "")
         now = time.time_ns()
         parent = self._identity.call_context()
         self._recorder.record(
@@ -184,13 +203,8 @@ class SandboxResolver:
             kind=SpanKind.CLIENT,
             start_ns=now,
             end_ns=now,
-            attributes={
-                attr.CLRK_DST_NAME: name,
-                attr.DNS_QUESTION_NAME: name,
-                attr.CLRK_EGRESS_DENY_REASON: "name_not_allowed",
-                attr.ERROR_TYPE: "name_not_allowed",
-            },
-            status=Status(StatusCode.ERROR, f"no rule allows {name}"),
+            attributes=self._redactor.attributes(attributes),
+            status=Status(StatusCode.ERROR, self._redactor.text(message)),
             parent_span_id=parent.span_id,
             trace_id=parent.trace_id,
         )

@@ -26,9 +26,14 @@ NO_RULE: Final = "no_rule"
 BAD_NAME: Final = "bad_name"
 PORT_NOT_ALLOWED: Final = "port_not_allowed"
 HTTP_NOT_ALLOWED: Final = "http_not_allowed"
+HTTP_ONLY: Final = "http_only"
+NAME_NOT_ALLOWED: Final = "name_not_allowed"
 BY_RULE: Final = "rule"
 BY_DEFAULT: Final = "default_policy"
 
+# What another rule would allow: these alone are let through where the mode only watches.
+_LACKS_A_RULE: Final = frozenset((NO_RULE, PORT_NOT_ALLOWED, HTTP_NOT_ALLOWED, HTTP_ONLY, NAME_NOT_ALLOWED))
+_MAX_HINT_PATH: Final = 1024
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 
 
@@ -159,16 +164,33 @@ class EgressPolicy:
         """Say whether what no rule allows is denied; else it goes out, and its span says what would have been."""
         return self.mode == "Enforce"
 
+    def holds(self, verdict: Verdict) -> bool:
+        """Say whether a denial is one in this mode: a missing rule is not where the gateway only watches."""
+        return not verdict.allowed and (self.enforces or verdict.reason not in _LACKS_A_RULE)
+
+    def name(self, name: str) -> Verdict:
+        """Judge a name that the resolver is asked for: could some connection to it be allowed by its name?"""
+        target = _Target(normalise_name(name), None, 0, normalise_name(name) is not None)
+        if (early := self._before_rules(target)) is not None:
+            return early
+        normal = target.name or ""
+        for rule in self.rules:
+            if rule.fits_name(normal):
+                return Verdict(True, BY_RULE, rule.label, "")
+        if self.allow_all or any(host.matches(normal) for host in self.passthrough):
+            return Verdict(True, BY_DEFAULT, self.label, "")
+        return Verdict(False, NAME_NOT_ALLOWED, self.label, _hint(target, None))
+
     def may_allow_name(self, name: str) -> bool:
-        """Say whether the resolver may answer for a name: some connection to it could be allowed by its name."""
-        normal = normalise_name(name)
-        if normal is None or not self.label:
-            return False
-        return (
-            self.allow_all
-            or any(rule.fits_name(normal) for rule in self.rules)
-            or any(host.matches(normal) for host in self.passthrough)
-        )
+        """Say whether the resolver answers for a name."""
+        return not self.holds(self.name(name))
+
+    def tunnel(self, name: str | None, address: IPAddress | None, port: int) -> Verdict:
+        """Judge a connection whose bytes nobody reads."""
+        verdict = self.connect(name, address, port)
+        if not verdict.needs_http:
+            return verdict
+        return Verdict(False, HTTP_ONLY, verdict.rule, _hint(_Target.of(name, address, port), None))
 
     def connect(self, name: str | None, address: IPAddress | None, port: int) -> Verdict:
         """Judge a connection: name as the agent asked for it, address as it was dialled or resolved."""
@@ -201,15 +223,17 @@ class EgressPolicy:
             return Verdict(True, BY_DEFAULT, self.label, "")
         return self._denied(target, fitting, on_port, (method, readings))
 
-    def names_address(self, address: IPAddress, port: int) -> bool:
+    def names_address(self, address: IPAddress, port: int, refused: IPNetwork | None) -> bool:
         """Say whether a CIDR rule names an address that is refused otherwise (CONTRACT section 10).
 
-        `0.0.0.0/0` names nothing, and a loopback, link-local or multicast address is named only by a network that lies
-        wholly inside that range: whoever allows "the internet" does not mean the host's loopback.
+        Shape: refused is the range for which it is refused, None for an address of the host's interfaces.
+        `0.0.0.0/0` names nothing. An address of a refused range is named only by a network that lies wholly inside that
+        range, or by itself: whoever allows 100.64.0.0/10 does not mean a metadata service in it, nor with 2000::/3 the
+        loopback address that a 6to4 address holds.
         """
         plain = unmap(map_address(address))
         return any(
-            rule.fits_port(port) and any(plain in network and _names(network, plain) for network in rule.networks)
+            rule.fits_port(port) and any(plain in network and _names(network, refused) for network in rule.networks)
             for rule in self.rules
         )
 
@@ -255,14 +279,14 @@ def _plain_network(network: IPNetwork) -> IPNetwork:
     return network
 
 
-def _names(network: IPNetwork, address: IPAddress) -> bool:
-    if network.prefixlen == 0:
-        return False
-    return (
-        (not address.is_loopback or network.is_loopback)
-        and (not address.is_link_local or network.is_link_local)
-        and (not address.is_multicast or network.is_multicast)
-    )
+def _names(network: IPNetwork, refused: IPNetwork | None) -> bool:
+    if network.prefixlen in (0, network.max_prefixlen):
+        return network.prefixlen != 0
+    if refused is None:
+        return True
+    if isinstance(network, IPv4Network):
+        return isinstance(refused, IPv4Network) and network.subnet_of(refused)
+    return isinstance(refused, IPv6Network) and network.subnet_of(refused)
 
 
 def _split_ip_port(text: str) -> tuple[str, int]:
@@ -279,10 +303,13 @@ def _hint(target: _Target, request: tuple[str, tuple[str, ...]] | None, comment:
         lines.append(f'- cidrs: ["{ip_network(target.address)}"]')
     else:
         return ""
-    lines.append(f"  ports: [{target.port}]")
+    if target.port:
+        lines.append(f"  ports: [{target.port}]")
     if request is not None:
         method, readings = request
         if not readings or not PathPattern.compile(readings[0]).matches(readings):
             return "# no rule can allow this path: it can be read in more than one way; send it without detours\n"
+        if len(readings[0]) > _MAX_HINT_PATH:
+            return f"# the path is over {_MAX_HINT_PATH} characters: allow a prefix of it, with http.paths\n"
         lines.append(f"  http: {{methods: [{json.dumps(method)}], paths: [{json.dumps(readings[0])}]}}")
     return "\n".join(lines) + "\n"

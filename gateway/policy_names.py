@@ -10,6 +10,8 @@ import idna
 
 from clrk.core.wire import IPAddress
 
+# What ends like this is an IPv4 address in one of its spellings to many parsers (WHATWG URL, ends-in-a-number checker).
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
@@ -21,7 +23,8 @@ def normalise_name(name: str) -> str | None:
         except idna.IDNAError:
             return None
     plain = name.lower().removesuffix(".")
-    if len(plain) > 253 or not all(_LABEL.fullmatch(label) for label in plain.split(".")):
+    labels = plain.split(".")
+    if len(plain) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or _NUMBER.fullmatch(labels[-1]):
         return None
     return plain
 

@@ -30,6 +30,7 @@ from clrk.gateway.egress.tcp import Admission, tunnel
 from clrk.gateway.egress.tls import peek_client_hello, peek_until
 from clrk.gateway.egress.upstream import Target
 from clrk.gateway.names import NameTable
+from clrk.gateway.policy import HTTP_ONLY
 from clrk.gateway.proxyv2.errors import ProxyV2Error
 from clrk.gateway.proxyv2.expect import expected_header
 from clrk.gateway.run import Run
@@ -279,9 +280,9 @@ class Acceptor:
         if sni is not None:
             call.attributes[attr.TLS_CLIENT_SERVER_NAME] = sni
         try:
-            upstream = await self._exit.upstream.dial(self._admit_tunnel(origin, sni))
+            upstream = await self._exit.upstream.dial(self._admit_tunnel(origin, call, sni))
         except DialDeniedError as exc:
-            spans.denied(call, exc.reason, str(exc), exc.rule)
+            spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
             agent.reset()
             return
         except DialFailedError as exc:
@@ -302,20 +303,24 @@ class Acceptor:
             call.request_bytes, call.response_bytes = upstream.sent_bytes, upstream.received_bytes
             spans.tcp(call, error, message)
 
-    def _admit_tunnel(self, origin: Origin, sni: str | None = None) -> Target:
+    def _admit_tunnel(self, origin: Origin, call: Call, sni: str | None = None) -> Target:
         """Decide where a tunnel goes. Raises: DialDeniedError."""
         destination = origin.destination
         if destination.name is not None and origin.server_name not in (None, destination.name):
             raise DialDeniedError("sni_mismatch", f"dialled {destination.name}, TLS asked for {origin.server_name}")
         address = None if destination.name is not None else destination.address
-        verdict = self._exit.policy.connect(destination.name, address, destination.port)
-        where = f"{destination.host}:{destination.port}"
+        policy = self._exit.policy
+        verdict = policy.tunnel(destination.name, address, destination.port)
+        if policy.holds(verdict):
+            what = f"{destination.host}:{destination.port} is not allowed ({verdict.reason})"
+            raise DialDeniedError(verdict.reason, what, verdict.hint, verdict.rule)
         if not verdict.allowed:
-            raise DialDeniedError(verdict.reason, f"{where} is not allowed", verdict.hint, verdict.rule)
-        if verdict.needs_http:
-            raise DialDeniedError("http_only", f"{where} is allowed for some HTTP requests only", rule=verdict.rule)
+            self._exit.spans.would_deny(call, verdict.reason, verdict.rule, verdict.hint)
         if self._exit.http_only(destination.host, origin.server_name, sni):
-            raise DialDeniedError("http_only", f"{where} has an MCPRoute, which can judge HTTP only")
+            if policy.enforces:
+                what = f"{destination.host}:{destination.port} has an MCPRoute, which can judge HTTP only"
+                raise DialDeniedError(HTTP_ONLY, what)
+            self._exit.spans.would_deny(call, HTTP_ONLY)
         server_name = (origin.name or str(destination.address)) if origin.is_tls else None
         return Target(destination.name, destination.address, destination.port, server_name)
 

@@ -64,12 +64,15 @@ class AddressGuard:
         self._host = frozenset(ip_address(text.partition("%")[0]) for text in host_addresses)
         self._is_local = is_local  # interfaces come and go; the configured list is from the start
 
-    def refusal(self, address: IPAddress) -> str | None:
-        """Return a stable word for the reason, or None when the address may be dialled."""
+    def refusal(self, address: IPAddress) -> tuple[str, IPv4Network | IPv6Network | None] | None:
+        """Return a stable word for the reason and the refused range, or None when the address may be dialled.
+
+        Shape: without a range the address is one of the host's interfaces.
+        """
         # The inner address first, and what a table names before what the host happens to have: one reason, always.
         forms = (unwrap(address), address)
         for form in forms:
             for reason, network in _REFUSED:
                 if form in network:
-                    return reason
-        return "host" if any(form in self._host or self._is_local(form) for form in forms) else None
+                    return reason, network
+        return ("host", None) if any(form in self._host or self._is_local(form) for form in forms) else None

@@ -51,7 +51,7 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     # refused or not, the span says what was asked for
     call.attributes.update(request_attributes(head, way_out.spans.redactor))
     _check_names(origin, name, port)
-    is_open = _check_policy(way_out, origin, head)
+    is_open = _check_policy(way_out, origin, head, call)
     server_name = verified if origin.is_tls else None
     target = Target(destination.name, destination.address, destination.port, server_name)
     interpreter = recognise_guarded(way_out.recognise, head)
@@ -94,7 +94,7 @@ def _check_names(origin: Origin, host: str | None, port: int | None) -> None:
         raise RefusedError(421, "port_mismatch", f"connected to port {destination.port}, but Host has {port}")
 
 
-def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> bool:
+def _check_policy(way_out: Exit, origin: Origin, head: RequestHead, call: Call) -> bool:
     """Return whether every request to the destination is allowed. Raises: RefusedError when this one is not."""
     destination = origin.destination
     # A real address was chosen by the agent, so no name that it presents may vouch for it.
@@ -102,10 +102,12 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead) -> bool:
     if way_out.is_open(destination.name, address, destination.port):
         return True
     verdict = way_out.policy.request(destination.name, address, destination.port, head.method, head.path)
-    if not verdict.allowed:
+    if way_out.policy.holds(verdict):
         what = f"{head.method} {destination.host}:{destination.port}"
         message = f"{what} is not allowed ({verdict.reason}); add a rule to an EgressL4Route to allow it"
         raise RefusedError(403, verdict.reason, message, rule=verdict.rule, hint=verdict.hint)
+    if not verdict.allowed:
+        way_out.spans.would_deny(call, verdict.reason, verdict.rule, verdict.hint)
     return False
 
 

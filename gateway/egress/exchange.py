@@ -71,7 +71,7 @@ class Exchange:
         try:
             admitted = admit(self._exit, self._origin, self._request, call)
         except RefusedError as exc:
-            spans.denied(call, exc.reason, str(exc), exc.rule)
+            spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
             self._answer(exc.status, exc.reason, str(exc), exc.hint)
             return False
         self._governor = admitted.governor
@@ -86,11 +86,11 @@ class Exchange:
             await self._carry(admitted, upload)
         except RefusedError as exc:
             self._settle(None)
-            spans.denied(call, exc.reason, str(exc), exc.rule)
+            spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
             self._answer(exc.status, exc.reason, str(exc), exc.hint)
         except DialDeniedError as exc:
             self._settle(None)
-            spans.denied(call, exc.reason, str(exc))
+            spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
             self._answer(403, exc.reason, str(exc), exc.hint)
         except DialFailedError as exc:
             self._settle(None)
@@ -292,7 +292,7 @@ class Exchange:
         """Say whether a governor's word holds: where the gateway only watches, it is noted on the span."""
         if self._exit.policy.enforces:
             return True
-        self._call.attributes[attr.CLRK_EGRESS_WOULD_DENY] = answer.reason
+        self._exit.spans.would_deny(self._call, answer.reason, answer.rule)
         return False
 
     def _answer_instead(self, admitted: Admitted, answer: Answer) -> None:

@@ -6,6 +6,7 @@ interpreter; nothing is believed that the agent says about itself.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ from clrk.gateway.telemetry.spans import (
 )
 
 MAX_URL_SIZE: Final = 4096
+MAX_TOLD: Final = 256
+_LOG: Final = logging.getLogger(__name__)
 _REDACTED: Final = frozenset((attr.URL_FULL,))  # when it was made, as URLs are
 _TCP: Final[dict[str, AttributeValue]] = {attr.NETWORK_TRANSPORT: "tcp"}
 _MALFORMED: Final = {"timeout": "the agent connected and sent nothing for too long, so there was no stamp to check"}
@@ -122,6 +125,7 @@ class EgressSpans:
         self.redactor = redactor
         self._recorder = recorder
         self._late_s = late_s
+        self._told: set[tuple[str, int, str]] = set()  # of the log: a destination is told once in a run
 
     def begin_http(self, call: Call, head: RequestHead) -> None:
         """The request is about to go upstream, as HTTP/1.1; call has request_attributes and its peer."""
@@ -181,12 +185,20 @@ class EgressSpans:
         """One tunnel."""
         self._record(call, attr.SPAN_EGRESS_TCP, dict(_TCP), error, message)
 
-    def denied(self, call: Call, reason: str, message: str, rule: str = "") -> None:
-        """A connection or request that policy, or the gateway's own rules, refused."""
-        found: dict[str, AttributeValue] = {attr.CLRK_EGRESS_DENY_REASON: reason}
-        if rule:
-            found[attr.CLRK_EGRESS_ROUTE] = rule
+    def denied(self, call: Call, reason: str, message: str, rule: str = "", hint: str = "") -> None:
+        """A connection or request that policy, or the gateway's own rules, refused. hint: the rule to add, if any."""
+        found: dict[str, AttributeValue] = {attr.CLRK_EGRESS_DENY_REASON: reason, **_decided(rule, hint)}
         self._record(call, attr.SPAN_EGRESS_DIAL_DENIED, found, reason, message)
+
+    def would_deny(self, call: Call, reason: str, rule: str = "", hint: str = "") -> None:
+        """Note what a gateway that enforces would refuse here; the call goes on, and its span says so."""
+        call.attributes |= {attr.CLRK_EGRESS_WOULD_DENY: reason, **_decided(rule, hint)}
+        where = (call.destination.host, call.destination.port, reason)
+        if where not in self._told and len(self._told) < MAX_TOLD:
+            self._told.add(where)
+            text = "%s/%s: %s:%d would be denied (%s) if the EgressGateway enforced"
+            identity = self.identity
+            _LOG.info(text, identity.agent_namespace, identity.agent_name, *where)
 
     def failed(self, call: Call, error: str, message: str, events: Sequence[SpanEvent] = ()) -> None:
         """The upstream could not be reached or did not answer."""
@@ -253,6 +265,16 @@ class EgressSpans:
             parent_span_id=call.parent_span_id,
             trace_id=call.trace_id,
         )
+
+
+def _decided(rule: str, hint: str) -> dict[str, AttributeValue]:
+    """Return what decided about a call, and what would decide otherwise."""
+    found: dict[str, AttributeValue] = {}
+    if rule:
+        found[attr.CLRK_EGRESS_ROUTE] = rule
+    if hint:
+        found[attr.CLRK_EGRESS_ADD_RULE] = hint
+    return found
 
 
 def _attributes(call: Call, found: dict[str, AttributeValue]) -> dict[str, AttributeValue]:

@@ -117,7 +117,9 @@ class EgressService:
             ),
             counters=self.counters,
         )
-        resolver = SandboxResolver(identity=run.identity, policy=lambda: policy, names=names, recorder=self._recorder)
+        resolver = SandboxResolver(
+            identity=run.identity, policy=lambda: policy, names=names, recorder=self._recorder, redactor=redactor
+        )
         serving = RunEgress(
             run,
             acceptor=acceptor,

@@ -238,10 +238,10 @@ class Upstream:
         allowed, refusals = [], []
         for address in found:
             refusal = self._guard.refusal(address)
-            if refusal is None or self._policy.names_address(address, port):
+            if refusal is None or self._policy.names_address(address, port, refusal[1]):
                 allowed.append(address)
             else:
-                refusals.append((address, refusal))
+                refusals.append((address, refusal[0]))
         return allowed, refusals
 
     def _forget(self, target: Target, channel: Channel) -> None:

@@ -93,6 +93,7 @@ CLRK_REQ_BYTES: Final = "clrk.req.bytes"  # int
 CLRK_RESP_BYTES: Final = "clrk.resp.bytes"  # int
 CLRK_EGRESS_DENY_REASON: Final = "clrk.egress.deny_reason"
 CLRK_EGRESS_ROUTE: Final = "clrk.egress.route"
+CLRK_EGRESS_ADD_RULE: Final = "clrk.egress.add_rule"  # YAML: the item of EgressL4Route spec.rules that would allow it
 CLRK_EGRESS_WOULD_DENY: Final = "clrk.egress.would_deny"  # a deny reason, where the gateway's mode is not Enforce
 CLRK_COST_USD: Final = "clrk.cost.usd"  # float
 CLRK_COST_UNKNOWN: Final = "clrk.cost.unknown"  # bool: the call was probably billed, and nobody here knows the price

@@ -24,6 +24,7 @@ HTTP_CLIENT_REQUEST_DURATION: Final = http_metrics.HTTP_CLIENT_REQUEST_DURATION
 MCP_CLIENT_OPERATION_DURATION: Final = mcp_metrics.MCP_CLIENT_OPERATION_DURATION
 CLRK_SANDBOX_SPAWN_DURATION: Final = "clrk.sandbox.spawn.duration"
 CLRK_EGRESS_DENIED: Final = "clrk.egress.denied"
+CLRK_EGRESS_WOULD_DENY: Final = "clrk.egress.would_deny"
 CLRK_COST_USD: Final = "clrk.cost.usd"
 
 _MAX_VALUE_CHARS: Final = 256
@@ -61,6 +62,7 @@ INSTRUMENTS: Final = (
         CLRK_SANDBOX_SPAWN_DURATION, "histogram", "s", "Time until a sandbox's first process existed", _SPAWN_BUCKETS
     ),
     Instrument(CLRK_EGRESS_DENIED, "counter", "{denial}", "Calls, names and requests that were refused, by reason"),
+    Instrument(CLRK_EGRESS_WOULD_DENY, "counter", "{call}", "Calls that a gateway that enforces would refuse"),
     Instrument(CLRK_COST_USD, "counter", "{USD}", "Cost of LLM calls whose price is known"),
 )  # fmt: skip
 
@@ -94,6 +96,8 @@ def measure(record: SpanRecord) -> Iterator[Measurement]:
     seconds = (record.end_time_unix_nano - record.start_time_unix_nano) / 1e9
     if record.name == attr.SPAN_SANDBOX_SPAWN:
         yield Measurement(CLRK_SANDBOX_SPAWN_DURATION, seconds, _pick(record, (attr.CLRK_SANDBOX_WARM,)))
+    if attr.CLRK_EGRESS_WOULD_DENY in record.attributes:
+        yield Measurement(CLRK_EGRESS_WOULD_DENY, 1, _pick(record, (attr.CLRK_EGRESS_WOULD_DENY,)))
     if is_denied(record):
         picked = _pick(record, (attr.CLRK_EGRESS_DENY_REASON,))
         if record.attributes.get(attr.CLRK_BUDGET_DENIED) is True:

@@ -33,7 +33,10 @@ EGRESS: Types = {
     "process.pid": int, "process.executable.name": str, "network.peer.address": str, "network.peer.port": int,
     "clrk.dst.name": str, "clrk.req.bytes": int, "clrk.resp.bytes": int,
 }  # fmt: skip
-EGRESS_OPTIONAL: Types = {"server.address": str, "server.port": int, "error.type": str, "network.transport": str}
+WOULD_DENY: Types = {"clrk.egress.would_deny": str, "clrk.egress.route": str, "clrk.egress.add_rule": str}
+EGRESS_OPTIONAL: Types = WOULD_DENY | {
+    "server.address": str, "server.port": int, "error.type": str, "network.transport": str,
+}  # fmt: skip
 HTTP: Types = {
     "http.request.method": str, "http.request.method_original": str, "http.response.status_code": int,
     "http.request.resend_count": int, "url.full": str, "network.protocol.name": str, "network.protocol.version": str,
@@ -59,7 +62,7 @@ MCP: Types = {
     "gen_ai.tool.name": str, "gen_ai.operation.name": str, "gen_ai.prompt.name": str, "jsonrpc.request.id": str,
     "jsonrpc.protocol.version": str, "rpc.response.status_code": str,
 }  # fmt: skip
-DENIED: Types = {"clrk.egress.deny_reason": str, "clrk.egress.route": str}
+DENIED: Types = {"clrk.egress.deny_reason": str, "clrk.egress.route": str, "clrk.egress.add_rule": str}
 TLS_TROUBLE: Types = {"clrk.tls.client_rejected_ca": bool}
 CAPTURED: Types = {
     "http.request.body.content": str, "http.response.body.content": str, "http.request.body.size": int,

@@ -22,12 +22,17 @@ from hypothesis import strategies as st
 from clrk.core.ids import InvocationId, SandboxId, SpanId, TraceId
 from clrk.gateway.dns import MAX_DENIED_SPANS, SandboxResolver, answer
 from clrk.gateway.names import NameTable
+from clrk.gateway.policy import Verdict
 from clrk.gateway.telemetry.spans import Identity, StatusCode, TraceContext
 
 
 class AllowExample:
-    def may_allow_name(self, name: str) -> bool:
-        return name.endswith("example.com")
+    def name(self, name: str) -> Verdict:
+        hint = f'- hostnames: ["{name}"]\n'
+        return Verdict(name.endswith("example.com"), "name_not_allowed", "EgressGateway default/default", hint)
+
+    def holds(self, verdict: Verdict) -> bool:
+        return not verdict.allowed
 
 
 class Spans:

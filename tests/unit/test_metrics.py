@@ -51,6 +51,7 @@ TABLE = {
         AGENT | {"clrk.sandbox.warm": bool},
     ),
     "clrk.egress.denied": ("sum", "{denial}", None, AGENT | {"clrk.egress.deny_reason": str}),
+    "clrk.egress.would_deny": ("sum", "{call}", None, AGENT | {"clrk.egress.would_deny": str}),
     "clrk.cost.usd": (
         "sum", "{USD}", None,
         AGENT | {key: GEN_AI[key] for key in GEN_AI if key.startswith("gen_ai.")},
@@ -91,6 +92,7 @@ def record_samples(telemetry, who):
     record(telemetry, who, "egress.dial.failed", error="refused", error__type="connection_refused",
            **{key: value for key, value in HTTP.items() if key != "http__response__status_code"})  # fmt: skip
     record(telemetry, who, "egress.dial.denied", error="no rule", clrk__egress__deny_reason="no_rule", **HTTP)
+    record(telemetry, who, "egress.tcp", clrk__egress__would_deny="no_rule", clrk__egress__add_rule="s3cret")
     record(telemetry, who, "egress.dns.denied", error="no rule", dns__question__name="s3cret.example")
     record(telemetry, who, "chat", error="over budget", clrk__budget__denied=True, **HTTP)
     internal = {"kind": SpanKind.INTERNAL, "component": Component.RUNTIME}
@@ -157,6 +159,10 @@ async def test_what_a_backend_gets_is_the_table_and_nothing_else(tmp_path, proto
     }
     denied = {attributes(p)["clrk.egress.deny_reason"]: p.as_int for p in points_of(resources["clrk.egress.denied"][0])}
     assert denied == {"no_rule": 1, "dns": 1, "budget": 1}
+    would = {
+        attributes(p)["clrk.egress.would_deny"]: p.as_int for p in points_of(resources["clrk.egress.would_deny"][0])
+    }
+    assert would == {"no_rule": 1}
     assert sum(p.as_double for p in points_of(resources["clrk.cost.usd"][0])) == pytest.approx(0.5)
     http = points_of(resources["http.client.request.duration"][0])
     assert sum(point.count for point in http) == 5, "LLM, MCP and plain calls, and the one that failed; no denials"
@@ -253,6 +259,7 @@ async def test_prometheus_text_has_the_same(tmp_path):
         "mcp_client_operation_duration_seconds": "histogram",
         "clrk_sandbox_spawn_duration_seconds": "histogram",
         "clrk_egress_denied": "counter",
+        "clrk_egress_would_deny": "counter",
         "clrk_cost_usd": "counter",
         "clrk_sandboxes": "gauge",
         "clrk_kernel_events": "counter",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_samples import API, NARROW, PUBLIC, brief, gateway, policy, route
 
+from clrk.gateway.egress.addresses import AddressGuard
 from clrk.gateway.policy import EgressPolicy, Verdict
 from clrk.gateway.policy_names import normalise_name
 
@@ -22,7 +23,7 @@ def test_without_a_gateway_everything_is_denied() -> None:
     assert not nothing.may_allow_name("api.example.com")
     assert nothing.alias("api.example.com") is None
     assert not nothing.is_passthrough("api.example.com")
-    assert not nothing.names_address(PUBLIC, 443)
+    assert not nothing.names_address(PUBLIC, 443, None)
     for verdict in (
         nothing.connect("api.example.com", PUBLIC, 443),
         nothing.request("api.example.com", PUBLIC, 443, "GET", "/"),
@@ -51,7 +52,7 @@ def test_default_policy() -> None:
     assert everything.connect(None, PUBLIC, 22).allowed
     assert everything.may_allow_name("a.example.com")
     # Even then no CIDR rule names anything that is refused otherwise.
-    assert not everything.names_address(ip_address("127.0.0.1"), 80)
+    assert not everything.names_address(ip_address("127.0.0.1"), 80, ip_network("127.0.0.0/8"))
 
 
 def test_reasons_name_the_closest_rule() -> None:
@@ -198,16 +199,31 @@ def test_a_name_that_is_an_address_stands_for_itself_only() -> None:
         ("192.0.0.0/2", "239.1.1.1", False),
         ("::ffff:0:0/96", "127.0.0.1", False),
         ("::/64", "127.0.0.1", False),
+        ("100.64.0.0/10", "100.100.100.200", False),  # a metadata service inside a range that has other uses
+        ("100.100.100.200/32", "100.100.100.200", True),
+        ("169.254.0.0/16", "169.254.169.254", False),
+        ("169.254.0.0/16", "169.254.7.7", True),
+        ("fd00::/8", "fd00:ec2::254", False),
+        ("fd00:ec2::254/128", "fd00:ec2::254", True),
+        ("64:ff9b::/96", "64:ff9b::7f00:1", False),  # NAT64, 6to4 and Teredo hold an IPv4 address
+        ("64:ff9b::7f00:1/128", "64:ff9b::7f00:1", True),
+        ("2000::/3", "2002:7f00:1::1", False),
+        ("2000::/3", "2002:a9fe:a9fe::1", False),
+        ("::/96", "::127.0.0.1", False),
+        ("198.18.0.0/16", "198.18.0.1", True),
+        ("198.0.0.0/8", "198.18.0.1", False),
     ],
 )
 def test_only_a_rule_that_means_it_names_a_refused_address(cidr: str, address: str, named: bool) -> None:
     compiled = policy({"cidrs": [cidr], "ports": [80]})
-    assert compiled.names_address(ip_address(address), 80) is named
-    assert not compiled.names_address(ip_address(address), 81)
+    refusal = AddressGuard((), lambda _: False).refusal(ip_address(address))
+    refused = refusal[1] if refusal is not None else None
+    assert compiled.names_address(ip_address(address), 80, refused) is named
+    assert not compiled.names_address(ip_address(address), 81, refused)
 
 
 def test_a_host_rule_names_no_address() -> None:
-    assert not policy({"hostnames": ["**.example.com"]}).names_address(ip_address("127.0.0.1"), 443)
+    assert not policy({"hostnames": ["**.example.com"]}).names_address(ip_address("127.0.0.1"), 443, None)
 
 
 # --- Passthrough and aliases ----------------------------------------------------------------------------------------
