@@ -36,9 +36,9 @@ _ANTHROPIC: Final = Provider("anthropic", "anthropic", "anthropic")
 _OPENAI: Final = Provider("openai", "openai", "openai", asks_usage=True)
 _AZURE: Final = Provider("azure.ai.openai", "azure_openai", "azure")
 _COMPATIBLE: Final = Provider("openai_compatible", "openai", asks_usage=True)
-_GEMINI: Final = Provider("gcp.gemini", "google_genai", "google")
-_VERTEX: Final = Provider("gcp.vertex_ai", "google_genai", "google")
-_BEDROCK: Final = Provider("aws.bedrock", "aws_bedrock", "aws")
+_GEMINI: Final = Provider("gcp.gemini", "google_genai", "google", asks_usage=True)
+_VERTEX: Final = Provider("gcp.vertex_ai", "google_genai", "google", asks_usage=True)
+_BEDROCK: Final = Provider("aws.bedrock", "aws_bedrock", "aws", asks_usage=True)
 
 # Who a host is; `.x` stands for any name below x.
 PROVIDERS: Final[dict[str, Provider]] = {
@@ -125,7 +125,7 @@ APIS: Final = (
         Provider("anthropic", "anthropic"),
         frozenset(("anthropic",)),
     ),
-    Api(vertex.OPENAI_PATH, vertex.VertexOpenAi, Provider("openai", "openai"), _SPEAK_OPENAI),
+    Api(vertex.OPENAI_PATH, vertex.VertexOpenAi, _LIKE_OPENAI, _SPEAK_OPENAI),
     Api(
         bedrock_converse.PATH,
         bedrock_converse.BedrockConverse,

@@ -65,6 +65,11 @@ class BedrockDialect(JsonDialect):
         asked = self.request_model
         return (asked.rpartition("/")[2] if asked and asked.startswith("arn:") else asked, self.routed_model)
 
+    def note_tier(self, tier: object, latency: object) -> None:
+        """Note what is asked for beyond the list's prices: a service tier, or latency that is paid for."""
+        if tier not in (None, "default") or latency not in (None, "standard"):
+            self.completion.off_list = True
+
     def response_head(self, head: ResponseHead) -> None:
         """Take what the headers say: the request's id, the kind of error, and counts where the body has none."""
         request_id = values.text(head.header("x-amzn-requestid"))

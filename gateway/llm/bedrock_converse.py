@@ -24,6 +24,8 @@ class _Request(msgspec.Struct):
     additionalModelRequestFields: Any = None
     guardrailConfig: Any = None
     outputConfig: Any = None
+    performanceConfig: Any = None
+    serviceTier: Any = None
 
 
 class _Document(msgspec.Struct):
@@ -59,6 +61,8 @@ class BedrockConverse(BedrockDialect):
             request = _Request()
         settings = request.inferenceConfig
         self.max_output_tokens = values.count(values.member(settings, "maxTokens"))
+        latency = values.member(request.performanceConfig, "latency")
+        self.note_tier(values.member(request.serviceTier, "type"), latency)
         form = values.member(values.member(request.outputConfig, "textFormat"), "type")
         found: dict[str, AttributeValue | None] = {
             names.GEN_AI_REQUEST_MODEL: self.request_model,

@@ -109,6 +109,11 @@ class BedrockInvoke(BedrockDialect):
         elif "embed" in model:
             self.operation = names.OPERATION_EMBEDDINGS
         self._head = head
+        tier, latency = (
+            head.header("x-amzn-bedrock-service-tier"),
+            head.header("x-amzn-bedrock-performanceconfig-latency"),
+        )
+        self.note_tier(tier, latency)
 
     def _read_as_claude(self, head: RequestHead) -> AnthropicMessages:
         self._claude = self._claude or AnthropicMessages(head)
@@ -167,7 +172,7 @@ class BedrockInvoke(BedrockDialect):
             self._claude.document(body)
         self._take(body)
         if self.operation == names.OPERATION_EMBEDDINGS and self.completion.usage.input_tokens is not None:
-            self.completion.usage = replace(self.completion.usage, output_tokens=0)
+            self.completion.usage = Usage(self.completion.usage.input_tokens, generates=False)
 
     def event(self, event: SseEvent) -> bool:
         """Take one event of a stream."""

@@ -11,7 +11,6 @@ cloud.google.com/vertex-ai/docs/reference/rest.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote
 
@@ -42,6 +41,8 @@ class _Request(msgspec.Struct):
 
     camel: Any = msgspec.field(default=None, name="generationConfig")
     snake: Any = msgspec.field(default=None, name="generation_config")
+    serviceTier: Any = None
+    service_tier: Any = None
 
 
 class _Document(msgspec.Struct):
@@ -109,6 +110,7 @@ class GeminiContent(JsonDialect):
         settings = _Settings(request.snake if request.camel is None else request.camel)
         self.max_output_tokens = values.count(settings.get("maxOutputTokens"))
         self.choices = values.count(settings.get("candidateCount")) or 1
+        self._priced_elsewhere(request.serviceTier, request.service_tier)
         found: dict[str, AttributeValue | None] = {
             names.GEN_AI_REQUEST_MODEL: self.request_model,
             names.GEN_AI_REQUEST_MAX_TOKENS: self.max_output_tokens,
@@ -177,13 +179,23 @@ class GeminiContent(JsonDialect):
             self._ended = True
         if isinstance(document.usageMetadata, dict):
             done.usage = self._usage(document.usageMetadata)
+            self._priced_elsewhere(document.usageMetadata.get("trafficType"))
         note_error(done, document.error)
+
+    def _priced_elsewhere(self, *tiers: object) -> None:
+        """Note a tier, or capacity bought in advance, whose prices are not those of the list."""
+        asked = {tier.lower().removeprefix("service_tier_") for tier in tiers if isinstance(tier, str)}
+        if asked - _LIST_TIERS:
+            self.completion.off_list = True
 
     def _candidate(self, position: int, candidate: object) -> None:
         if (reason := values.text(values.member(candidate, "finishReason"))) is not None:
             index = values.count(values.member(candidate, "index"))
             self.completion.finished(position if index is None else index, reason)
             self._ended = True
+        # Searches are billed by the prompt or by the query, as the model is old or new: nothing here says which.
+        if values.member(values.member(candidate, "groundingMetadata"), "webSearchQueries"):
+            self.completion.off_list = True
         parts = values.member(values.member(candidate, "content"), "parts")
         for part in parts if isinstance(parts, list) else ():
             self.completion.generated(values.member(part, "text"))
@@ -199,6 +211,8 @@ class GeminiContent(JsonDialect):
         read, cached = values.count(reported.get("cachedContentTokenCount")), reported.get("cacheTokensDetails")
         given = _sum(prompt, reported.get("toolUsePromptTokenCount"))
         produced = _sum(answer, thoughts)
+        if self.operation == names.OPERATION_EMBEDDINGS:
+            return Usage(given, generates=False)
         if produced is None and self._ended and given is not None and before.output_tokens is None:
             produced = 0
         return Usage(
@@ -220,7 +234,7 @@ class GeminiContent(JsonDialect):
         # Vertex AI writes whole numbers as 7.0 here.
         whole = [int(count) if isinstance(count, float) and count.is_integer() else count for count in counts]
         if whole and (total := _sum(*whole)) is not None:
-            self.completion.usage = replace(self.completion.usage, input_tokens=total, output_tokens=0)
+            self.completion.usage = Usage(total, generates=False)
 
 
 class _Settings:
@@ -235,6 +249,9 @@ class _Settings:
         return self._given.get(_SNAKE.sub(r"_\g<0>", name).lower()) if found is None else found
 
 
+_LIST_TIERS: Final = frozenset(
+    ("", "auto", "default", "standard", "unspecified", "on_demand", "traffic_type_unspecified")
+)
 _SNAKE: Final = re.compile(r"[A-Z]")
 
 

@@ -49,16 +49,24 @@ def _google_error(completion: Completion, body: bytes) -> None:
             note_error(completion, document.error)
 
 
+# Claude 4.5 and what came after it cost more in a region than at the global endpoint, which is what the list knows.
+_SAME_EVERYWHERE: Final = re.compile(r"claude-(?:3-|(?:opus-4|opus-4-1|sonnet-4)(?:@|$))")
+
+
 class VertexAnthropic(AnthropicMessages):
     """Claude: the Messages API, whose request has no model."""
 
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         self._model, self._streams = _from_path(head)
+        in_a_region = "/locations/global/" not in head.path
+        self._regional = in_a_region and _SAME_EVERYWHERE.match(self._model or "") is None
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes."""
         found = super().request(body)
+        if self._regional:
+            self.completion.off_list = True
         return found | _path_attributes(self, self._model, streams=self._streams)
 
     def document(self, body: bytes) -> None:
@@ -69,6 +77,8 @@ class VertexAnthropic(AnthropicMessages):
 
 class VertexOpenAi(OpenAiChat):
     """Mistral AI and others who speak Chat Completions."""
+
+    takes_include_usage = False  # they tell it by themselves
 
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)

@@ -199,6 +199,13 @@ def test_a_price_is_the_right_models_or_unknown(model: str, price: float | None)
     assert facts.attributes.get("clrk.cost.usd") == (None if price is None else pytest.approx(price))
 
 
+@pytest.mark.parametrize("more", [{"serviceTier": {"type": "flex"}}, {"performanceConfig": {"latency": "optimized"}}])
+def test_a_tier_has_no_price(more: dict[str, Any]) -> None:
+    usual = {"serviceTier": {"type": "default"}, "performanceConfig": {"latency": "standard"}}
+    assert "clrk.cost.usd" in facts_of(call("converse"), REQUEST | usual, OK, ANSWER).attributes
+    assert "clrk.cost.usd" not in facts_of(call("converse"), REQUEST | more, OK, ANSWER).attributes
+
+
 def test_an_arn_whose_slashes_are_not_encoded() -> None:
     model = f"{ARN}:inference-profile/us.anthropic.claude-haiku-4-5-20251001-v1:0"
     facts, _, _ = exchange(post(HOST, f"/model/{model}/converse"), raw(REQUEST), OK, [raw(ANSWER)])

@@ -67,6 +67,12 @@ def test_claude_through_a_global_profile_has_the_profiles_price() -> None:
     assert facts.attributes["clrk.cost.usd"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("header", ["X-Amzn-Bedrock-Service-Tier", "X-Amzn-Bedrock-PerformanceConfig-Latency"])
+def test_a_tier_has_no_price(header: str) -> None:
+    facts = facts_of(call("invoke", HAIKU, (header, "priority")), CLAUDE_REQUEST, OK, CLAUDE)
+    assert "clrk.cost.usd" not in facts.attributes
+
+
 def test_claude_streamed() -> None:
     body = (
         chunk({"type": "message_start", "message": CLAUDE | {"stop_reason": None}})

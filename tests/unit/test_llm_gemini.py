@@ -114,6 +114,23 @@ def test_counts_are_added_up_as_the_price_list_does() -> None:
     assert ours["gen_ai.usage.cache_read.input_tokens"] == theirs.cache_read_tokens
 
 
+@pytest.mark.parametrize(
+    ("request_more", "answer_more"),
+    [
+        ({"serviceTier": "flex"}, {}),
+        ({"service_tier": "SERVICE_TIER_PRIORITY"}, {}),
+        ({}, {"usageMetadata": USAGE | {"trafficType": "PROVISIONED_THROUGHPUT"}}),
+        ({}, {"candidates": [{"finishReason": "STOP", "groundingMetadata": {"webSearchQueries": ["x"]}}]}),
+    ],
+)
+def test_what_the_list_has_no_price_for_has_none(request_more: dict[str, Any], answer_more: dict[str, Any]) -> None:
+    usual = {"serviceTier": "standard"}, {"usageMetadata": USAGE | {"trafficType": "ON_DEMAND"}}
+    assert "clrk.cost.usd" in facts_of(ANSWER | usual[1], request=REQUEST | usual[0]).attributes
+    facts = facts_of(ANSWER | answer_more, request=REQUEST | request_more)
+    assert "clrk.cost.usd" not in facts.attributes
+    assert facts.attributes["clrk.cost.unknown"] is True
+
+
 def test_settings_in_snake_case_limit_as_well() -> None:
     head = call()
     interpreter = recognise(head)
@@ -223,6 +240,7 @@ def test_embeddings(head: RequestHead, answer: Any, tokens: int | None) -> None:
     assert facts.name == "embeddings gemini-embedding-001"
     assert facts.attributes.get("gen_ai.usage.input_tokens") == tokens
     assert ("clrk.body.usage_visible" in facts.attributes) == (tokens is None)
+    assert "gen_ai.usage.output_tokens" not in facts.attributes
     if tokens is not None:
         assert facts.attributes["clrk.cost.usd"] == pytest.approx(tokens * 0.15 / 1e6)
 

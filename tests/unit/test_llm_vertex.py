@@ -19,9 +19,9 @@ MESSAGE = {
 }
 
 
-def call(publisher: str, model: str, method: str) -> RequestHead:
-    path = f"/v1/projects/p/locations/us-east5/publishers/{publisher}/models/{model}:{method}"
-    return post("us-east5-aiplatform.googleapis.com", path)
+def call(publisher: str, model: str, method: str, location: str = "global") -> RequestHead:
+    path = f"/v1/projects/p/locations/{location}/publishers/{publisher}/models/{model}:{method}"
+    return post("aiplatform.googleapis.com" if location == "global" else f"{location}-aiplatform.googleapis.com", path)
 
 
 def test_claude_is_read_as_claude_and_priced_as_googles() -> None:
@@ -44,6 +44,16 @@ def test_claude_is_read_as_claude_and_priced_as_googles() -> None:
         "gen_ai.usage.cache_read.input_tokens": 4,
     }
     assert cost == pytest.approx((10 * 3 + 4 * 0.3 + 5 * 15) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("model", "priced"), [("claude-sonnet-4-5@20250929", False), ("claude-sonnet-4@20250514", True)]
+)
+def test_what_costs_more_in_a_region_has_no_price_there(model: str, priced: bool) -> None:
+    head = call("anthropic", model, "rawPredict", "us-east5")
+    facts, _ = same_facts_however_cut(head, b"{}", OK, json.dumps(MESSAGE | {"model": model}).encode())
+    assert ("clrk.cost.usd" in facts.attributes) == priced
+    assert ("clrk.cost.unknown" in facts.attributes) != priced
 
 
 def test_claude_streamed() -> None:
