@@ -6,37 +6,46 @@ What one run has used up so far is the run's own (`RunGovernance`); what is shar
 from __future__ import annotations
 
 from clrk.core.gateway_config import GatewayConfig
+from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.llm.budgets import Budgets
 from clrk.gateway.mcp.governance import McpRun
+from clrk.gateway.recognise import KnownHosts, find_error_body
 from clrk.gateway.run import Run
 
 
 class Governance:
     """What governs the calls of this gateway's runs."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, ledger: BudgetLedger | None = None) -> None:
         self._config = config
+        self.budgets = Budgets(ledger or BudgetLedger(None), find_error_body)
 
     def reconfigure(self, config: GatewayConfig) -> None:
         """Use another configuration for runs that begin from now on."""
         self._config = config
 
+    def close(self) -> None:
+        """Let go of what is kept on disk; every run has ended."""
+        self.budgets.ledger.close()
+
     def of_run(self, run: Run) -> RunGovernance:
         """Return what governs one run."""
-        return RunGovernance(self._config, run)
+        return RunGovernance(self._config, run, self.budgets)
 
 
 class RunGovernance:
     """Finds the governor of each exchange of one run."""
 
-    def __init__(self, config: GatewayConfig, run: Run) -> None:
-        self._config, self._run = config, run
+    def __init__(self, config: GatewayConfig, run: Run, budgets: Budgets) -> None:
         self.mcp = McpRun.of(config, run)
+        self.budgets = budgets.of_run(run, config.ai_routes, KnownHosts(run.gateway, config.ai_routes).provider)
 
     def govern(self, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
         """Return the governor of an exchange; None when nothing governs it. interpreter is what understands it."""
-        return self.mcp.govern(head, interpreter)
+        spends = self.budgets.govern(head, interpreter) if self.budgets is not None else None
+        return spends if spends is not None else self.mcp.govern(head, interpreter)
 
     def is_mcp_host(self, host: str) -> bool:
         """Say whether an MCPRoute names a host: what is posted there is read as MCP, whatever its headers say."""
@@ -44,4 +53,6 @@ class RunGovernance:
 
     def http_only(self, *names: str | None) -> bool:
         """Say whether every exchange with a host, by any of its names, has to be judged; see Exit."""
-        return self.mcp.enforces and self.mcp.names_host(*names)
+        if self.mcp.enforces and self.mcp.names_host(*names):
+            return True
+        return self.budgets is not None and any(self.budgets.refuses_tunnel(name) for name in names if name)

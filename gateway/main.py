@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ import uvloop
 from clrk.core.errors import ClrkError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.app import App, EgressSide
+from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.egress.service import EgressService
 from clrk.gateway.lifeline import watch_lifeline
 from clrk.gateway.privileges import drop_privileges, raise_open_files
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(control_fd: int, state_dir: Path) -> str:
-    app = App(socket.socket(fileno=control_fd), state_dir, _make_egress)
+    app = App(socket.socket(fileno=control_fd), state_dir, partial(_make_egress, state_dir))
     loop = asyncio.get_running_loop()
     # Ctrl-C reaches the whole foreground group, but when to stop is the runtime's decision.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
@@ -61,8 +63,9 @@ async def _serve(control_fd: int, state_dir: Path) -> str:
     return await app.run()
 
 
-def _make_egress(config: GatewayConfig, flows_fd: int, recorder: TelemetrySink) -> EgressSide:
-    return EgressService(config=config, flows_fd=flows_fd, recorder=recorder)
+def _make_egress(state_dir: Path, config: GatewayConfig, flows_fd: int, recorder: TelemetrySink) -> EgressSide:
+    ledger = BudgetLedger(state_dir / "budgets.db")
+    return EgressService(config=config, flows_fd=flows_fd, recorder=recorder, ledger=ledger)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

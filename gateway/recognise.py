@@ -228,6 +228,12 @@ def _may_be_mcp_stream(head: RequestHead) -> bool:
     return head.method == "DELETE" and head.header("mcp-session-id") is not None
 
 
+def find_error_body(provider: Provider | None, head: RequestHead) -> Callable[[int, str, str], tuple[str, bytes]]:
+    """Return how a provider words its errors (Dialect.error_body); for one that is not known, as OpenAI does."""
+    spoken = (provider.system if provider is not None else "", "openai")
+    return next(api for system in spoken for api in APIS if system in api.systems).dialect(head).error_body
+
+
 def _may_be_mcp(head: RequestHead) -> bool:
     """Streamable HTTP: a client MUST accept both kinds of answer, and names session and version in Mcp headers."""
     if any(name.lower().startswith("mcp-") for name, _ in head.headers):

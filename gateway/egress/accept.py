@@ -318,7 +318,7 @@ class Acceptor:
             self._exit.spans.would_deny(call, verdict.reason, verdict.rule, verdict.hint)
         if self._exit.http_only(destination.host, origin.server_name, sni):
             if policy.enforces:
-                what = f"{destination.host}:{destination.port} has an MCPRoute, which can judge HTTP only"
+                what = f"{destination.host}:{destination.port} has an MCPRoute or a budget, which judge HTTP only"
                 raise DialDeniedError(HTTP_ONLY, what)
             self._exit.spans.would_deny(call, HTTP_ONLY)
         server_name = (origin.name or str(destination.address)) if origin.is_tls else None

@@ -13,6 +13,7 @@ from clrk.core.egress_resources import EgressGateway
 from clrk.core.errors import ConfigError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway._aio import spawn
+from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.ca import LeafIssuer
 from clrk.gateway.credential_hosts import compile_credentials, update_values
 from clrk.gateway.dns import SandboxResolver
@@ -45,7 +46,7 @@ class EgressService:
     """Carries what agents send out.
 
     Shape: flows_fd is the kernel's map of flow records, kept by the caller. flows, resolver and recognise replace the
-    real ones.
+    real ones. ledger keeps what budgets have spent, and is closed with the service; without one, memory does.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class EgressService:
         flows: FlowSource | None = None,
         resolver: Resolver = system_resolver,
         recognise: Recognise | None = None,
+        ledger: BudgetLedger | None = None,
     ) -> None:
         self._flows = flows or FlowMap(flows_fd)
         self._recorder = recorder
@@ -66,7 +68,7 @@ class EgressService:
         self._contexts: dict[str | None, ssl.SSLContext] = {}
         self.counters = EgressCounters()
         self._secret_values = SecretValues()
-        self._governance = Governance(config)
+        self._governance = Governance(config, ledger)
         self._apply(config)
 
     def reconfigure(self, config: GatewayConfig) -> None:
@@ -134,6 +136,7 @@ class EgressService:
     async def close(self) -> None:
         """Close every run."""
         await asyncio.gather(*(serving.close() for serving in list(self._runs)))
+        self._governance.close()
 
     def _apply(self, config: GatewayConfig) -> None:
         contexts: dict[str | None, ssl.SSLContext] = {}

@@ -64,6 +64,8 @@ _MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 class AnthropicMessages(JsonDialect):
     """Dialect of the Messages API (see dialect.Dialect)."""
 
+    output_limit_name: str | None = "max_tokens"
+
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
         try:

@@ -17,6 +17,7 @@ class Dialect(Protocol):
 
     Shape: operation is gen_ai.operation.name. request_model, streams, max_output_tokens (of one choice, as the request
     limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
+    output_limit_name is the top-level member that limits it; None: there is none, or only deeper inside.
     completion holds what the response has said so far. usage_due says that the next event may be the one that exists
     only because usage was asked for, and event() says True when it was. takes_include_usage: the API has OpenAI's
     `stream_options.include_usage`. spends_tokens: False where tokens are only counted. price_models: the names to look
@@ -30,6 +31,7 @@ class Dialect(Protocol):
     max_output_tokens: int | None
     choices: int
     takes_include_usage: bool
+    output_limit_name: str | None
     spends_tokens: bool
 
     @property
@@ -71,6 +73,7 @@ class JsonDialect:
     operation = names.OPERATION_CHAT
     spends_tokens = True
     takes_include_usage = False
+    output_limit_name: str | None = None
 
     def __init__(self, head: RequestHead) -> None:
         self.completion = Completion()

@@ -87,6 +87,7 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
 
     takes_include_usage = True
     api_type: str | None = "chat_completions"  # semconv 1.41.1, openai.api.type
+    output_limit_name: str | None = "max_completion_tokens"
 
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
@@ -186,6 +187,7 @@ class OpenAiCompletions(OpenAiChat):
     """Dialect of the older Completions: a prompt, or several, in place of messages."""
 
     operation = names.OPERATION_TEXT_COMPLETION
+    output_limit_name: str | None = "max_tokens"
     api_type = None  # semconv 1.41.1 has no value for it
 
 

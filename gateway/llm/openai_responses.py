@@ -88,6 +88,8 @@ _ENDED: Final = frozenset(("completed", "incomplete", "failed", "cancelled"))
 class OpenAiResponses(OpenAiErrors, JsonDialect):
     """Dialect of the Responses API (see dialect.Dialect). Usage is part of the protocol."""
 
+    output_limit_name: str | None = "max_output_tokens"
+
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         self._deployment = deployment_of(head)

@@ -111,9 +111,11 @@ CLRK_TLS_INTERCEPTED: Final = "clrk.tls.intercepted"  # bool
 CLRK_PROXY_ERROR_CODE: Final = "clrk.proxy.error_code"
 CLRK_CONNECTION_COOKIE: Final = "clrk.connection.cookie"  # int: the kernel's socket cookie
 CLRK_BUDGET_DENIED: Final = "clrk.budget.denied"  # bool
-CLRK_BUDGET_DAILY_USED: Final = "clrk.budget.daily_used"
-CLRK_BUDGET_DAILY_MAX: Final = "clrk.budget.daily_max"
-CLRK_BUDGET_ROUTE: Final = "clrk.budget.route"
+CLRK_BUDGET_DAILY_USED: Final = "clrk.budget.daily_used"  # int, tokens; float, USD, where that was short
+CLRK_BUDGET_DAILY_MAX: Final = "clrk.budget.daily_max"  # as above; absent: the day is not limited
+CLRK_BUDGET_ROUTE: Final = "clrk.budget.route"  # namespace/name of an AIProviderRoute
+CLRK_BUDGET_LIMIT: Final = "clrk.budget.limit"  # the field of tokenBudget that was short
+CLRK_BUDGET_KEY: Final = "clrk.budget.key"  # who shares the account: budget.Account.key
 CLRK_CREDENTIAL_POLICIES: Final = "clrk.credential.policies"  # string[], namespace/name: whose credentials went out
 
 # --- Of metrics and log records only --------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from clrk.core.gateway_config import GatewayConfig
 from clrk.core.ids import SandboxId, new_invocation_id, new_span_id, new_trace_id
 from clrk.core.resources import RuntimeSpec, TaskAgent
 from clrk.core.wire import FlowRecord, IPAddress
+from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.egress.service import EgressService, RunEgress
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.proxyv2.expect import expected_header
@@ -192,6 +193,7 @@ class Lab:
         host_addresses: Sequence[str] = (),
         daemon: bool = False,
         config: dict | None = None,
+        ledger: BudgetLedger | None = None,
     ) -> None:
         self.ca = Authority("clrk test CA")
         self.recorder = SpanList()
@@ -228,7 +230,7 @@ class Lab:
         options = {"resolver": resolver} if resolver else {}
         options |= {} if recognise == "real" else {"recognise": recognise or _nothing}
         self.service = EgressService(
-            config=self.config, flows_fd=-1, recorder=self.recorder, flows=self.flows, **options
+            config=self.config, flows_fd=-1, recorder=self.recorder, flows=self.flows, ledger=ledger, **options
         )
         if govern is not None:
             self.service._governance.of_run = lambda _: SimpleNamespace(
