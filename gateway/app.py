@@ -12,7 +12,7 @@ import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 from pydantic import ValidationError
@@ -72,6 +72,9 @@ class EgressSide(Egress, Protocol):
 
     def reconfigure(self, config: GatewayConfig) -> None:
         """Use another configuration for runs that start from now on."""
+
+    def report_budgets(self, day: str | None) -> dict[str, Any]:
+        """Return what budgets have spent on a UTC day, None: today."""
 
     async def close(self) -> None:
         """Release what outlives a run."""
@@ -301,9 +304,13 @@ class _Parts:
             states=self.states,
             recall=self.invocations.record,
             page_url=page_url(listen, token),
+            budgets=self.egress.report_budgets,
         )
         health = build_health_app(lambda: not self.invocations.draining, self.telemetry.render_prometheus)
-        add_page(health, PageSources(self.telemetry.store, self.agents, self.states, self.health), token, listen[1])
+        sources = PageSources(
+            self.telemetry.store, self.agents, self.states, self.health, self.egress.report_budgets
+        )  # fmt: skip
+        add_page(health, sources, token, listen[1])
         # A caller that goes away must cancel its handler: that is how its run is stopped.
         ingress = BoundedServer(self.ingress.handle, max_connections=_max_connections(), keepalive_timeout=_KEEPALIVE_S)
         runners = {

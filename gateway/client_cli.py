@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_agents(commands)
     _add_trace(commands)
     _add_traces(commands)
+    _add_budgets(commands)
     _add_daemon(commands)
     return parser
 
@@ -170,6 +171,19 @@ def _add_traces(commands: Any) -> None:
     traces.add_argument("--json", action="store_true", help="one span a line, as JSON")
     _add_output(traces)
     traces.set_defaults(command=_lazy("traces", "list_traces"))
+
+
+def _add_budgets(commands: Any) -> None:
+    budgets = commands.add_parser(
+        "budgets",
+        help="what may be spent on LLM calls, what was, and what is left",
+        description="Accounts of token budgets: those of a UTC day, and of runs that go on. RESERVED is held by calls "
+        "under way, and becomes USED or comes back when they end.",
+    )
+    budgets.add_argument("--agent", metavar="[NAMESPACE/]NAME", help="only accounts of this agent's own")
+    budgets.add_argument("--day", metavar="YYYY-MM-DD", help="a UTC day (default: today)")
+    _add_output(budgets)
+    budgets.set_defaults(command=_lazy("budgets", "list_budgets"))
 
 
 def _add_span_filters(parser: argparse.ArgumentParser) -> None:

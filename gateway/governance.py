@@ -5,6 +5,8 @@ What one run has used up so far is the run's own (`RunGovernance`); what is shar
 
 from __future__ import annotations
 
+from typing import Any
+
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.govern import Governor
@@ -29,6 +31,10 @@ class Governance:
     def close(self) -> None:
         """Let go of what is kept on disk; every run has ended."""
         self.budgets.ledger.close()
+
+    def report_budgets(self, day: str | None) -> dict[str, Any]:
+        """Return what the budgets of the present configuration have spent. Raises: LedgerError."""
+        return self.budgets.report(self._config.gateways, self._config.ai_routes, day)
 
     def of_run(self, run: Run) -> RunGovernance:
         """Return what governs one run."""

@@ -18,12 +18,14 @@ from aiohttp.typedefs import Handler
 
 from clrk import __version__
 from clrk.core.resources import MAX_BODY_BYTES, Agent
+from clrk.gateway.admin.budgets import BudgetsView, ReadBudgets, no_budgets
 from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_summary, exporter_document
 from clrk.gateway.admin.invocations import Recall, await_outcome
 from clrk.gateway.admin.listings import encode_lines, follow_lines, list_invocations
 from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
 from clrk.gateway.admin.scrape import Scrape
 from clrk.gateway.agent_status import AgentStatusSource
+from clrk.gateway.budget_ledger import LedgerError
 from clrk.gateway.health import HealthSource
 from clrk.gateway.telemetry.query import SpanFilter
 from clrk.gateway.telemetry.store import StoreError, TraceStore
@@ -46,12 +48,13 @@ def build_admin_app(
     states: AgentStatusSource,
     recall: Recall = lambda _: None,
     page_url: str = "",
+    budgets: ReadBudgets = no_budgets,
 ) -> web.Application:
     """Return the application for the unix socket.
 
     Shape: run_task(request, namespace, name) answers `POST /v1/agents/{namespace}/{name}/run` exactly as the ingress
     answers an invocation; recall returns what the gateway remembers of one, without it the store alone is asked;
-    page_url opens the page, with its token.
+    page_url opens the page, with its token; budgets returns what was spent on a UTC day.
     """
     api = _AdminApi(store=store, catalogue=catalogue, run_task=run_task, health=health, states=states, recall=recall)
     app = web.Application(middlewares=[_problems], client_max_size=MAX_BODY_BYTES)
@@ -60,6 +63,7 @@ def build_admin_app(
         return web.json_response({"url": page_url})
 
     app.router.add_get("/v1/page", page)
+    app.router.add_get("/v1/budgets", BudgetsView(budgets).__call__)
     app.router.add_get("/v1/status", api.status)
     app.router.add_get("/v1/agents", api.agents)
     app.router.add_get("/v1/agents/{namespace}/{name}", api.agent)
@@ -101,7 +105,7 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except ParameterError as exc:
         return _problem(400, str(exc))
-    except StoreError as exc:
+    except (StoreError, LedgerError) as exc:
         return _problem(503, str(exc))
     except web.HTTPException as exc:
         unsaid = exc.reason == HTTPStatus(exc.status).phrase  # aiohttp's own: nobody has said what is wrong

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from clrk.core import wire
 from clrk.core.egress_resources import EgressGateway
@@ -132,6 +132,10 @@ class EgressService:
         )
         self._runs.add(serving)
         return serving
+
+    def report_budgets(self, day: str | None) -> dict[str, Any]:
+        """Return what budgets have spent on a UTC day, None: today. Raises: LedgerError."""
+        return self._governance.report_budgets(day)
 
     async def close(self) -> None:
         """Close every run."""

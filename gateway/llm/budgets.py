@@ -10,13 +10,16 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
+from clrk.core.egress_resources import EgressGateway
 from clrk.core.route_resources import AIProviderRoute
+from clrk.gateway.budget import day_of
 from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.govern import Answer, Cut, Governor
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.llm.budget_denial import Denial, ErrorBody, answer_of
+from clrk.gateway.llm.budget_report import MAX_ITEMS, report
 from clrk.gateway.llm.budget_rules import BudgetRule, LlmCall, compile_rules, run_window
 from clrk.gateway.llm.completion import Provider
 from clrk.gateway.llm.governor import BudgetGovernor
@@ -43,6 +46,13 @@ class Budgets:
         self._find_error_body = find_error_body
         self._live: weakref.WeakValueDictionary[str, RunBudgets] = weakref.WeakValueDictionary()
         ledger.is_live = self._live.__contains__
+
+    def report(
+        self, gateways: Sequence[EgressGateway], routes: Sequence[AIProviderRoute], day: str | None
+    ) -> dict[str, Any]:
+        """Return what stands in the ledger for a UTC day, today if none is named. Raises: LedgerError."""
+        day = day or day_of(self.clock())
+        return {"day": day, "items": report(self.ledger.entries(day, MAX_ITEMS), gateways, routes, day)}
 
     def of_run(self, run: Run, routes: Sequence[AIProviderRoute], find_provider: FindProvider) -> RunBudgets | None:
         """Return the budgets of a run, None when it has none."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from clrk.core.resources import Agent, DaemonAgent
+from clrk.gateway.admin.budgets import ReadBudgets, no_budgets, parse_day
 from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail
 from clrk.gateway.admin.page.details import ALONE, IN_WATERFALL, Text, details_of
 from clrk.gateway.admin.page.listing import (
@@ -37,6 +38,7 @@ from clrk.gateway.admin.page.rendering import path, render
 from clrk.gateway.admin.page.waterfall import Axis, Place, Row
 from clrk.gateway.admin.parameters import ParameterError
 from clrk.gateway.agent_status import AgentStatusSource
+from clrk.gateway.budget_ledger import LedgerError
 from clrk.gateway.health import HealthSource
 from clrk.gateway.outcome import Phase
 from clrk.gateway.telemetry.query import LogLine, SpanFilter
@@ -63,6 +65,7 @@ class PageSources:
     catalogue: AgentCatalogue
     status: AgentStatusSource
     health: HealthSource
+    budgets: ReadBudgets = no_budgets
 
 
 class Views:
@@ -73,6 +76,7 @@ class Views:
         self._catalogue = sources.catalogue
         self._status = sources.status
         self._health = sources.health
+        self._budgets = sources.budgets
         self._boot = f"{time.time_ns():x}"
         self._commit: asyncio.Event | None = None
         self._commits = 0
@@ -92,6 +96,7 @@ class Views:
         router.add_get("/agents", self.agents)
         router.add_get("/agents/{namespace}/{name}", self.agent)
         router.add_get("/agents/{namespace}/{name}/logs", self.logs)
+        router.add_get("/budgets", self.budgets)
         router.add_get("/health", self.health)
 
     # --- invocations ------------------------------------------------------------------------------------------------
@@ -217,6 +222,18 @@ class Views:
         if not lines and self._find(request) is None:
             return await _problem(404, "Not found", "No such agent, and no lines of one.")
         return await _html("logs.html", view="Agents", namespace=namespace, name=name, lines=lines)
+
+    # --- budgets ----------------------------------------------------------------------------------------------------
+
+    async def budgets(self, request: web.Request) -> web.Response:
+        """What was spent on a day, and what is left."""
+        try:
+            report = self._budgets(parse_day(request.query))
+        except ParameterError as exc:
+            return await _problem(400, "No such day", str(exc))
+        except LedgerError as exc:
+            return await _problem(503, "The ledger of budgets can not be read", str(exc))
+        return await _html("budgets.html", view="Budgets", report=report, live="day" not in request.query)
 
     # --- health -----------------------------------------------------------------------------------------------------
 
