@@ -15,6 +15,7 @@ import msgspec
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Usage
 from clrk.gateway.llm.dialect import JsonDialect
+from clrk.gateway.llm.reading import reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -56,9 +57,8 @@ _ERROR_TYPES: Final = {
     429: "rate_limit_error",
     529: "overloaded_error",
 }
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_DOCUMENT: Final = msgspec.json.Decoder(_Document)
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_read_request = reader(_Request)
+_read_document = reader(_Document)
 
 
 class AnthropicMessages(JsonDialect):
@@ -68,9 +68,8 @@ class AnthropicMessages(JsonDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
+        request = _read_request(body)
+        if request is None:
             return {}
         self.request_model = values.text(request.model)
         self.streams = request.stream is True
@@ -108,9 +107,8 @@ class AnthropicMessages(JsonDialect):
         return b"event: error\ndata: " + body + b"\n\n"
 
     def _take(self, raw: bytes, *, streamed: bool) -> None:
-        try:
-            document = _DOCUMENT.decode(raw)
-        except _MALFORMED:
+        document = _read_document(raw)
+        if document is None:
             return
         if document.type == "message" and not streamed:
             self._message(document, final=True)

@@ -16,6 +16,7 @@ from clrk.gateway.llm.dialect import Dialect
 from clrk.gateway.llm.json_members import read_members
 from clrk.gateway.llm.sse import MAX_EVENT_BYTES
 
+_WANTED: Final = frozenset(("stream", "stream_options"))
 _ASK: Final = '"stream_options":{"include_usage":true},'
 _DATA: Final = b"data:"
 
@@ -26,7 +27,7 @@ def ask_for_usage(body: bytes) -> bytes:
         return body
     try:
         text = body.decode()
-        first, members = read_members(text)
+        first, members = read_members(text, wanted=_WANTED)
     except (ValueError, RecursionError):
         return body
     if "stream" not in members or members["stream"].value is not True:

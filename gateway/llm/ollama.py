@@ -5,25 +5,24 @@ Source: github.com/ollama/ollama, docs/api.md. The last object has `done: true`,
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Usage
 from clrk.gateway.llm.dialect import JsonDialect
+from clrk.gateway.llm.reading import ABSENT, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
-
-_ABSENT: Final = msgspec.Raw(b"")  # msgspec knows no Raw | None
 
 
 class _Request(msgspec.Struct):
     model: Any = None
     stream: Any = None
     options: Any = None
-    format: msgspec.Raw = _ABSENT
+    format: msgspec.Raw = ABSENT
 
 
 class _Document(msgspec.Struct):
@@ -38,9 +37,8 @@ class _Document(msgspec.Struct):
     error: Any = None
 
 
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_DOCUMENT: Final = msgspec.json.Decoder(_Document)
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_read_request = reader(_Request)
+_read_document = reader(_Document)
 
 
 class OllamaChat(JsonDialect):
@@ -48,9 +46,8 @@ class OllamaChat(JsonDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
+        request = _read_request(body)
+        if request is None:
             return {}
         self.request_model = values.text(request.model)
         self.streams = request.stream is not False
@@ -99,9 +96,8 @@ class OllamaChat(JsonDialect):
         return msgspec.json.encode({"error": message}) + b"\n"
 
     def _take(self, raw: bytes) -> _Document | None:
-        try:
-            document = _DOCUMENT.decode(raw)
-        except _MALFORMED:
+        document = _read_document(raw)
+        if document is None:
             return None
         done = self.completion
         done.model = values.text(document.model) or done.model

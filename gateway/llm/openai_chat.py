@@ -16,11 +16,10 @@ from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Completion, Usage
 from clrk.gateway.llm.dialect import JsonDialect
 from clrk.gateway.llm.openai_common import OpenAiErrors, deployment_of, output_type, take_error, take_tier
+from clrk.gateway.llm.reading import ABSENT, MALFORMED, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
-
-_ABSENT: Final = msgspec.Raw(b"")  # msgspec knows no Raw | None
 
 
 class _Request(msgspec.Struct):
@@ -39,7 +38,7 @@ class _Request(msgspec.Struct):
     presence_penalty: Any = None
     n: Any = None
     best_of: Any = None
-    prompt: msgspec.Raw = _ABSENT
+    prompt: msgspec.Raw = ABSENT
     service_tier: Any = None
     response_format: Any = None
 
@@ -74,12 +73,12 @@ class _Document(_Envelope):
     choices: list[_Choice] | None = None
 
 
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_DOCUMENT: Final = msgspec.json.Decoder(_Document)
-_ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
+_read_request = reader(_Request)
+_read_document = reader(_Document)
+_read_envelope = reader(_Envelope)
+_SEVERAL: Final = re.compile(rb'\[[ \t\r\n]*["\[]')  # texts, or lists of tokens
+_MAX_PROMPTS_BYTES: Final = 1 << 20
 _PROMPTS: Final = msgspec.json.Decoder(list[msgspec.Raw])
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_BLANK: Final = re.compile(rb"[ \t\r\n]*")
 
 
 class OpenAiChat(OpenAiErrors, JsonDialect):
@@ -101,9 +100,8 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
+        request = _read_request(body)
+        if request is None:
             return {}
         self.request_model = values.text(request.model) or self._deployment
         self.streams = request.stream is True
@@ -146,13 +144,9 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
 
     def _take(self, raw: bytes) -> _Document | None:
         document: _Document | None = None
-        try:
-            envelope: _Envelope = _DOCUMENT.decode(raw)
-        except _MALFORMED:
-            try:
-                envelope = _ENVELOPE.decode(raw)
-            except _MALFORMED:
-                return None
+        envelope: _Envelope | None = _read_document(raw) or _read_envelope(raw)
+        if envelope is None:
+            return None
         done = self.completion
         done.response_id = values.text(envelope.id) or done.response_id
         done.model = values.text(envelope.model) or done.model
@@ -194,13 +188,12 @@ class OpenAiCompletions(OpenAiChat):
 def _prompts(prompt: msgspec.Raw) -> int:
     """Return how many prompts there are: a text or a list of tokens is one."""
     raw = bytes(prompt)
-    if not raw.startswith(b"["):
+    if not _SEVERAL.match(raw) or len(raw) > _MAX_PROMPTS_BYTES:
         return 1
     try:
-        items = _PROMPTS.decode(raw)
-    except _MALFORMED:
+        return len(_PROMPTS.decode(raw))
+    except MALFORMED:
         return 1
-    return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
 
 
 def _count_delta(done: Completion, delta: dict[str, object]) -> None:

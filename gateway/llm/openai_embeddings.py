@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -11,6 +11,7 @@ from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Usage
 from clrk.gateway.llm.dialect import JsonDialect
 from clrk.gateway.llm.openai_common import OpenAiErrors, deployment_of, take_error
+from clrk.gateway.llm.reading import reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -30,9 +31,8 @@ class _Document(msgspec.Struct):
     error: Any = None
 
 
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_DOCUMENT: Final = msgspec.json.Decoder(_Document)
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_read_request = reader(_Request)
+_read_document = reader(_Document)
 
 
 class OpenAiEmbeddings(OpenAiErrors, JsonDialect):
@@ -47,9 +47,8 @@ class OpenAiEmbeddings(OpenAiErrors, JsonDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
+        request = _read_request(body)
+        if request is None:
             return {}
         self.request_model = values.text(request.model) or self._deployment
         return values.known(
@@ -62,9 +61,8 @@ class OpenAiEmbeddings(OpenAiErrors, JsonDialect):
 
     def document(self, body: bytes) -> None:
         """Take a whole JSON response."""
-        try:
-            document = _DOCUMENT.decode(body)
-        except _MALFORMED:
+        document = _read_document(body)
+        if document is None:
             return
         self.completion.model = values.text(document.model)
         given = values.count(values.member(document.usage, "prompt_tokens"))

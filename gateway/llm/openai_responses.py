@@ -15,11 +15,10 @@ from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Usage
 from clrk.gateway.llm.dialect import JsonDialect
 from clrk.gateway.llm.openai_common import OpenAiErrors, deployment_of, output_type, take_error, take_tier
+from clrk.gateway.llm.reading import ABSENT, MALFORMED, SMALL_BYTES, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
-
-_ABSENT: Final = msgspec.Raw(b"")  # msgspec knows no Raw | None
 
 
 class _Request(msgspec.Struct):
@@ -40,7 +39,7 @@ class _Item(msgspec.Struct):
     """One item of the output. content is read for messages only."""
 
     type: Any = None
-    content: msgspec.Raw = _ABSENT
+    content: msgspec.Raw = ABSENT
     action: Any = None
 
 
@@ -69,19 +68,18 @@ class _Event(msgspec.Struct):
     """An event of a stream; an error event has code and message at its top."""
 
     type: Any = None
-    response: msgspec.Raw = _ABSENT
+    response: msgspec.Raw = ABSENT
     delta: Any = None
     code: Any = None
     message: Any = None
     error: Any = None
 
 
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_RESPONSE: Final = msgspec.json.Decoder(_Response)
-_ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
-_EVENT: Final = msgspec.json.Decoder(_Event)
+_read_request = reader(_Request)
+_read_response = reader(_Response)
+_read_envelope = reader(_Envelope)
+_read_event = reader(_Event)
 _PARTS: Final = msgspec.json.Decoder(list[_Part])
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ENDED: Final = frozenset(("completed", "incomplete", "failed", "cancelled"))
 
 
@@ -96,9 +94,8 @@ class OpenAiResponses(OpenAiErrors, JsonDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
+        request = _read_request(body)
+        if request is None:
             return {}
         self.request_model = values.text(request.model) or self._deployment
         self.streams = request.stream is True
@@ -125,10 +122,7 @@ class OpenAiResponses(OpenAiErrors, JsonDialect):
 
     def event(self, event: SseEvent) -> bool:
         """Take one event of a stream."""
-        try:
-            found = _EVENT.decode(event.data) if event.data else None
-        except _MALFORMED:
-            return False
+        found = _read_event(event.data) if event.data else None
         kind = values.code(found.type) if found is not None else None
         if found is None or kind is None:
             return False
@@ -147,13 +141,9 @@ class OpenAiResponses(OpenAiErrors, JsonDialect):
         return b"event: error\ndata: " + msgspec.json.encode(error) + b"\n\n"
 
     def _response(self, raw: bytes) -> None:
-        try:
-            response: _Envelope = _RESPONSE.decode(raw)
-        except _MALFORMED:
-            try:
-                response = _ENVELOPE.decode(raw)
-            except _MALFORMED:
-                return
+        response: _Envelope | None = _read_response(raw) or _read_envelope(raw)
+        if response is None:
+            return
         done = self.completion
         done.response_id = values.text(response.id) or done.response_id
         done.model = values.text(response.model) or done.model
@@ -178,11 +168,11 @@ def _conversation(value: object) -> str | None:
 
 
 def _refuses(item: _Item) -> bool:
-    if item.type != "message":
+    if item.type != "message" or len(bytes(item.content)) > SMALL_BYTES:
         return False
     try:
         return any(part.type == "refusal" for part in _PARTS.decode(item.content))
-    except _MALFORMED:
+    except MALFORMED:
         return False
 
 

@@ -1,0 +1,147 @@
+"""Large bodies are read within a bounded time, and say the same as small ones."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llm_exchange import JSON, exchange, post
+
+from clrk.gateway.interpret import RequestHead, ResponseHead
+from clrk.gateway.llm.json_members import read_members
+from clrk.gateway.llm.reading import ABSENT, SMALL_BYTES, reader
+
+MAX_S = 1.5  # of processor time; before, these took up to 5 s, once for each call
+LARGE = 16 << 20
+OK = ResponseHead(200, JSON)
+OPENAI = post("api.openai.com", "/v1/chat/completions")
+RESPONSES = post("api.openai.com", "/v1/responses")
+ANTHROPIC = post("api.anthropic.com", "/v1/messages")
+USAGE = b'"usage":{"prompt_tokens":7,"completion_tokens":8}'
+
+
+class Item(msgspec.Struct):
+    size: Any = None
+
+
+class Thing(msgspec.Struct):
+    name: Any = None
+    raw: msgspec.Raw = ABSENT
+    items: list[Item] | None = None
+
+
+read_thing = reader(Thing)
+
+
+@pytest.mark.parametrize("padding", [0, SMALL_BYTES])
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [
+        ({"name": "x", "raw": [1], "items": [{"size": 2}, {}]}, ("x", b"[1]", [2, None])),
+        ({"name": {"a": None}, "other": [1]}, ({"a": None}, b"", None)),
+        ({"name": None, "items": None}, (None, b"", None)),
+    ],
+)
+def test_large_and_small_say_the_same(body: dict[str, Any], want: tuple[Any, ...], padding: int) -> None:
+    found = read_thing(json.dumps({"padding": "x" * padding, **body}, separators=(",", ":")).encode())
+    assert found is not None
+    sizes = [item.size for item in found.items] if found.items is not None else None
+    assert (found.name, bytes(found.raw), sizes) == want
+
+
+@pytest.mark.parametrize("padding", [b"", b" " * SMALL_BYTES])
+@pytest.mark.parametrize("body", [b"", b"[]", b"7", b"null", b"{", b'{"name":}', b"[" * 5000, b"\xff"])
+def test_what_is_no_object_is_none(body: bytes, padding: bytes) -> None:
+    assert read_thing(padding + body) is None
+
+
+def test_a_large_member_of_the_wrong_kind_costs_that_member() -> None:
+    body = b'{"name":"x","items":[{"size":' + b"1" * SMALL_BYTES + b"},7]}"
+    found = read_thing(body)
+    assert found is not None
+    assert (found.name, found.items) == ("x", None)
+
+
+def test_members_that_are_too_much_are_absent() -> None:
+    many = b'{"name":[' + b"[]," * SMALL_BYTES + b'[]],"items":[' + b"{}," * 200_000 + b'{}],"raw":1}'
+    found = read_thing(many)
+    assert found is not None
+    assert (found.name, found.items, bytes(found.raw)) == (None, None, b"1")
+
+
+def fill(unit: bytes, size: int = LARGE - 2000) -> bytes:
+    return (unit * (size // len(unit))).rstrip(b",")
+
+
+ANSWERS: dict[str, tuple[RequestHead, bytes, int | None]] = {
+    "a text": (OPENAI, b'{"choices":[{"message":{"content":"' + fill(b"x") + b'"}}],' + USAGE + b"}", 7),
+    "code": (OPENAI, b'{"choices":[{"message":{"content":"' + fill(b"int main(){}" * 20) + b'"}}],' + USAGE + b"}", 7),
+    "many choices": (OPENAI, b'{"choices":[' + fill(b"{},") + b"]," + USAGE + b"}", 7),
+    "much usage": (OPENAI, b'{"usage":{"a":[' + fill(b"[],") + b"]}}", None),
+    "much that is skipped": (OPENAI, b'{"a":[' + fill(b"[],") + b"]," + USAGE + b"}", 7),
+    "many deltas": (OPENAI, b'{"choices":[{"delta":[' + fill(b"{},") + b"]}]," + USAGE + b"}", 7),
+    "much output": (RESPONSES, b'{"output":[' + fill(b"{},") + b'],"usage":{"input_tokens":7,"output_tokens":8}}', 7),
+    "much content": (
+        ANTHROPIC,
+        b'{"type":"message","content":[' + fill(b'{"a":[]},') + b'],"usage":{"input_tokens":7,"output_tokens":8}}',
+        7,
+    ),
+    "many ids": (ANTHROPIC, b'{"type":"message","id":[' + fill(b"{},") + b"]}", None),
+}
+
+
+@pytest.mark.parametrize(("head", "body", "tokens"), ANSWERS.values(), ids=ANSWERS)
+def test_enormous_answers_are_soon_read(head: RequestHead, body: bytes, tokens: int | None) -> None:
+    start = time.process_time()
+    facts, _, received = exchange(head, b'{"model":"m"}', OK, [body])
+    assert time.process_time() - start < MAX_S
+    assert received == body
+    assert facts.attributes.get("gen_ai.usage.input_tokens") == tokens
+
+
+REQUESTS = {
+    "texts": (b'"messages":[' + fill(b'{"role":"user","content":"{[x"},', 8 << 20) + b"]", True),
+    "brackets": (b'"messages":[' + fill(b"[],", 8 << 20) + b"]", False),
+    "stops": (b'"stop":[' + fill(b"[],", 8 << 20) + b"]", False),
+    "prompts": (b'"prompt":[' + fill(b'"a",', 8 << 20) + b"]", False),
+}
+
+
+@pytest.mark.parametrize(("members", "asked"), REQUESTS.values(), ids=REQUESTS)
+def test_enormous_requests_are_soon_read(members: bytes, asked: bool) -> None:
+    body = b'{"model":"m","stream":true,' + members + b"}"
+    start = time.process_time()
+    facts, sent, _ = exchange(OPENAI, body, OK, [b"{}"])
+    assert time.process_time() - start < 2 * MAX_S
+    assert facts.name == "chat m"
+    if not asked:
+        assert sent is body or facts.attributes["clrk.body.request_rewritten"]
+
+
+JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text('ab"\\[]{},:\n', max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text('ab"\\[]{', max_size=3), JSON_VALUES, max_size=5), st.sampled_from([None, 1]))
+def test_what_is_walked_over_ends_where_it_would_be_read_to(members: dict[str, Any], indent: int | None) -> None:
+    text = json.dumps(members, indent=indent)
+    read, walked = read_members(text), read_members(text, wanted=frozenset("a"))
+    assert read[0] == walked[0]
+    assert {name: (found.start, found.end) for name, found in read[1].items()} == {
+        name: (found.start, found.end) for name, found in walked[1].items()
+    }
+    assert all(walked[1][name].value == value for name, value in members.items() if name == "a")
+
+
+@pytest.mark.parametrize("text", ['{"x":[', '{"x":{"a":"]}', '{"x":[}', '{"x":["\\"]}', '{"x":' + "[]" * 3])
+def test_what_has_no_end_is_no_object(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no end|no }|Expecting"):
+        read_members(text, wanted=frozenset("a"))
