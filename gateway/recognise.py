@@ -205,7 +205,7 @@ def recognise(
     allowance, mcp = allowance or Allowance(), mcp or KnownMcp()
     if head.method != "POST":
         return McpStream(head, allowance, mcp.conversations) if _may_be_mcp_stream(head) else None
-    if mcp.is_host(head.host):
+    if mcp.is_host(head.host) or mcp.conversations.is_endpoint(head):
         return McpInterpreter(head, allowance, mcp.conversations, sure=True)
     json_body = is_json(head.header("content-type"))
     for api in APIS:

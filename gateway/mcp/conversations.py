@@ -71,6 +71,10 @@ class Conversations:
         """Say whether a stream of the conversation is open."""
         return key in self._streams
 
+    def is_endpoint(self, head: RequestHead) -> bool:
+        """Say whether an open stream of HTTP+SSE named this as the place to post to."""
+        return bool(self._streams) and self.has_stream(endpoint_key(head, head.path, head.query))
+
     def ask(self, key: Key, id_: str, method: str) -> None:
         """Note a server's question to the client."""
         self._questions[key, id_] = method

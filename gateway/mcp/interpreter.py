@@ -152,8 +152,9 @@ class McpInterpreter:
     @property
     def _key(self) -> Key:
         """The conversation's key: of HTTP+SSE if a stream named this endpoint."""
-        key = endpoint_key(self._head, self._head.path, self._head.query)
-        return key if self._conversations.has_stream(key) else self._session.key
+        if self._conversations.is_endpoint(self._head):
+            return endpoint_key(self._head, self._head.path, self._head.query)
+        return self._session.key
 
     def _known_replies(self, messages: Sequence[Request | Response]) -> list[tuple[str, Response]]:
         replies = [(one, self._conversations.question(self._key, one.id or "")) for one in messages]

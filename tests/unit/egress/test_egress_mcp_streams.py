@@ -1,0 +1,336 @@
+"""MCP exchanges that belong together: HTTP+SSE, resumed streams, servers' questions; governed and not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from egress_lab import Lab, Wire, aliased, answer, laboratory, read_request, upstream
+
+NAME = "mcp.example.com"
+JSON = "Content-Type: application/json\r\n"
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDPOINT = b"event: endpoint\ndata: /messages/?session_id=7\n\n"
+SESSION = "Mcp-Session-Id: s-1\r\nMCP-Protocol-Version: 2025-06-18\r\n"
+
+
+def raw(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def request(method: str, id_: Any = 1, **params: Any) -> bytes:
+    return raw({"jsonrpc": "2.0", "id": id_, "method": method, "params": params})
+
+
+def message(value: bytes) -> bytes:
+    return b"event: message\r\ndata: " + value + b"\r\n\r\n"
+
+
+def result(id_: Any, **found: Any) -> bytes:
+    return raw({"jsonrpc": "2.0", "id": id_, "result": found})
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class SseServer:
+    """HTTP+SSE: GET is the stream, POSTs are accepted. `send` puts bytes on the stream."""
+
+    def __init__(self, first: bytes = ENDPOINT) -> None:
+        self.first = first
+        self.bodies: list[bytes] = []
+        self.streams: list[asyncio.StreamWriter] = []
+        self.more = asyncio.Event()
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head, body = await read_request(reader)
+            if head.startswith(b"GET"):
+                writer.write(STREAM_HEAD + chunk(self.first))
+                self.streams.append(writer)
+            else:
+                self.bodies.append(body)
+                writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 8\r\n\r\nAccepted")
+            self.more.set()
+
+    def send(self, data: bytes) -> None:
+        self.streams[-1].write(chunk(data))
+
+    def end(self) -> None:
+        self.streams[-1].write(b"0\r\n\r\n")
+
+
+def routes(**policy: Any) -> dict[str, Any]:
+    spec = {"hostnames": [NAME], "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
+    return {"mcp_routes": [{"kind": "MCPRoute", "metadata": {"name": "r"}, "spec": spec}]}
+
+
+@asynccontextmanager
+async def lab(server, policy: dict[str, Any] | None = None, **gateway: Any):
+    async with (
+        upstream(server) as port,
+        laboratory(
+            gateway=aliased(port, NAME) | gateway,
+            rules=[{"hostnames": [NAME]}],
+            recognise="real",
+            config=routes(**policy) if policy else {},
+        ) as one,
+    ):
+        yield one
+
+
+async def listen(one: Lab, path: str = "/sse", headers: str = "") -> Wire:
+    wire = await one.dial(NAME, 80)
+    head = f"GET {path} HTTP/1.1\r\nHost: {NAME}\r\nAccept: text/event-stream\r\n{headers}\r\n"
+    wire.writer.write(head.encode())
+    async with asyncio.timeout(10):
+        assert b" 200 OK" in await wire.reader.readuntil(b"\r\n\r\n")
+    return wire
+
+
+async def read_event(wire: Wire) -> bytes:
+    """Return the next chunk's data: the gateway's own chunks hold whole events."""
+    async with asyncio.timeout(10):
+        size = int(await wire.reader.readuntil(b"\r\n"), 16)
+        return (await wire.reader.readexactly(size + 2))[:-2]
+
+
+async def post(
+    one: Lab, body: bytes, target: str = "/messages/?session_id=7", headers: str = ""
+) -> tuple[bytes, bytes]:
+    wire = await one.dial(NAME, 80)
+    head = f"POST {target} HTTP/1.1\r\nHost: {NAME}\r\n{JSON}{headers}Content-Length: {len(body)}\r\n\r\n"
+    wire.writer.write(head.encode() + body)
+    return await wire.response()
+
+
+def named(one: Lab, name: str) -> list[dict[str, Any]]:
+    return [dict(span.attributes) for span in one.spans if span.name == name]
+
+
+# --- HTTP+SSE -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_on_the_stream_ends_the_span_of_its_post() -> None:
+    server = SseServer()
+    async with lab(server) as one:
+        wire = await listen(one)
+        assert await read_event(wire) == ENDPOINT
+        head, _ = await post(one, request("tools/call", 5, name="get"))
+        assert b" 202 " in head
+        assert one.spans == []
+        server.send(message(raw({"jsonrpc": "2.0", "method": "notifications/progress"})))
+        server.send(message(result("5", isError=True)) + message(result(9)))
+        (span,) = await one.recorder.wait()
+        server.end()
+        await one.recorder.wait(2)
+    assert span.name == "tools/call get"
+    assert span.attributes["error.type"] == "tool_error"
+    assert span.attributes["http.response.status_code"] == 202
+    assert "clrk.body.usage_visible" not in span.attributes
+    assert span.end_ns - span.start_ns > 0
+    assert [other.name for other in one.spans] == ["tools/call get", f"GET {NAME}"]
+
+
+async def test_calls_without_an_answer_are_recorded_when_their_stream_ends() -> None:
+    server = SseServer()
+    async with lab(server) as one:
+        await read_event(await listen(one))
+        await post(one, request("tools/call", 1, name="get"))
+        await post(one, request("tools/call", 2, name="set"))
+        await post(one, raw({"jsonrpc": "2.0", "method": "notifications/initialized"}))
+        server.end()
+        await one.recorder.wait(4)
+    assert {span.name for span in one.spans} == {
+        "tools/call get", "tools/call set", "notifications/initialized", f"GET {NAME}",
+    }  # fmt: skip
+    assert all(found["clrk.body.usage_visible"] is False for found in named(one, "tools/call get"))
+
+
+async def test_calls_without_an_answer_are_recorded_when_the_run_ends() -> None:
+    async with lab(SseServer()) as one:
+        await read_event(await listen(one))
+        await post(one, request("tools/call", 1, name="get"))
+    assert len(named(one, "tools/call get")) == 1
+
+
+async def test_nobody_waits_longer_than_for_a_response() -> None:
+    server = SseServer()
+    async with lab(server, requestTimeout="300ms") as one:
+        wire = await listen(one)
+        await read_event(wire)
+        await post(one, request("tools/call", 1, name="get"))
+        server.send(b": still here\n\n")
+        await one.recorder.wait()
+    assert len(named(one, "tools/call get")) == 1
+
+
+async def test_a_servers_question_names_the_post_that_answers_it() -> None:
+    server = SseServer()
+    async with lab(server) as one:
+        wire = await listen(one)
+        await read_event(wire)
+        server.send(message(request("sampling/createMessage", 3)) + message(request("roots/list", "r")))
+        for _ in range(2):
+            if b"roots/list" in await read_event(wire):
+                break
+        await post(one, result(3, model="m"))
+        await post(one, raw({"jsonrpc": "2.0", "id": "r", "error": {"code": -32601, "message": "no roots"}}))
+        await post(one, result(99))
+        await one.recorder.wait(3)
+    asked, refused, unknown = one.spans[:3]
+    assert (asked.name, asked.attributes["jsonrpc.request.id"]) == ("sampling/createMessage", "3")
+    assert (refused.name, refused.attributes["error.type"]) == ("roots/list", "-32601")
+    assert refused.status.code == "STATUS_CODE_ERROR"
+    assert unknown.name == f"POST {NAME}"
+
+
+async def test_a_denial_comes_where_the_client_reads_answers() -> None:
+    server = SseServer()
+    async with lab(server, {"deniedTools": ["rm"]}) as one:
+        wire = await listen(one)
+        assert await read_event(wire) == ENDPOINT
+        head, body = await post(one, request("tools/call", 5, name="rm"))
+        assert b" 202 " in head
+        assert body == b"Accepted"
+        event = await read_event(wire)
+        assert event.startswith(b"event: message\ndata: {")
+        found = json.loads(event.split(b"data: ")[1])
+        assert (found["id"], found["error"]["code"]) == (5, -32010)
+        await post(one, request("tools/call", 6, name="get"))
+        server.send(message(result(6)))
+        assert await read_event(wire) == message(result(6))
+        spans = await one.recorder.wait(2)
+    assert [json.loads(body)["id"] for body in server.bodies] == [6]
+    assert (spans[0].name, spans[0].attributes["clrk.egress.deny_reason"]) == ("tools/call rm", "tool_denied")
+
+
+async def test_a_denial_never_comes_into_the_middle_of_an_event() -> None:
+    server = SseServer()
+    async with lab(server, {"deniedTools": ["rm"]}) as one:
+        wire = await listen(one)
+        await read_event(wire)
+        half = message(result(1, text="x" * 100))
+        server.send(half[:40])
+        await post(one, request("ping"))  # what came before it on the stream is with the gateway by now, most likely
+        await post(one, request("tools/call", 5, name="rm"))
+        assert b'"id": 5' in await read_event(wire)
+        server.send(half[40:])
+        assert await read_event(wire) == half
+
+
+async def test_a_denial_after_the_stream_is_gone_answers_the_post() -> None:
+    server = SseServer()
+    async with lab(server, {"deniedTools": ["rm"]}) as one:
+        wire = await listen(one)
+        await read_event(wire)
+        server.end()
+        async with asyncio.timeout(10):
+            assert await wire.reader.readexactly(5) == b"0\r\n\r\n"
+        head, body = await post(one, request("tools/call", 5, name="rm"))
+    assert b" 200 OK" in head
+    assert json.loads(body)["error"]["data"]["reason"] == "tool_denied"
+
+
+async def test_lists_on_the_stream_are_filtered() -> None:
+    server = SseServer()
+    async with lab(server, {"allowedToolsRegex": "get.*"}) as one:
+        wire = await listen(one)
+        await read_event(wire)
+        await post(one, request("tools/list", 2))
+        page = message(result(2, tools=[{"name": "rm"}, {"name": "get_x"}], nextCursor="c"))
+        server.send(page[:30])
+        server.send(page[30:])
+        event = await read_event(wire)
+    assert json.loads(event.split(b"data: ")[1])["result"] == {"tools": [{"name": "get_x"}], "nextCursor": "c"}
+
+
+@pytest.mark.parametrize("mode", ["Shadow", "Record"])
+async def test_a_stream_under_watch_is_left_alone(mode: str) -> None:
+    server = SseServer()
+    async with lab(server, {"deniedTools": ["rm"]}, mode=mode) as one:
+        wire = await listen(one)
+        await read_event(wire)
+        await post(one, request("tools/call", 5, name="rm"))
+        page = message(result(5, tools=[{"name": "rm"}]))
+        server.send(page)
+        assert await read_event(wire) == page
+    assert [json.loads(body)["id"] for body in server.bodies] == [5]
+
+
+async def test_a_client_that_reads_nothing_takes_no_memory() -> None:
+    server = SseServer()
+    async with lab(server, {"deniedTools": ["rm"]}) as one:
+        await read_event(await listen(one))
+        big = "x" * 100_000
+        kinds = set()
+        for at in range(200):
+            head, _ = await post(one, request("tools/call", f"{at}{big}", name="rm"))
+            kinds.add(head.split()[1])
+            if b"200" in kinds:
+                break
+    assert kinds == {b"202", b"200"}  # at last the POST itself is answered
+    assert server.bodies == []
+
+
+# --- Streamable HTTP ------------------------------------------------------------------------------------------------
+
+
+class StreamableServer:
+    """Closes the stream of a call early; its answer comes on the GET that resumes it."""
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head, body = await read_request(reader)
+            self.head = head
+            if head.startswith(b"POST") and b"result" in body:
+                writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
+            elif head.startswith(b"POST"):
+                question = message(request("elicitation/create", "q", message="sure?"))
+                writer.write(STREAM_HEAD + chunk(b"id: 1\r\ndata: \r\n\r\n" + question) + b"0\r\n\r\n")
+            elif head.startswith(b"GET"):
+                writer.write(STREAM_HEAD + chunk(b"id: 2\r\n" + message(result(4, content=[]))) + b"0\r\n\r\n")
+            else:
+                writer.write(answer(b"", "200 OK"))
+
+
+async def test_a_resumed_stream_brings_the_answer_of_its_call() -> None:
+    server = StreamableServer()
+    async with lab(server) as one:
+        await post(one, request("tools/call", 4, name="slow"), "/mcp", SESSION)
+        await post(one, result("q", action="accept"), "/mcp", SESSION)
+        (reply,) = await one.recorder.wait(1)
+        wire = await listen(one, "/mcp", SESSION + "Last-Event-ID: 1\r\n")
+        assert b'"content"' in await read_event(wire)
+        assert b"last-event-id: 1" in server.head.lower()
+        await one.recorder.wait(3)
+    assert (reply.name, reply.attributes["mcp.session.id"]) == ("elicitation/create", "s-1")
+    (call,) = named(one, "tools/call slow")
+    assert "clrk.body.usage_visible" not in call
+    assert "error.type" not in call
+    (stream,) = named(one, f"GET {NAME}")
+    assert (stream["mcp.session.id"], stream["mcp.protocol.version"]) == ("s-1", "2025-06-18")
+
+
+async def test_another_sessions_stream_answers_nobody() -> None:
+    async with lab(StreamableServer()) as one:
+        await post(one, request("tools/call", 4, name="slow"), "/mcp", SESSION)
+        await read_event(await listen(one, "/mcp", "Mcp-Session-Id: another\r\nLast-Event-ID: 1\r\n"))
+        await one.recorder.wait(1)
+        assert named(one, "tools/call slow") == []
+    (call,) = named(one, "tools/call slow")
+    assert call["clrk.body.usage_visible"] is False
+
+
+async def test_the_end_of_a_session_is_a_plain_call_that_names_it() -> None:
+    async with lab(StreamableServer(), {"deniedTools": ["rm"]}) as one:
+        wire = await one.dial(NAME, 80)
+        wire.writer.write(f"DELETE /mcp HTTP/1.1\r\nHost: {NAME}\r\n{SESSION}\r\n".encode())
+        assert b" 200 " in (await wire.response())[0]
+        (span,) = await one.recorder.wait()
+    assert (span.name, span.attributes["mcp.session.id"]) == (f"DELETE {NAME}", "s-1")
+    assert "clrk.egress.deny_reason" not in span.attributes
