@@ -178,6 +178,8 @@ class EgressSpans:
             message = message or facts.status_message
         if error is None and status is not None and status >= 400:
             error = str(status)
+        if attr.CLRK_EGRESS_DENY_REASON in call.attributes:
+            found.pop(attr.CLRK_BODY_USAGE_VISIBLE, None)  # nobody was asked
         name = (facts.name if facts is not None else "") or http_span_name(head)
         self._record(call, name, found, error, message, events=events)
 

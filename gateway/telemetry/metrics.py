@@ -105,8 +105,9 @@ def measure(record: SpanRecord) -> Iterator[Measurement]:
         elif record.name == attr.SPAN_EGRESS_DNS_DENIED:
             picked.setdefault(attr.CLRK_EGRESS_DENY_REASON, "dns")
         yield Measurement(CLRK_EGRESS_DENIED, 1, picked)
-    elif record.kind is SpanKind.CLIENT and attr.HTTP_REQUEST_METHOD in record.attributes:
-        yield Measurement(HTTP_CLIENT_REQUEST_DURATION, seconds, _pick(record, _HTTP))
+    elif record.kind is SpanKind.CLIENT:
+        if attr.HTTP_REQUEST_METHOD in record.attributes:  # of an MCP batch, one span has it
+            yield Measurement(HTTP_CLIENT_REQUEST_DURATION, seconds, _pick(record, _HTTP))
         if attr.MCP_METHOD_NAME in record.attributes:
             yield Measurement(MCP_CLIENT_OPERATION_DURATION, seconds, _pick(record, _MCP))
         elif attr.GEN_AI_PROVIDER_NAME in record.attributes:

@@ -60,8 +60,9 @@ LLM: Types = {
 MCP: Types = {
     "mcp.method.name": str, "mcp.session.id": str, "mcp.protocol.version": str, "mcp.resource.uri": str,
     "gen_ai.tool.name": str, "gen_ai.operation.name": str, "gen_ai.prompt.name": str, "jsonrpc.request.id": str,
-    "jsonrpc.protocol.version": str, "rpc.response.status_code": str,
+    "jsonrpc.protocol.version": str, "rpc.response.status_code": str, "clrk.body.usage_visible": bool,
 }  # fmt: skip
+SESSION: Types = {"mcp.session.id": str, "mcp.protocol.version": str}  # of MCP's streams, which are plain HTTP calls
 DENIED: Types = {"clrk.egress.deny_reason": str, "clrk.egress.route": str, "clrk.egress.add_rule": str}
 TLS_TROUBLE: Types = {"clrk.tls.client_rejected_ca": bool}
 CAPTURED: Types = {
@@ -134,12 +135,12 @@ def _rule(span: dict[str, Any]) -> tuple[str, str, Types, Types, bool]:
     if name.startswith("invoke_agent "):
         return INTERNAL, "runtime", {"gen_ai.operation.name": str, "gen_ai.agent.name": str}, RUN, False
     base = EGRESS | {"http.request.method": str, "url.full": str}
-    if "mcp.method.name" in attributes:
-        return CLIENT, "gateway", base, EGRESS_OPTIONAL | HTTP | MCP, False
+    if "mcp.method.name" in attributes:  # of a batch, one span stands for the HTTP exchange too
+        return CLIENT, "gateway", EGRESS | {"url.full": str}, EGRESS_OPTIONAL | HTTP | MCP | DENIED, False
     if "gen_ai.system" in attributes:
         both = {"gen_ai.system": str, "gen_ai.provider.name": str, "gen_ai.operation.name": str}
         return CLIENT, "gateway", base | both, EGRESS_OPTIONAL | HTTP | LLM, False
-    return CLIENT, "gateway", base, EGRESS_OPTIONAL | HTTP, False
+    return CLIENT, "gateway", base, EGRESS_OPTIONAL | HTTP | SESSION | DENIED, False
 
 
 def _check(found: dict[str, Any], required: Types, optional: Types) -> Iterator[str]:

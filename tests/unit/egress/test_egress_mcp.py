@@ -102,6 +102,7 @@ async def test_a_denied_call_is_answered_in_the_clients_words_and_never_sent() -
         "gen_ai.operation.name": "execute_tool",
     }  # fmt: skip
     assert denied.attributes["error.type"] == "tool_denied"
+    assert "clrk.body.usage_visible" not in denied.attributes
     assert denied.attributes["jsonrpc.request.id"] == "a-1"
     assert "clrk.egress.deny_reason" not in allowed.attributes
 
