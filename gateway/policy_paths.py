@@ -14,28 +14,58 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 from clrk.gateway.globs import fits_glob
 
+_UNICODE: Final = re.compile(r"%[uU]([0-9A-Fa-f]{4})")  # of JScript's escape(), which IIS decodes in URLs
 _ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+_FORBIDDEN: Final = "./\\;?#%"  # characters that decide where a path leads
+
+
+def _look_alikes() -> dict[str, str]:
+    """Return what sloppy decoders take for such a character, as bytes in Latin-1.
+
+    Overlong UTF-8 (RFC 3629, section 10); full width (U+FF01 to U+FF5E) and the like, which become plain by NFKC or by
+    best fit to a code page.
+    """
+    found: dict[str, str] = {}
+    for char in _FORBIDDEN:
+        code = ord(char)
+        low, high = 0x80 | (code & 0x3F), code >> 6
+        for overlong in ((0xC0 | high, low), (0xE0, 0x80 | high, low), (0xF0, 0x80, 0x80 | high, low)):
+            found[bytes(overlong).decode("latin-1")] = char
+        found[chr(code + 0xFEE0).encode().decode("latin-1")] = char
+    for other, char in {
+        "\u2024": ".", "\u2025": "..", "\ufe52": ".", "\u3002": ".", "\uff61": ".",
+        "\u2044": "/", "\u2215": "/", "\u29f8": "/", "\u2216": "\\", "\u29f5": "\\", "\ufe68": "\\",
+    }.items():  # fmt: skip
+        found[other.encode().decode("latin-1")] = char
+    return found
+
+
+_PLAIN: Final = _look_alikes()
+_LOOK_ALIKE: Final = re.compile("|".join(map(re.escape, sorted(_PLAIN, key=len, reverse=True))))
 _MAX_DECODINGS: Final = 8
 _SEPARATORS: Final = re.compile(r"[/\\;?#]")
 _AMBIGUOUS: Final = re.compile(r"[%;\\]|//")
+_ASCII: Final = "".join(map(chr, range(128)))
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def path_readings(path: str) -> tuple[str, ...]:
     """Return the readings of a path, or nothing when no reading can be trusted: then no pattern fits."""
     plain = path.partition("?")[0].partition("#")[0]
+    plain = plain if plain.isascii() else quote(plain.encode("utf-8", "surrogateescape"), safe=_ASCII)
     generous = _decode_all(plain)
     if generous is None or _CONTROL.search(generous) or not plain.startswith("/"):
         return ()
     strict = _ESCAPE.sub(_keep_reserved, plain)
-    if ".." in _SEPARATORS.split(generous) and _AMBIGUOUS.search(strict):
+    if any(part.rstrip() == ".." for part in _SEPARATORS.split(generous)) and _AMBIGUOUS.search(strict):
         return ()
     cut = generous.partition("?")[0].partition("#")[0].replace("\\", "/")
-    segments = (segment.partition(";")[0] for segment in cut.split("/"))
+    segments = (segment.partition(";")[0].rstrip() for segment in cut.split("/"))  # Windows drops trailing spaces
     return _resolve_dots(strict), strict, _resolve_dots("/".join(segments))
 
 
@@ -46,9 +76,9 @@ def _keep_reserved(found: re.Match[str]) -> str:
 
 def _decode_all(path: str) -> str | None:
     for _ in range(_MAX_DECODINGS):
-        decoded = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), path)
-        # Overlong UTF-8 of `.`, `/` and `\` (RFC 3629, section 10).
-        decoded = decoded.replace("\xc0\xae", ".").replace("\xc0\xaf", "/").replace("\xc1\x9c", "\\")
+        decoded = _UNICODE.sub(lambda found: chr(int(found[1], 16)).encode("utf-8", "replace").decode("latin-1"), path)
+        decoded = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), decoded)
+        decoded = _LOOK_ALIKE.sub(lambda found: _PLAIN[found[0]], decoded)
         if decoded == path:
             return decoded
         path = decoded

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clrk.core.errors import ProtocolError
+from clrk.core.wire import IPAddress
 from clrk.gateway.credentials import Credential
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.governed import govern_guarded
@@ -16,6 +17,8 @@ from clrk.gateway.egress.refusal import RefusedError, status_of
 from clrk.gateway.egress.upstream import Target
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.policy import EgressPolicy, Verdict
+from clrk.gateway.policy_requests import other_meanings
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import TraceContext
 from clrk.gateway.trace_context import parse_trace_context
@@ -101,14 +104,26 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead, call: Call) 
     address = None if destination.name is not None else destination.address
     if way_out.is_open(destination.name, address, destination.port):
         return True
-    verdict = way_out.policy.request(destination.name, address, destination.port, head.method, head.path)
+    verdict, method = _judge(way_out.policy, destination.name, address, destination.port, head)
     if way_out.policy.holds(verdict):
-        what = f"{head.method} {destination.host}:{destination.port}"
+        what = f"{method} {destination.host}:{destination.port}"
         message = f"{what} is not allowed ({verdict.reason}); add a rule to an EgressL4Route to allow it"
         raise RefusedError(403, verdict.reason, message, rule=verdict.rule, hint=verdict.hint)
     if not verdict.allowed:
         way_out.spans.would_deny(call, verdict.reason, verdict.rule, verdict.hint)
     return False
+
+
+def _judge(
+    policy: EgressPolicy, name: str | None, address: IPAddress | None, port: int, head: RequestHead
+) -> tuple[Verdict, str]:
+    """Return the verdict on what the request may mean, and the method that it means then: the first denial, if any."""
+    written = policy.request(name, address, port, head.method, head.path)
+    for method, path in other_meanings(head) if written.allowed else ():
+        verdict = policy.request(name, address, port, method, path)
+        if not verdict.allowed:
+            return verdict, method
+    return written, head.method
 
 
 def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext:

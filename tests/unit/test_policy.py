@@ -108,6 +108,30 @@ def test_host_patterns(pattern: str, name: str, fits: bool) -> None:
     assert compiled.is_passthrough(name) is fits
 
 
+@pytest.mark.parametrize("pattern", ["*.b\u00fccher.example", "**.B\u00fccher.example", "www.b\u00fccher.example"])
+def test_a_rule_may_be_written_in_either_spelling(pattern: str) -> None:
+    compiled = policy({"hostnames": [pattern]})
+    assert compiled.connect("www.xn--bcher-kva.example", None, 443).allowed
+    assert compiled.connect("WWW.b\u00fccher.example.", None, 443).allowed
+    assert not compiled.connect("www.bucher.example", None, 443).allowed
+    assert not compiled.connect("xn--bcher-kva.example", None, 443).allowed
+    with pytest.raises(ValueError, match="not a host name"):
+        policy({"hostnames": ["a..b\u00fccher"]})
+
+
+@pytest.mark.parametrize(
+    "name", ["127.1", "2130706433", "0x7f.1", "0x7f000001", "0177.0.0.1", "10.0.0.1.", "a.0x", "1"]
+)
+def test_addresses_in_odd_spellings_are_no_names(name: str) -> None:
+    everything = policy({"cidrs": ["127.0.0.0/8"]}, defaultPolicy="allow-all")
+    assert not everything.may_allow_name(name)
+    if name != "10.0.0.1.":
+        assert brief(everything.connect(name, ip_address("127.0.0.1"), 80)) == (False, "bad_name")
+    assert brief(everything.connect(name, PUBLIC, 80)) == (False, "bad_name")
+    assert not everything.connect("fe80::1%25eth0", PUBLIC, 80).allowed
+    assert not everything.connect("fe80::1%eth0", ip_address("fe80::1"), 80).allowed
+
+
 @pytest.mark.parametrize(
     "name",
     ["", ".", "a..b", "a b", "-a.test", "a-.test", "a" * 64, "a." * 127 + "ab", "\u2603\ufe0f..", "a\n", "*", "a/b"],

@@ -144,10 +144,10 @@ class EgressGateway(Resource):
 
 
 class HttpMatch(Model):
-    """Narrows an HTTP host: methods upper-case, paths are prefixes or globs with `*`."""
+    """Narrows an HTTP host: methods upper-case, paths are prefixes or globs with `*`; a query is no part of a path."""
 
     methods: list[Annotated[str, Field(pattern=r"^[A-Z]+$")]] = []
-    paths: list[Annotated[str, Field(pattern=r"^/")]] = []
+    paths: list[Annotated[str, Field(pattern=r"^/[^?#]*$")]] = []
 
 
 class L4Rule(Model):

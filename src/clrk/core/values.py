@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Annotated, Final, Literal
 
+import idna
 import re2
 from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -106,7 +107,13 @@ def _check_dns_label(value: str) -> str:
 
 
 def _check_host_pattern(value: str) -> str:
-    """`example.com`, `*.example.com` (one label) or `**.example.com` (any depth)."""
+    """`example.com`, `*.example.com` (one label) or `**.example.com` (any depth); `bücher.example` as A-labels."""
+    if not value.isascii():
+        stars, _, name = value.rpartition("*.")
+        try:
+            value = f"{stars}*." * bool(stars or value.startswith("*.")) + idna.encode(name, uts46=True).decode("ascii")
+        except idna.IDNAError as exc:
+            raise ValueError(f"{value!r} is not a host name: {exc}") from None
     labels = re.sub(r"^\*\*?\.", "", value).split(".")
     if len(value) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
         raise ValueError(f"{value!r} is not a host name; write it lower-case, no scheme, no port; *.x and **.x allowed")

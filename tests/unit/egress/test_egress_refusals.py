@@ -297,3 +297,15 @@ async def test_secrets_in_the_query_are_not_recorded():
         span = (await lab.recorder.wait())[0]
     assert "SECRET" not in str(span)
     assert "a=1" in span.attributes["url.full"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"X-HTTP-Method-Override: DELETE\r\n", b"X-Original-URL: /closed\r\n", b"X_HTTP_METHOD: put\r\n"]
+)
+async def test_a_header_that_changes_what_the_request_means_needs_a_rule_for_that_too(line):
+    rules = [{"hostnames": [NAME], "http": {"methods": ["GET"], "paths": ["/open"]}}]
+    request = HEAD.replace(b"GET /", b"GET /open") + line + b"\r\n"
+    status, problem, span = await refused(request, rules=rules)
+    assert (status, span.attributes["clrk.egress.deny_reason"]) == (403, "http_not_allowed")
+    (rule,) = yaml.safe_load(problem["add_rule"])
+    assert "GET" not in rule["http"]["methods"] or rule["http"]["paths"] == ["/closed"]
