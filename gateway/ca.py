@@ -20,14 +20,19 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from clrk.core.errors import HostError
 
-MAX_CONTEXTS: Final = 1024
+MAX_CONTEXTS: Final = 1024  # 26 KiB each
+MAX_SESSIONS: Final = 64  # that a context keeps for clients without tickets (TLS 1.2); OpenSSL would keep 20,480
 _BACKDATE: Final = datetime.timedelta(hours=1)  # clocks of agents that set their own
 _LIFETIME: Final = datetime.timedelta(days=7)
 _RENEW_BEFORE: Final = datetime.timedelta(days=1)
 
 
 class LeafIssuer:
-    """Makes server contexts by name; keeps the last ones used."""
+    """Makes server contexts by name; keeps the last ones used.
+
+    Each name has a leaf of its own: a wildcard would save a signature, and vouch for names that no rule allows. Tickets
+    are a context's own, so a session is resumed while its context is kept; after that the handshake is a full one.
+    """
 
     def __init__(self, ca_cert_pem: str, ca_key_pem: str) -> None:
         self._ca = x509.load_pem_x509_certificate(ca_cert_pem.encode())
@@ -47,7 +52,7 @@ class LeafIssuer:
         """Return a server context for a host name or an IP literal. Cost: about a millisecond the first time."""
         now = datetime.datetime.now(datetime.UTC)
         held = self._contexts.get(name)
-        if held is not None and now < held[1]:
+        if held is not None and now < held[1] and held[0].session_stats()["number"] < MAX_SESSIONS:
             self._contexts.move_to_end(name)
             return held[0]
         context = self._make_context(self.issue(name, now))

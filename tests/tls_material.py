@@ -50,11 +50,12 @@ class Authority:
         usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.SERVER_AUTH,
         names: Sequence[str] = LOOPBACK,
         days: int = 1,
+        since_days: float = -3,
     ) -> tuple[bytes, bytes]:
-        """Return (certificate PEM, key PEM); with negative days it has expired."""
+        """Return (certificate PEM, key PEM), valid from since_days to days from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
-            self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key, days)
+            self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key, days, since_days)
             .add_extension(x509.SubjectAlternativeName([_san(each) for each in names]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -62,21 +63,23 @@ class Authority:
         )
         return certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key)
 
-    def server_context(self, names: Sequence[str], days: int = 1) -> ssl.SSLContext:
-        certificate, key = self.issue(names[0], names=names, days=days)
-        fd = os.memfd_create("test-leaf")
-        try:
-            os.write(fd, key + certificate)
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
-        return context
+    def server_context(self, names: Sequence[str], days: int = 1, since_days: float = -3) -> ssl.SSLContext:
+        return _context(*self.issue(names[0], names=names, days=days, since_days=since_days))
+
+    def self_signed_context(self, names: Sequence[str]) -> ssl.SSLContext:
+        """A server that vouches for itself: its certificate is no authority's."""
+        san = x509.SubjectAlternativeName([_san(name) for name in names])
+        certificate = self._builder(self._name, self._key, days=1).add_extension(san, critical=False)
+        return _context(
+            certificate.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM), _key_pem(self._key)
+        )
 
     def client_context(self) -> ssl.SSLContext:
         return ssl.create_default_context(cadata=self.cert_pem)
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, since_days: float = -3
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         public = key.public_key()
         return (
@@ -85,11 +88,22 @@ class Authority:
             .issuer_name(self._name)
             .public_key(public)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=3))
+            .not_valid_before(now + datetime.timedelta(days=since_days))
             .not_valid_after(now + datetime.timedelta(days=days))
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
+
+
+def _context(certificate: bytes, key: bytes) -> ssl.SSLContext:
+    fd = os.memfd_create("test-leaf")
+    try:
+        os.write(fd, key + certificate)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    return context
 
 
 def _san(name: str) -> x509.GeneralName:

@@ -23,6 +23,7 @@ from clrk.gateway.ca import LeafIssuer
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.egress.flows import FlowSource
+from clrk.gateway.egress.handshake import NO_APPLICATION_PROTOCOL, judge_handshake, passthrough
 from clrk.gateway.egress.http import relay_http
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, Destination, connect_time_ns
@@ -41,6 +42,8 @@ STAMP_TIMEOUT_S: Final = 3.0
 FIRST_BYTES_TIMEOUT_S: Final = 10.0
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 INSIDE_TLS_TIMEOUT_S: Final = 60.0  # clients open TLS connections in advance
+LEFT_AT_ONCE_S: Final = 1.0  # GnuTLS clients (git, wget, apt) look at a certificate when the handshake is over
+MAX_ADVISED: Final = 64  # log lines of one run; the spans have the rest
 CLOSE_S: Final = 10.0
 # FTP, SSH, Telnet, SMTP, NNTP, POP3, IMAP, submission, MySQL, ManageSieve, NATS, VNC, MySQL X: the server greets first.
 SERVER_FIRST_PORTS: Final = frozenset((21, 22, 23, 25, 110, 119, 143, 587, 2525, 3306, 4190, 4222, 5900, 33060))
@@ -56,7 +59,6 @@ _HTTP_START: Final = re.compile(
     rb"CONNECT [^ ]+ HTTP/1"
 )
 _HTTP_PREFIX: Final = re.compile(rb"[A-Z][A-Z-]{0,19}(?: [Hh]?[Tt]{0,2})?|\r|CONNECT [^ \r\n]{0,270}(?: [HTP/1]{0,6})?")
-_REJECTIONS: Final = ("UNKNOWN_CA", "CERTIFICATE_UNKNOWN", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "ACCESS_DENIED")
 
 
 class StampError(ClrkError):
@@ -120,6 +122,7 @@ class Acceptor:
         self._counters = counters
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._advised: set[str] = set()
 
     async def accept_forever(self, listener: socket.socket, family: int) -> None:
         """Accept until cancelled, or until the listener is shut down."""
@@ -197,7 +200,7 @@ class Acceptor:
 
     async def _serve_plain(self, sock: socket.socket, origin: Origin, kind: str) -> None:
         agent = await _open(sock, None)
-        await self._serve_channel(agent, origin, kind)
+        await self._end_with(agent, self._speak(agent, origin, kind))
 
     async def _serve_tls(self, sock: socket.socket, origin: Origin) -> None:
         """Open the TLS connection and serve what is inside, or tunnel it unread."""
@@ -216,32 +219,60 @@ class Acceptor:
             agent = await _open(sock, None)
             await self._end_with(agent, self._tunnel(agent, origin, sni=sni))
             return
+        if hello.only_http2:
+            await self._refuse_http2(sock, call)
+            return
         secure = Origin(origin.flow, origin.destination, origin.connect_ns, is_tls=True, server_name=sni)
         try:
             agent = await _open(sock, self._issuer.context(sni or origin.destination.host))
         except OSError as exc:
             self._handshake_failed(call, exc)
             return
-        kind = "tcp" if origin.destination.port in SERVER_FIRST_TLS_PORTS else None
-        await self._serve_channel(agent, secure, kind)
+        await self._end_with(agent, self._serve_inside(agent, secure, call))
+
+    async def _serve_inside(self, agent: Channel, origin: Origin, call: Call) -> None:
+        """Serve what is spoken inside TLS; a client that leaves without a word may not have liked our certificate."""
+        if origin.destination.port in SERVER_FIRST_TLS_PORTS:
+            await self._speak(agent, origin, "tcp")
+            return
+        loop = asyncio.get_running_loop()
+        opened_s, problem = loop.time(), None
+        resumed = agent.ssl_object is not None and agent.ssl_object.session_reused
+        try:
+            kind = await _classify_channel(agent)
+        except OSError as exc:
+            kind, problem = None, exc
+        if kind is not None:
+            await self._speak(agent, origin, kind)
+        elif isinstance(problem, ssl.SSLError) or (not resumed and loop.time() - opened_s < LEFT_AT_ONCE_S):
+            self._handshake_failed(call, problem or ConnectionResetError("closed without a word"))
+        else:
+            self._counters.closed_unused += 1
 
     def _handshake_failed(self, call: Call, exc: OSError) -> None:
         """The agent did not take our certificate, or left."""
-        reason = getattr(exc, "reason", None) or ""
-        if rejected := any(word in reason for word in _REJECTIONS):
+        host = call.destination.host
+        failure = judge_handshake(exc, host)
+        if failure.rejected_ca:
             call.attributes[attr.CLRK_TLS_CLIENT_REJECTED_CA] = True
-        kind = "tls_client_rejected_ca" if rejected else "tls_client_handshake"
-        self._exit.spans.failed(call, kind, f"TLS with the agent for {call.destination.host}: {exc}")
+            if host not in self._advised and len(self._advised) < MAX_ADVISED:
+                self._advised.add(host)
+                extra = {"sandbox_id": self._run.identity.sandbox_id}
+                _LOG.warning("agent %s: %s", self._run.identity.agent_name, failure.message, extra=extra)
+        self._exit.spans.failed(call, failure.error_type, failure.message)
 
-    async def _serve_channel(self, agent: Channel, origin: Origin, kind: str | None) -> None:
-        """Serve what the client speaks; kind None: its first bytes tell."""
-        await self._end_with(agent, self._speak(agent, origin, kind))
+    async def _refuse_http2(self, sock: socket.socket, call: Call) -> None:
+        """Say no in the handshake (RFC 7301, section 3.2), where every client looks for it."""
+        host = call.destination.host
+        message = f"the client offers HTTP/2 only, and clrk reads HTTP/1.1: have it offer http/1.1, {passthrough(host)}"
+        self._exit.spans.denied(call, "alpn_http2_only", message)
+        agent = await _open(sock, None)
+        await self._end_with(agent, _send_alert(agent))
 
-    async def _speak(self, agent: Channel, origin: Origin, kind: str | None) -> None:
-        kind = kind or await _classify_channel(agent)
+    async def _speak(self, agent: Channel, origin: Origin, kind: str) -> None:
         if kind == "http":
             await relay_http(self._exit, origin, agent)
-        elif kind is not None:
+        else:
             await self._tunnel(agent, origin)
 
     async def _end_with(self, agent: Channel, work: Awaitable[None]) -> None:
@@ -333,6 +364,13 @@ async def _open(sock: socket.socket, context: ssl.SSLContext | None) -> Channel:
         lambda: channel, sock, ssl=context, ssl_handshake_timeout=timeout
     )
     return channel
+
+
+async def _send_alert(agent: Channel) -> None:
+    """Take the ClientHello, so that closing is no reset, and answer it."""
+    agent.set_idle_timeout(CLOSE_S)
+    await agent.read()
+    await agent.write(NO_APPLICATION_PROTOCOL)
 
 
 async def _classify_channel(agent: Channel) -> str | None:

@@ -1,6 +1,7 @@
-"""Read the server name out of the beginning of a TLS connection. Pure: feed what was peeked, nothing is consumed.
+"""Read the server name and the protocols out of the beginning of a TLS connection. Pure: nothing is consumed.
 
-Source: RFC 8446, sections 4.1.2 (ClientHello) and 5.1 (records); RFC 6066, section 3 (server_name).
+Source: RFC 8446, sections 4.1.2 (ClientHello) and 5.1 (records); RFC 6066, section 3 (server_name); RFC 7301, section
+3.1 (application_layer_protocol_negotiation).
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ MAX_HELLO_SIZE: Final = 16 * 1024  # with post-quantum key shares real ones stay
 _HANDSHAKE: Final = 22
 _CLIENT_HELLO: Final = 1
 _SERVER_NAME: Final = 0
+_ALPN: Final = 16
 _HOST_NAME: Final = 0
 _NAME: Final = re.compile(rb"[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What we need of a ClientHello: the name in lower case without a trailing dot, None when there is none."""
+    """What we need of a ClientHello.
+
+    Shape: server_name in lower case without a trailing dot, None when there is none; alpn as offered, () without.
+    """
 
     server_name: str | None
+    alpn: tuple[bytes, ...] = ()
+
+    @property
+    def only_http2(self) -> bool:
+        """Say whether the client means to speak HTTP and does not offer HTTP/1."""
+        return b"h2" in self.alpn and not {b"http/1.1", b"http/1.0"} & set(self.alpn)
 
 
 class _Cursor:
@@ -66,7 +77,7 @@ def parse_client_hello(peeked: bytes) -> ClientHello | None:
         raise ProtocolError("client_hello", f"ClientHello of {length} bytes")
     if len(message) < 4 + length:
         return None
-    return ClientHello(_server_name(_Cursor(message, 4, 4 + length)))
+    return _read_hello(_Cursor(message, 4, 4 + length))
 
 
 def _join_records(peeked: bytes) -> bytes:
@@ -88,22 +99,30 @@ def _join_records(peeked: bytes) -> bytes:
     return message
 
 
-def _server_name(body: _Cursor) -> str | None:
+def _read_hello(body: _Cursor) -> ClientHello:
     body.take(2 + 32)  # legacy_version, random
     body.block(1)  # legacy_session_id
     body.block(2)  # cipher_suites
     body.block(1)  # legacy_compression_methods
-    if not body.more:
-        return None
-    extensions, found = body.block(2), None
+    found: dict[int, _Cursor] = {}
+    extensions = body.block(2) if body.more else body
     while extensions.more:
         kind, data = extensions.number(2), extensions.block(2)
-        if kind != _SERVER_NAME:
-            continue
-        if found is not None:
-            raise ProtocolError("client_hello", "two server_name extensions")
-        found = _host_name(data)
-    return found
+        if kind in (_SERVER_NAME, _ALPN):
+            if kind in found:  # RFC 8446, section 4.2: one of each type
+                raise ProtocolError("client_hello", "two extensions of one type")
+            found[kind] = data
+    name = _host_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None
+    return ClientHello(name, _protocols(found[_ALPN]) if _ALPN in found else ())
+
+
+def _protocols(data: _Cursor) -> tuple[bytes, ...]:
+    names, found = data.block(2), []
+    while names.more:
+        found.append(names.take(names.number(1)))
+    if data.more or not all(found):
+        raise ProtocolError("client_hello", "the protocols are no list of names")
+    return tuple(found)
 
 
 def _host_name(data: _Cursor) -> str:

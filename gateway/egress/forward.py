@@ -42,8 +42,8 @@ def split_target(request: Request, scheme: str) -> tuple[str, str, str]:
     Raises: ProtocolError(host | target): what two servers could read differently.
     """
     hosts = request.values("host")
-    if len(hosts) > 1 or (not hosts and request.minor == 1):
-        raise ProtocolError("host", "a request has exactly one Host header")
+    if len(hosts) > 1 or (not hosts and request.minor == 1) or "" in hosts:
+        raise ProtocolError("host", "a request has exactly one Host header, and it names a host")
     host, target = (hosts[0] if hosts else ""), request.target
     if (absolute := _ABSOLUTE.fullmatch(target)) is not None:
         if absolute[1].lower() != scheme or absolute[2].lower() != host.lower():

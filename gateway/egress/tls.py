@@ -18,25 +18,31 @@ T = TypeVar("T")
 _PEEK_SIZE: Final = MAX_HELLO_SIZE + 1024
 
 
-_SESSION: Final[ContextVar[ssl.SSLSession | None]] = ContextVar("session of the next handshake", default=None)
+_SESSION: Final[ContextVar[tuple[str, ssl.SSLSession] | None]] = ContextVar("session to resume", default=None)
 
 
 class _ResumingContext(ssl.SSLContext):
     """Takes up the session of resume_with: neither asyncio nor uvloop has a parameter for it.
 
-    Both call wrap_bio() in the context (contextvars) of whoever opened the connection, and uvloop takes no other name
-    than an exact str, so a context variable is the one way in.
+    Both call wrap_bio() in the context (contextvars) in which the TCP connection was made, and uvloop takes no other
+    name than an exact str, so a context variable is the one way in.
     """
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
         """Make the TLS object of a connection."""
-        return super().wrap_bio(*args, **options | {"session": _SESSION.get()})
+        name, session = _SESSION.get() or (None, None)
+        if name == options.get("server_hostname"):  # not the handshake with a proxy on the way there
+            options["session"] = session
+        return super().wrap_bio(*args, **options)
 
 
 @contextmanager
-def resume_with(session: ssl.SSLSession | None) -> Iterator[None]:
-    """Offer a session, of the same context and the same name, in the TLS handshake that is begun inside."""
-    token = _SESSION.set(session)
+def resume_with(server_name: str | None, session: ssl.SSLSession | None) -> Iterator[None]:
+    """Offer a session, of the same context, in the handshake with server_name on a connection that is made inside."""
+    if server_name is None or session is None:
+        yield
+        return
+    token = _SESSION.set((server_name, session))
     try:
         yield
     finally:

@@ -122,8 +122,12 @@ class Upstream:
 
     async def dial(self, target: Target) -> Channel:
         """Open a new connection. Raises: DialDeniedError, DialFailedError."""
-        if (proxy := self._proxy_of(target)) is not None:
-            return await self._dial_through(proxy, target)
+        with resume_with(target.server_name, self._sessions.pop(target, None)):
+            if (proxy := self._proxy_of(target)) is not None:
+                return await self._dial_through(proxy, target)
+            return await self._dial_directly(target)
+
+    async def _dial_directly(self, target: Target) -> Channel:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 addresses = await self._addresses(target)
@@ -146,10 +150,9 @@ class Upstream:
             if target.server_name is None:
                 _, channel = await loop.create_connection(Channel, sock=sock)
             else:
-                with resume_with(self._sessions.pop(target, None)):
-                    _, channel = await loop.create_connection(
-                        Channel, sock=sock, ssl=self._context, server_hostname=target.server_name
-                    )
+                _, channel = await loop.create_connection(
+                    Channel, sock=sock, ssl=self._context, server_hostname=target.server_name
+                )
         except BaseException:
             sock.close()
             raise
@@ -187,8 +190,7 @@ class Upstream:
             return channel
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                with resume_with(self._sessions.pop(target, None)):
-                    return await channel.start_tls(self._context, target.server_name)
+                return await channel.start_tls(self._context, target.server_name)
         except OSError as exc:
             kind = error_type_of(exc)
             raise DialFailedError(kind, f"{where} through proxy {proxy.label}: {kind}: {explain(exc)}") from exc

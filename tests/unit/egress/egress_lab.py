@@ -304,11 +304,13 @@ class Lab:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
+    try:
         while data := await reader.read(65_536):
             writer.write(data)
             await writer.drain()
         writer.close()
+    except OSError:
+        writer.transport.abort()
 
 
 def _address(text: str) -> IPAddress | None:

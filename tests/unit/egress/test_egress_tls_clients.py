@@ -1,0 +1,426 @@
+"""TLS towards agents: versions, resumption, protocols, and clients that do not want what we show them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import logging
+import os
+import shutil
+import ssl
+import sys
+
+import pytest
+from egress_lab import aliased, answer, laboratory, read_request, upstream
+from tls_material import Authority
+
+from clrk.gateway import ca as ca_module
+from clrk.gateway.ca import LeafIssuer
+from clrk.gateway.egress.handshake import judge_handshake
+
+NAME = "api.example.com"
+ALLOW = [{"hostnames": [NAME, "other.example.com"]}, {"cidrs": ["127.0.0.0/8"]}]
+GET = f"GET / HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\n\r\n".encode()
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+
+
+async def hello(reader, writer):
+    await read_request(reader)
+    writer.write(answer(b"secure"))
+
+
+# --- resumption: a client and a server context, without sockets -------------------------------------------------------
+
+
+def shake(client: ssl.SSLContext, server: ssl.SSLContext, session=None, name: str = NAME) -> ssl.SSLObject:
+    """One handshake and one byte, so that the tickets of TLS 1.3 have come; returns the client's end."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    agent = client.wrap_bio(to_client, to_server, server_hostname=name, session=session)
+    gateway = server.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for side in (agent, gateway):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+    gateway.write(b"x")
+    assert agent.read(1) == b"x"
+    for side in (agent, gateway, agent):  # a session that did not end well is not resumed by its id
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.unwrap()
+    return agent
+
+
+def client_of(issuer_ca: Authority, version: ssl.TLSVersion) -> ssl.SSLContext:
+    context = issuer_ca.client_context()
+    context.minimum_version = context.maximum_version = version
+    return context
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_session_is_resumed_while_its_leaf_is_kept_and_falls_back_to_a_full_handshake_after(version, monkeypatch):
+    ca = Authority("clrk test CA")
+    issuer, client = LeafIssuer(ca.cert_pem, ca.key_pem), client_of(ca, version)
+    first = shake(client, issuer.context(NAME))
+    assert not first.session_reused
+    again = shake(client, issuer.context(NAME), first.session)
+    assert again.session_reused
+    monkeypatch.setattr(ca_module, "MAX_CONTEXTS", 1)
+    issuer.context("other.example.com")  # pushes the first one out
+    fallen = shake(client, issuer.context(NAME), again.session)
+    assert not fallen.session_reused
+    assert fallen.getpeercert()["serialNumber"] != first.getpeercert()["serialNumber"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_renewed_leaf_is_met_with_a_full_handshake(version, monkeypatch):
+    ca = Authority("clrk test CA")
+    issuer, client = LeafIssuer(ca.cert_pem, ca.key_pem), client_of(ca, version)
+    monkeypatch.setattr(ca_module, "_RENEW_BEFORE", ca_module._LIFETIME - datetime.timedelta(microseconds=1))
+    first = shake(client, issuer.context(NAME))
+    later = shake(client, issuer.context(NAME), first.session)
+    assert not later.session_reused
+    assert later.getpeercert()["serialNumber"] != first.getpeercert()["serialNumber"]
+
+
+def test_a_session_of_one_name_is_not_resumed_for_another():
+    ca = Authority("clrk test CA")
+    issuer, client = LeafIssuer(ca.cert_pem, ca.key_pem), client_of(ca, ssl.TLSVersion.TLSv1_3)
+    first = shake(client, issuer.context(NAME))
+    other = shake(client, issuer.context("other.example.com"), first.session, "other.example.com")
+    assert not other.session_reused
+
+
+def test_clients_without_tickets_resume_by_id_and_fill_no_memory():
+    ca = Authority("clrk test CA")
+    issuer, client = LeafIssuer(ca.cert_pem, ca.key_pem), client_of(ca, ssl.TLSVersion.TLSv1_2)
+    client.options |= ssl.OP_NO_TICKET
+    first = shake(client, issuer.context(NAME))
+    assert shake(client, issuer.context(NAME), first.session).session_reused
+    kept = []
+    for _ in range(2 * ca_module.MAX_SESSIONS):
+        context = issuer.context(NAME)
+        shake(client, context)
+        kept.append(context.session_stats()["number"])
+    assert max(kept) <= ca_module.MAX_SESSIONS
+
+
+def test_a_leaf_vouches_for_one_name_only():
+    """No wildcards: x.example.com may be allowed where y.example.com is not."""
+    ca = Authority("clrk test CA")
+    issuer = LeafIssuer(ca.cert_pem, ca.key_pem)
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"not valid for 'y\.example\.com'"):
+        shake(ca.client_context(), issuer.context("x.example.com"), name="y.example.com")
+    for name in ("example.com", "sub.x.example.com"):
+        with pytest.raises(ssl.SSLCertVerificationError):
+            shake(ca.client_context(), issuer.context("x.example.com"), name=name)
+
+
+def test_leaves_are_bounded_and_the_last_used_stay(monkeypatch):
+    monkeypatch.setattr(ca_module, "MAX_CONTEXTS", 3)
+    ca = Authority("clrk test CA")
+    issuer = LeafIssuer(ca.cert_pem, ca.key_pem)
+    first = issuer.context("a")
+    for name in ("b", "c", "a", "d"):
+        issuer.context(name)
+    assert len(issuer._contexts) == 3
+    assert issuer.context("a") is first
+
+
+async def test_an_agent_resumes_through_the_gateway():
+    theirs = Authority("upstream CA")
+    async with (
+        upstream(hello, theirs.server_context([NAME])) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        through = await lab.forwarder(NAME, 443)
+        (bundle := os.memfd_create("ca"), os.write(bundle, lab.ca.pem))
+        program = f"""
+import socket, ssl
+context, session, found = ssl.create_default_context(cafile="/proc/{os.getpid()}/fd/{bundle}"), None, []
+for _ in range(3):
+    with socket.create_connection(("127.0.0.1", {through})) as sock:
+        with context.wrap_socket(sock, server_hostname="{NAME}", session=session) as tls:
+            tls.sendall({GET!r})
+            assert tls.makefile("rb").read().endswith(b"secure")
+            found.append(tls.session_reused)
+            session = tls.session
+print(found)
+"""
+        out, err = await run(sys.executable, "-I", "-c", program)
+        os.close(bundle)
+    assert (out, err) == (b"[False, True, True]\n", b"")
+
+
+async def run(*argv: str) -> tuple[bytes, bytes]:
+    """Run a client to its end."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(30):
+        return await process.communicate()
+
+
+# --- protocols ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_offers_http_2_only_is_told_so_in_the_handshake():
+    async with laboratory(gateway=aliased(9, NAME), rules=ALLOW) as lab:
+        context = lab.ca.client_context()
+        context.set_alpn_protocols(["h2"])
+        with pytest.raises(ssl.SSLError, match="no application protocol"):
+            await lab.dial_tls(NAME, context=context)
+        span = (await lab.recorder.wait())[0]
+    assert (span.name, span.attributes["clrk.egress.deny_reason"]) == ("egress.dial.denied", "alpn_http2_only")
+    assert "http/1.1" in span.status.message
+    assert "tls.passthroughHosts" in span.status.message
+
+
+async def test_a_passthrough_host_may_speak_http_2():
+    theirs = Authority("upstream CA")
+    server = theirs.server_context([NAME])
+    server.set_alpn_protocols(["h2"])
+    spec = {"tls": {"passthroughHosts": [NAME]}}
+    async with upstream(hello, server) as port:
+        async with laboratory(gateway=aliased(port, NAME) | spec, rules=ALLOW) as lab:
+            context = theirs.client_context()
+            context.set_alpn_protocols(["h2"])
+            wire = await lab.dial_tls(NAME, context=context)
+            assert wire.writer.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
+
+
+async def test_other_protocols_than_http_are_not_asked_for_http():
+    async def echo(reader, writer):
+        writer.write((await reader.readexactly(4)).upper())
+
+    theirs = Authority("upstream CA")
+    async with (
+        upstream(echo, theirs.server_context([NAME])) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        context = lab.ca.client_context()
+        context.set_alpn_protocols(["mqtt"])
+        wire = await lab.dial_tls(NAME, 8883, context=context)
+        wire.writer.write(b"\x10abc")
+        async with asyncio.timeout(10):
+            assert await wire.reader.read() == b"\x10ABC"
+
+
+async def test_a_client_certificate_of_an_agent_changes_nothing_and_goes_nowhere(tmp_path):
+    theirs = Authority("upstream CA")
+    certificate, key = theirs.issue("agent")
+    (tmp_path / "agent.pem").write_bytes(key + certificate)
+    seen = []
+
+    async def handle(reader, writer):
+        seen.append(writer.get_extra_info("peercert"))
+        await hello(reader, writer)
+
+    server = theirs.server_context([NAME])
+    server.verify_mode, _ = ssl.CERT_OPTIONAL, server.load_verify_locations(cadata=theirs.cert_pem)
+    async with (
+        upstream(handle, server) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        context = lab.ca.client_context()
+        context.load_cert_chain(tmp_path / "agent.pem")
+        wire = await lab.dial_tls(NAME, context=context)
+        assert (await wire.ask(GET)).endswith(b"secure")
+    assert not seen[0]
+
+
+async def test_a_client_of_old_tls_is_told_apart():
+    async with laboratory(gateway={}, rules=ALLOW) as lab:
+        port = await lab.forwarder(NAME, 443)
+        await run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
+        span = (await lab.recorder.wait())[0]
+    assert span.attributes["error.type"] == "tls_client_protocol_version"
+    assert "clrk.tls.client_rejected_ca" not in span.attributes
+
+
+async def test_an_address_has_a_leaf_of_its_own_that_curl_accepts(tmp_path):
+    theirs = Authority("upstream CA")
+    async with (
+        upstream(hello, theirs.server_context(["127.0.0.1"])) as port,
+        laboratory(gateway={}, rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        (tmp_path / "ca.pem").write_bytes(lab.ca.pem)
+        through = await lab.forwarder("127.0.0.1", port)
+        url = f"https://127.0.0.1:{port}/"
+        out, err = await run(
+            "curl", "-sS", "--cacert", str(tmp_path / "ca.pem"), "--connect-to", f"::127.0.0.1:{through}", url
+        )
+    assert (out, err) == (b"secure", b"")
+
+
+# --- clients that do not trust us -----------------------------------------------------------------------------------
+
+CLOSER = """
+import socket, ssl
+sock, context = socket.create_connection(("127.0.0.1", PORT)), ssl.create_default_context()
+received, sending = ssl.MemoryBIO(), ssl.MemoryBIO()
+tls = context.wrap_bio(received, sending, server_hostname="api.example.com")
+try:
+    tls.do_handshake()
+except ssl.SSLWantReadError:
+    sock.sendall(sending.read())
+sock.recv(100)
+sock.close()
+"""
+NODE = 'require("https").get("https://localhost:PORT/").on("error", e => console.log(e.code))'
+CLIENTS = {
+    "curl": ["curl", "-sS", "https://localhost:PORT/"],
+    "node": ["node", "-e", NODE],
+    "python": [sys.executable, "-I", "-c", "import urllib.request as r; r.urlopen('https://localhost:PORT/')"],
+    "openssl": ["openssl", "s_client", "-connect", "127.0.0.1:PORT", "-verify_return_error"],
+    "git": ["git", "-c", "http.proxy=", "ls-remote", "https://localhost:PORT/x"],
+    "wget": ["wget", "-qO-", "--tries=1", "https://localhost:PORT/"],
+    "closes after the certificate": [sys.executable, "-I", "-c", CLOSER],
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+async def test_whoever_rejects_our_ca_gets_a_span_that_says_what_to_do(client, caplog):
+    argv = CLIENTS[client]
+    if shutil.which(argv[0]) is None:
+        pytest.skip(f"no {argv[0]} on this host")
+    caplog.set_level(logging.WARNING)
+    async with laboratory(gateway={}, rules=ALLOW) as lab:
+        port = await lab.forwarder(NAME, 443)
+        await run(*(word.replace("PORT", str(port)) for word in argv))
+        span = (await lab.recorder.wait())[0]
+    assert (span.name, span.attributes["error.type"]) == ("egress.dial.failed", "tls_client_rejected_ca")
+    assert span.attributes["clrk.tls.client_rejected_ca"] is True
+    assert f"add {NAME} to tls.passthroughHosts" in span.status.message
+    assert len([record for record in caplog.records if "tls.passthroughHosts" in record.getMessage()]) == 1
+
+
+async def test_a_client_that_keeps_a_connection_in_advance_and_closes_it_later_is_no_trouble(monkeypatch):
+    monkeypatch.setattr("clrk.gateway.egress.accept.LEFT_AT_ONCE_S", 0.0)
+    async with laboratory(gateway={}, rules=ALLOW) as lab:
+        wire = await lab.dial_tls(NAME)
+        wire.writer.close()
+        async with asyncio.timeout(10):
+            while not lab.service.counters.closed_unused:
+                await asyncio.sleep(0.01)
+        assert lab.spans == []
+
+
+@pytest.mark.parametrize(
+    ("exc", "error", "rejected"),
+    [
+        (ConnectionResetError(), "tls_client_rejected_ca", True),
+        (ConnectionAbortedError("SSL handshake is taking longer than 10 seconds"), "tls_client_handshake", False),
+        (TimeoutError(), "tls_client_handshake", False),
+        (ssl.SSLError(1, "no shared cipher"), "tls_client_handshake", False),
+    ],
+)
+def test_only_what_looks_like_a_rejection_is_called_one(exc, error, rejected):
+    failure = judge_handshake(exc, NAME)
+    assert (failure.error_type, failure.rejected_ca) == (error, rejected)
+
+
+# --- Host, SNI and the allowed name -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (NAME, 200),
+        ("API.Example.COM", 200),
+        (f"{NAME}.", 200),
+        (f"{NAME}:443", 200),
+        ("other.example.com", 421),
+        (f"{NAME}..", 421),
+        (f"x.{NAME}", 421),
+        (f"{NAME}:8443", 421),
+        ("127.0.0.1", 421),
+        ("[::1]", 421),
+        ("xn--pi-7ka.example.com", 421),
+        (f"{NAME}:0", 400),
+        (f"user@{NAME}", 400),
+        (f"{NAME}@other.example.com", 400),
+        (f"{NAME}, other.example.com", 400),
+        (f"{NAME} other.example.com", 400),
+        (f"{NAME}/", 400),
+        (f"{NAME}:443:443", 400),
+        ("\u0430pi.example.com".encode().decode("latin-1"), 400),  # a Cyrillic letter
+        ("ap\u00ed.example.com", 400),
+        (f"{NAME}%2eevil", 400),
+        ("", 400),
+    ],
+)
+async def test_hosts_that_disagree_with_the_connection(host, status):
+    theirs = Authority("upstream CA")
+    seen = []
+
+    async def handle(reader, writer):
+        seen.append(await read_request(reader))
+        writer.write(answer(b"secure"))
+
+    async with (
+        upstream(handle, theirs.server_context([NAME])) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        wire = await lab.dial_tls(NAME)
+        raw = await wire.ask(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode("latin-1"))
+        await lab.recorder.wait()
+    assert int(raw.split(b" ")[1]) == status
+    assert len(seen) == (status == 200)
+
+
+async def test_the_second_request_of_a_connection_can_not_change_the_host():
+    theirs, seen = Authority("upstream CA"), []
+
+    async def handle(reader, writer):
+        while True:
+            seen.append(await read_request(reader))
+            writer.write(answer(b"secure"))
+
+    async with (
+        upstream(handle, theirs.server_context([NAME, "other.example.com"])) as port,
+        laboratory(gateway=aliased(port, NAME, "other.example.com"), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        wire = await lab.dial_tls(NAME)
+        wire.writer.write(f"GET / HTTP/1.1\r\nHost: {NAME}\r\n\r\n".encode())
+        assert (await wire.response())[0].startswith(b"HTTP/1.1 200 ")
+        raw = await wire.ask(b"GET / HTTP/1.1\r\nHost: other.example.com\r\n\r\n")
+        spans = await lab.recorder.wait(2)
+    assert raw.startswith(b"HTTP/1.1 421 ")
+    assert json.loads(raw.partition(b"\r\n\r\n")[2])["reason"] == "host_mismatch"
+    assert spans[1].attributes["clrk.egress.deny_reason"] == "host_mismatch"
+    assert len(seen) == 1
+
+
+async def test_without_sni_the_host_has_to_be_the_dialled_name():
+    async with laboratory(gateway=aliased(9, NAME), rules=ALLOW) as lab:
+        context = lab.ca.client_context()
+        context.check_hostname = False
+        wire = await lab.dial(NAME, 443)
+        await wire.writer.start_tls(context, server_hostname="")
+        raw = await wire.ask(b"GET / HTTP/1.1\r\nHost: other.example.com\r\n\r\n")
+    assert raw.startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize("sni", ["API.EXAMPLE.COM", f"{NAME}."])
+async def test_a_name_in_another_spelling_is_the_same_name(sni):
+    theirs = Authority("upstream CA")
+    async with (
+        upstream(hello, theirs.server_context([NAME])) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        context = lab.ca.client_context()
+        context.check_hostname = False
+        wire = await lab.dial_tls(NAME, sni=sni, context=context)
+        assert (await wire.ask(GET)).endswith(b"secure")
+
+
+async def test_a_name_in_sni_does_not_vouch_for_a_dialled_address_and_binds_the_host():
+    """The agent dials an address by its CIDR rule: what it says by SNI then has to be what it says by Host."""
+    async with laboratory(gateway={}, rules=ALLOW) as lab:
+        wire = await lab.dial_tls("127.0.0.1", 9443, sni=NAME)
+        raw = await wire.ask(b"GET / HTTP/1.1\r\nHost: other.example.com:9443\r\n\r\n")
+    assert raw.startswith(b"HTTP/1.1 421 ")
