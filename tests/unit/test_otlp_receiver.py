@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
-import itertools
 import io
+import itertools
 import json
 import socket
 import struct
