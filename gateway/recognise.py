@@ -63,11 +63,13 @@ REGIONAL: Final[tuple[tuple[re.Pattern[str], Provider], ...]] = (
     (re.compile(rf"aiplatform\.{_LABEL}\.rep\.(?:mtls\.)?googleapis\.com"), _VERTEX),
     (
         re.compile(
-            rf"bedrock-(?:runtime|runtime-fips|mantle)\.{_LABEL}\.(?:amazonaws\.com(?:\.cn)?|api\.aws)"
-            rf"|(?:{_LABEL}\.)?vpce-{_LABEL}\.bedrock-(?:runtime|runtime-fips|mantle)\.{_LABEL}\.vpce\.amazonaws\.com"
+            rf"bedrock-runtime(?:-fips)?\.{_LABEL}\.(?:amazonaws\.com(?:\.cn)?|api\.aws)"
+            rf"|(?:{_LABEL}\.)?vpce-{_LABEL}\.bedrock-runtime(?:-fips)?\.{_LABEL}\.vpce\.amazonaws\.com"
         ),
         _BEDROCK,
     ),
+    # Other providers' APIs with their own names of models, which do not say through which profile they are paid.
+    (re.compile(rf"bedrock-mantle\.{_LABEL}\.api\.aws"), replace(_BEDROCK, price_id=None)),
 )
 
 # What an operator may call a host (core.route_resources.AI_PROVIDERS).

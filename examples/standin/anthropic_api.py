@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import prose
@@ -53,16 +54,25 @@ async def _messages(request: web.Request) -> web.StreamResponse:
         if field not in body:
             return _error("invalid_request_error", f"{field}: Field required")
     prompt = prose.text_of(body["messages"][-1]["content"]) if body["messages"] else ""
+    return await answer(request, body, prompt)
+
+
+async def answer(request: web.Request, body: dict[str, Any], prompt: str) -> web.StreamResponse:
+    """Answer a valid request, here or behind the address of a cloud."""
     if body.get("stream"):
         return await _stream(request, body, prompt)
     if OVERLOADED in prompt:
         return _error("overloaded_error", "Overloaded")
-    text, cut = prose.answer_to(prompt, body["max_tokens"])
-    message = _message(body, _usage(body, prose.count_tokens(text)))
-    message |= {"content": [{"type": "text", "text": text}], "stop_reason": "max_tokens" if cut else "end_turn"}
-    response = web.json_response(message, headers=_headers())
+    response = web.json_response(message(body, prompt), headers=_headers())
     response.enable_compression()
     return response
+
+
+def message(body: dict[str, Any], prompt: str) -> dict[str, Any]:
+    """Return a whole message."""
+    text, cut = prose.answer_to(prompt, body["max_tokens"])
+    content = {"content": [{"type": "text", "text": text}], "stop_reason": "max_tokens" if cut else "end_turn"}
+    return _message(body, _usage(body, prose.count_tokens(text))) | content
 
 
 def _message(body: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
@@ -90,35 +100,33 @@ def _usage(body: dict[str, Any], output_tokens: int) -> dict[str, Any]:
 
 
 async def _stream(request: web.Request, body: dict[str, Any], prompt: str) -> web.StreamResponse:
-    text, cut = prose.answer_to(prompt, body["max_tokens"])
     response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", **_headers()})
     await response.prepare(request)
-
-    async def send(event: dict[str, Any]) -> None:
+    for event in events(body, prompt):
         await response.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
         await asyncio.sleep(0)
-
-    await send({"type": "message_start", "message": _message(body, _usage(body, 1))})
-    await send({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
-    await send({"type": "ping"})
-    for piece in prose.pieces(text):
-        if OVERLOADED in piece:
-            await send({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
-            await response.write_eof()
-            return response
-        delta = {"type": "text_delta", "text": piece}
-        await send({"type": "content_block_delta", "index": 0, "delta": delta})
-    await send({"type": "content_block_stop", "index": 0})
-    await send(
-        {
-            "type": "message_delta",
-            "delta": {"stop_reason": "max_tokens" if cut else "end_turn", "stop_sequence": None},
-            "usage": _usage(body, prose.count_tokens(text)),
-        }
-    )
-    await send({"type": "message_stop"})
     await response.write_eof()
     return response
+
+
+def events(body: dict[str, Any], prompt: str) -> Iterator[dict[str, Any]]:
+    """Yield the events of a streamed message."""
+    text, cut = prose.answer_to(prompt, body["max_tokens"])
+    yield {"type": "message_start", "message": _message(body, _usage(body, 1))}
+    yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    yield {"type": "ping"}
+    for piece in prose.pieces(text):
+        if OVERLOADED in piece:
+            yield {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+            return
+        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": piece}}
+    yield {"type": "content_block_stop", "index": 0}
+    yield {
+        "type": "message_delta",
+        "delta": {"stop_reason": "max_tokens" if cut else "end_turn", "stop_sequence": None},
+        "usage": _usage(body, prose.count_tokens(text)),
+    }
+    yield {"type": "message_stop"}
 
 
 def _headers() -> dict[str, str]:

@@ -14,17 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import anthropic_api
+import bedrock_api
+import gemini_api
 import internal_api
 import mcp_tools
 import openai_api
 import uvicorn
+import vertex_api
 from aiohttp import web
 from api_keys import ApiKeys
 from certificates import make_server_context
 from request_log import BodyFacts, RequestLog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-HOSTNAMES = (anthropic_api.HOSTNAME, openai_api.HOSTNAME, mcp_tools.HOSTNAME, *internal_api.HOSTNAMES)
+APPLICATIONS: dict[str, Callable[[], web.Application]] = {
+    anthropic_api.HOSTNAME: anthropic_api.application,
+    openai_api.HOSTNAME: openai_api.application,
+    gemini_api.HOSTNAME: gemini_api.application,
+    bedrock_api.HOSTNAME: bedrock_api.application,
+    **dict.fromkeys(vertex_api.HOSTNAMES, vertex_api.application),
+    **dict.fromkeys(internal_api.HOSTNAMES, internal_api.application),
+}
+HOSTNAMES = (*APPLICATIONS, mcp_tools.HOSTNAME)
 
 
 def main() -> None:
@@ -92,10 +103,8 @@ def _by_hostname(log: RequestLog, keys: ApiKeys) -> web.Application:
         return keys.refusal(request) or await handler(request)
 
     app = web.Application(middlewares=[record], client_max_size=32 * 2**20)
-    app.add_domain(anthropic_api.HOSTNAME, anthropic_api.application())
-    app.add_domain(openai_api.HOSTNAME, openai_api.application())
-    for hostname in internal_api.HOSTNAMES:
-        app.add_domain(hostname, internal_api.application())
+    for hostname, application in APPLICATIONS.items():
+        app.add_domain(hostname, application())
     return app
 
 

@@ -26,7 +26,7 @@ from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
 PATH: Final = re.compile(
-    r"/(models|tunedModels|endpoints)/([^/:%]+)(?::|%3[Aa])"
+    r"/(models|tunedModels|endpoints)/((?:[^/:%]|%(?!3[Aa]))+)(?::|%3[Aa])"
     r"(generateContent|streamGenerateContent|countTokens|embedContent|batchEmbedContents|predict)/?$"
 )
 _OPERATIONS: Final = {

@@ -20,7 +20,8 @@ from clrk.gateway.llm.openai_chat import OpenAiChat
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
-_RAW: Final = r"/models/([^/:%]+)(?::|%3[Aa])(rawPredict|streamRawPredict)/?$"
+_RAW: Final = r"/models/((?:[^/:%]|%(?!3[Aa]))+)(?::|%3[Aa])(rawPredict|streamRawPredict)/?$"
+_COUNT_TOKENS: Final = "count-tokens"  # stands where a model would; the model is in the body then
 ANTHROPIC_PATH: Final = re.compile("/publishers/anthropic" + _RAW)
 OPENAI_PATH: Final = re.compile("/publishers/[^/]+" + _RAW)
 
@@ -59,6 +60,8 @@ class VertexAnthropic(AnthropicMessages):
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         self._model, self._streams = _from_path(head)
+        if self._model == _COUNT_TOKENS:
+            self.operation, self.spends_tokens, self._model = names.OPERATION_COUNT_TOKENS, False, None
         in_a_region = "/locations/global/" not in head.path
         self._regional = in_a_region and _SAME_EVERYWHERE.match(self._model or "") is None
 

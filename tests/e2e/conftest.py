@@ -50,6 +50,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dia
             "sdk", ["/agent/venv/bin/python", "-I", "/agent/code/sdk_agent.py"],
             mounts={"/agent/venv": venv, "/agent/code": agents}, env=keys,
         ),
+        agent("models", ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON], mounts={"/agent/venv": venv}, env=keys),
         agent("curl", ["/bin/bash", "-c", 'curl -sS "http://tools.internal/orders/1042?i=$CLRK_INVOCATION_ID"']),
         agent("node", ["/usr/bin/node", "/agent/code/fetch_agent.mjs"], mounts={"/agent/code": agents}),
         agent("python", [*python, RUN_PYTHON], mounts={"/agent/raw": raw_dial}),

@@ -55,7 +55,7 @@ LLM: Types = {
     "gen_ai.usage.reasoning.output_tokens": int, "clrk.cost.usd": float, "clrk.body.usage_visible": bool,
     "clrk.body.request_rewritten": bool, "openai.api.type": str, "openai.request.service_tier": str,
     "openai.response.service_tier": str, "openai.response.system_fingerprint": str,
-    "aws.request_id": str, "aws.bedrock.guardrail.id": str,
+    "clrk.cost.unknown": bool, "clrk.gen_ai.usage.web_searches": int, "aws.request_id": str, "aws.bedrock.guardrail.id": str,
 }  # fmt: skip
 MCP: Types = {
     "mcp.method.name": str, "mcp.session.id": str, "mcp.protocol.version": str, "mcp.resource.uri": str,

@@ -217,15 +217,26 @@ def agent(
     return document("TaskAgent", name, template={"spec": template}, **({"timeout": "50s"} | spec))
 
 
+MODEL_HOSTS = (
+    "api.anthropic.com",
+    "api.openai.com",
+    "generativelanguage.googleapis.com",
+    "aiplatform.googleapis.com",
+    "us-central1-aiplatform.googleapis.com",
+    "us-east5-aiplatform.googleapis.com",
+    "bedrock-runtime.us-east-1.amazonaws.com",
+)
+
+
 def egress(stand_in: StandIn, rules: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Return the gateway `default`, with the stand-in behind the real names, and its rules."""
     aliases = [
-        {"hostnames": ["api.anthropic.com", "api.openai.com", "files.internal"], "address": stand_in.tls},
+        {"hostnames": [*MODEL_HOSTS, "files.internal"], "address": stand_in.tls},
         {"hostnames": ["mcp.internal"], "address": stand_in.mcp},
         {"hostnames": ["tools.internal"], "address": stand_in.plain},
     ]
     allowed = rules or [
-        {"hostnames": ["api.anthropic.com", "api.openai.com", "mcp.internal", "files.internal"], "ports": [443]},
+        {"hostnames": [*MODEL_HOSTS, "mcp.internal", "files.internal"], "ports": [443]},
         {"hostnames": ["tools.internal"], "ports": [80], "http": {"methods": ["GET", "POST", "PUT"]}},
     ]
     return [

@@ -173,6 +173,18 @@ def test_other_hosts_have_no_price(host: str) -> None:
     assert "clrk.cost.usd" not in facts.attributes
 
 
+@pytest.mark.parametrize(
+    ("path", "system"), [("/anthropic/v1/messages", "anthropic"), ("/v1/chat/completions", "openai")]
+)
+def test_others_apis_on_bedrock_are_bedrocks(path: str, system: str) -> None:
+    head = post("bedrock-mantle.us-east-1.api.aws", path)
+    answer = {"type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 1, "output_tokens": 1}}
+    facts, _, _ = exchange(head, b'{"model":"claude-haiku-4-5"}', OK, [raw(answer)])
+    assert facts.attributes["gen_ai.provider.name"] == "aws.bedrock"
+    assert facts.attributes["gen_ai.system"] == system
+    assert "clrk.cost.usd" not in facts.attributes
+
+
 ARN = "arn:aws:bedrock:us-east-1:123456789012"
 REGIONAL, GLOBAL = 1.1, 1.0  # USD per million input tokens of Haiku 4.5
 

@@ -250,6 +250,7 @@ def test_embeddings(head: RequestHead, answer: Any, tokens: int | None) -> None:
     [
         (HOST, "/v1beta/models/gemini-2.5-pro:generateContent", "gcp.gemini", "gemini-2.5-pro"),
         (HOST, "/v1/models/gemini-2.5-pro%3AgenerateContent", "gcp.gemini", "gemini-2.5-pro"),
+        (HOST, "/v1/models/gemini-2.5-flash%40001:generateContent", "gcp.gemini", "gemini-2.5-flash@001"),
         (HOST, "/v1beta/tunedModels/mine-1:generateContent", "gcp.gemini", "tunedModels/mine-1"),
         ("aiplatform.googleapis.com", "/v1beta1/publishers/google/models/g:generateContent", "gcp.vertex_ai", "g"),
         ("europe-west1-aiplatform.googleapis.com", f"{VERTEX}/g:streamGenerateContent", "gcp.vertex_ai", "g"),

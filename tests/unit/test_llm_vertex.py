@@ -68,6 +68,13 @@ def test_claude_streamed() -> None:
     assert facts.attributes["gen_ai.response.finish_reasons"] == ["max_tokens"]
 
 
+def test_counting_tokens_has_the_model_in_the_body_and_spends_none() -> None:
+    head = call("anthropic", "count-tokens", "rawPredict")
+    facts, _ = same_facts_however_cut(head, b'{"model":"claude-sonnet-4-5@20250929"}', OK, b'{"input_tokens":8}')
+    assert facts.name == "count_tokens claude-sonnet-4-5@20250929"
+    assert not {key for key in facts.attributes if key.startswith(("gen_ai.usage.", "clrk."))}
+
+
 def test_mistral_speaks_chat_completions_and_has_no_price() -> None:
     answer = {
         "id": "c1",
