@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+LONG = "[long]"  # in the prompt: an answer of some 15,000 tokens
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -27,6 +28,8 @@ def answer_to(prompt: str, limit_tokens: int) -> tuple[str, bool]:
     """Return an answer of at most limit_tokens, and whether it had to be cut."""
     words = prompt.split()
     answer = f"You asked in {len(words)} words about: {' '.join(words[:12])}. Here is what I found."
+    if LONG in prompt:
+        answer += " And so on." * 5_500
     limit = limit_tokens * _CHARACTERS_PER_TOKEN
     return answer[:limit], len(answer) > limit
 

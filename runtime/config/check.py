@@ -23,6 +23,7 @@ from clrk.core.resources import (
 )
 from clrk.core.route_resources import AIProviderRoute, CredentialInjectionPolicy, MCPRoute
 from clrk.core.values import Resource
+from clrk.runtime.config.budgets import check_budgets
 from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import nearest
 from clrk.runtime.config.exporters import check_otlp, read_environment_files
@@ -55,6 +56,8 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
     ]  # fmt: skip
     for one, route in referring:
         _check_gateway(one, ("spec", "gatewayRef", "name"), route.spec.gateway_ref.name, gateways, problems)
+        if isinstance(route, AIProviderRoute):
+            check_budgets(one, route, gateways.get((one.key[0], route.spec.gateway_ref.name)), problems)
     _check_credential_targets(unique, problems)
     return Resources(
         runtime=_the_runtime(unique, problems),

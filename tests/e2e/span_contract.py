@@ -63,6 +63,12 @@ MCP: Types = {
     "jsonrpc.protocol.version": str, "rpc.response.status_code": str, "clrk.body.usage_visible": bool,
 }  # fmt: skip
 SESSION: Types = {"mcp.session.id": str, "mcp.protocol.version": str}  # of MCP's streams, which are plain HTTP calls
+# Of a call that a budget refused.
+BUDGET: Types = {
+    "clrk.budget.denied": bool, "clrk.budget.route": str, "clrk.budget.limit": str, "clrk.budget.key": str,
+    "clrk.budget.daily_used": float, "clrk.budget.daily_max": float, "clrk.egress.deny_reason": str,
+}  # fmt: skip
+COUNTED = {"clrk.budget.daily_used", "clrk.budget.daily_max"}  # int, where tokens are short and not dollars
 DENIED: Types = {"clrk.egress.deny_reason": str, "clrk.egress.route": str, "clrk.egress.add_rule": str}
 TLS_TROUBLE: Types = {"clrk.tls.client_rejected_ca": bool}
 CAPTURED: Types = {
@@ -135,6 +141,9 @@ def _rule(span: dict[str, Any]) -> tuple[str, str, Types, Types, bool]:
     if name.startswith("invoke_agent "):
         return INTERNAL, "runtime", {"gen_ai.operation.name": str, "gen_ai.agent.name": str}, RUN, False
     base = EGRESS | {"http.request.method": str, "url.full": str}
+    if attributes.get("clrk.budget.denied"):
+        refused = {"clrk.budget.route": str, "clrk.egress.deny_reason": str, "clrk.egress.route": str}
+        return CLIENT, "gateway", base | refused, EGRESS_OPTIONAL | HTTP | LLM | MCP | BUDGET, True
     if "mcp.method.name" in attributes:  # of a batch, one span stands for the HTTP exchange too
         return CLIENT, "gateway", EGRESS | {"url.full": str}, EGRESS_OPTIONAL | HTTP | MCP | DENIED, False
     if "gen_ai.system" in attributes:
@@ -150,5 +159,5 @@ def _check(found: dict[str, Any], required: Types, optional: Types) -> Iterator[
         wanted = required.get(name) or optional.get(name) or (str if name.startswith("agent.identity.") else None)
         if wanted is None:
             yield f"{name} is not in the contract"
-        elif type(value) is not wanted:
+        elif type(value) is not wanted and not (name in COUNTED and type(value) is int):
             yield f"{name} is {type(value).__name__}, not {wanted.__name__}: {value!r}"

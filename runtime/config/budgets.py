@@ -1,0 +1,41 @@
+"""What is wrong with an AIProviderRoute beyond its own fields: budgets that could not be kept."""
+
+from __future__ import annotations
+
+from clrk.core.egress_resources import EgressGateway
+from clrk.core.route_resources import AIProviderRoute
+from clrk.runtime.config.declared import Declared, Problems
+
+_LATER = "is part of the contract but not in this version; remove it"
+
+
+def check_budgets(one: Declared, route: AIProviderRoute, gateway: EgressGateway | None, problems: Problems) -> None:
+    """Note hosts with a budget whose TLS nobody opens, and backendRefs. gateway is the route's, None: there is none."""
+    for index, rule in enumerate(route.spec.rules):
+        if rule.backend_refs:
+            problems.add_at(one, ("spec", "rules", index, "backendRefs"), _LATER)
+        if not rule.filters or gateway is None:
+            continue
+        if gateway.spec.tls.mode == "Passthrough":
+            text = f"EgressGateway {gateway.metadata.name!r} has tls.mode Passthrough, so it can meter nothing"
+            problems.add_at(one, ("spec", "rules", index, "filters"), text)
+            continue
+        for number, match in enumerate(rule.matches):
+            for place, host in enumerate(match.hostnames):
+                if any(_covers(pattern, host) for pattern in gateway.spec.tls.passthrough_hosts):
+                    text = (
+                        f"{host} is in tls.passthroughHosts of EgressGateway {gateway.metadata.name!r}: unread calls "
+                    )
+                    text += "can not be metered, and would be refused"
+                    where = ("spec", "rules", index, "matches", number, "hostnames", place)
+                    problems.add_at(one, where, text)
+
+
+def _covers(pattern: str, host: str) -> bool:
+    """Say whether every name that fits host fits pattern too: both as in core.values.HostPattern."""
+    if pattern == host:
+        return True
+    depth, plain = pattern.count("*"), pattern.lstrip("*")
+    if depth == 0 or not host.endswith(plain) or len(host) == len(plain):
+        return False
+    return depth == 2 or ("." not in host[: -len(plain)] and not host.startswith("**"))

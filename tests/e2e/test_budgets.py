@@ -1,0 +1,223 @@
+"""Budgets with the real daemon, real sandboxes and the official SDKs; nothing that is spent is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from conftest import RUN_PYTHON
+from span_contract import violations
+from stack import ROOT, Daemon, StandIn, agent, document, egress, stand_in
+
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(150)]
+
+SOURCE = {"content-type": "text/plain"}
+REFUSED = """
+import anthropic, openai
+def show(error):
+    headers = error.response.headers
+    print(json.dumps([type(error).__name__, error.status_code, error.message, headers.get("retry-after"),
+                      headers.get("x-should-retry")]))
+try:
+    anthropic.Anthropic().messages.create(model="claude-none", max_tokens=100, messages=[{"role": "user", "content": "hi"}])
+except anthropic.RateLimitError as error:
+    show(error)
+try:
+    openai.OpenAI().chat.completions.create(model="none", max_tokens=100, messages=[{"role": "user", "content": "hi"}])
+except openai.RateLimitError as error:
+    show(error)
+try:
+    openai.OpenAI().images.generate(model="dall-e-3", prompt="a cat")
+except openai.PermissionDeniedError as error:
+    show(error)
+"""
+CUT = """
+import openai
+seen = 0
+try:
+    for chunk in openai.OpenAI().chat.completions.create(model="cut", stream=True, messages=[{"role": "user", "content": "[long]"}]):
+        seen += len(chunk.choices[0].delta.content or "") if chunk.choices else 0
+except openai.APIError as error:
+    print(json.dumps([type(error).__name__, error.message, seen]))
+"""
+CROWD = """
+import concurrent.futures, openai
+client = openai.OpenAI(max_retries=0, timeout=60)
+def call(number):
+    try:
+        client.chat.completions.create(model="crowd", max_tokens=300, messages=[{"role": "user", "content": "hi"}])
+        return 200
+    except openai.RateLimitError:
+        return 429
+with concurrent.futures.ThreadPoolExecutor(100) as pool:
+    print(json.dumps(list(pool.map(call, range(100)))))
+"""
+ONE = """
+import openai
+answer = openai.OpenAI(max_retries=0).chat.completions.create(model="day", max_tokens=50, messages=[{"role": "user", "content": "hi"}])
+print(answer.usage.total_tokens)
+"""
+HANGING = """
+import openai, time
+stream = openai.OpenAI(max_retries=0).chat.completions.create(
+    model="day", max_tokens=16000, stream=True, messages=[{"role": "user", "content": "[long]"}])
+next(iter(stream))
+time.sleep(40)
+"""
+
+
+def rule(models: str, **budget: object) -> dict[str, object]:
+    return {"matches": [{"models": [models]}], "filters": [{"type": "TokenBudget", "tokenBudget": budget}]}
+
+
+def make_daemon(folder: Path, providers: StandIn) -> Daemon:
+    keys = {"ANTHROPIC_API_KEY": "placeholder", "OPENAI_API_KEY": "placeholder"}
+    rules = [
+        rule("*none", maxTokensPerDay=20),
+        rule("cut", maxTokensPerExecution=2_000),
+        rule("crowd", maxTokensPerDay=4_000, key="route"),
+        rule("day", maxTokensPerDay=100_000),
+    ]
+    documents = [
+        *egress(providers),
+        document("AIProviderRoute", "llm", rules=rules),
+        agent(
+            "sdk", ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON], mounts={"/agent/venv": ROOT / ".venv"}, env=keys
+        ),
+    ]
+    return Daemon(folder, f"e2ebud{os.getpid() % 100_000}", documents)
+
+
+@pytest.fixture(scope="module")
+def spending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("budgets")
+    with stand_in(folder / "standin") as providers:
+        running = make_daemon(folder, providers)
+        running.start()
+        yield running
+        assert running.stop() == 0, running.log()
+
+
+async def ask(caller: aiohttp.ClientSession, daemon: Daemon, source: str) -> tuple[str, str]:
+    async with caller.post(f"{daemon.url}/agents/sdk", data=source, headers=SOURCE) as answer:
+        text = await answer.text()
+        assert answer.status == 200, text + daemon.log()
+        return text, answer.headers["X-Clrk-Invocation-ID"]
+
+
+def account(daemon: Daemon, key: str = "agent:default/sdk", rule_number: int = 3) -> dict[str, int]:
+    """The day's tokens of one rule."""
+    items = json.loads(daemon.clrk("budgets", "-o", "json"))
+    found = [one for one in items if (one["rule"], one["key"], one["execution"]) == (rule_number, key, None)]
+    return found[0]["tokens"] if found else {"used": 0, "reserved": 0}
+
+
+async def test_the_sdks_raise_what_they_raise_for_a_provider_that_refuses(
+    spending: Daemon, caller: aiohttp.ClientSession
+) -> None:
+    text, invocation = await ask(caller, spending, REFUSED)
+    claude, gpt, image = [json.loads(line) for line in text.splitlines()[:3]]
+    for name, status, message, retry_after, should_retry in (claude, gpt):
+        assert (name, status, should_retry) == ("RateLimitError", 429, "false")
+        assert "maxTokensPerDay is 20, 0 used, 20 left" in message
+        assert 0 < int(retry_after) <= 86_400
+    assert image[:2] == ["PermissionDeniedError", 403]
+    assert "can not be metered" in image[2]
+    spans = spending.spans_when_complete(invocation)
+    assert list(violations(spans)) == []
+    denied = [span for span in spans if span["attributes"].get("clrk.budget.denied")]
+    # Each was tried once: the SDKs were told that there is no use in trying again.
+    assert [span["name"] for span in denied] == ["chat claude-none", "chat none", "POST api.openai.com"]
+    assert denied[0]["attributes"]["clrk.budget.route"] == "default/llm"
+    assert (denied[0]["attributes"]["clrk.budget.daily_used"], denied[0]["attributes"]["clrk.budget.daily_max"]) == (
+        0,
+        20,
+    )
+    listed = [json.loads(line) for line in spending.clrk("traces", "--denied", "--json").splitlines()]
+    assert {span["span_id"] for span in denied} <= {span["span_id"] for span in listed}
+    (record,) = [one for one in json.loads(spending.clrk("agents", "invocations", "sdk", "-o", "json"))
+                 if one["invocation"] == invocation]  # fmt: skip
+    assert (record["denials"], record["llmCalls"], record["inputTokens"]) == (3, 0, 0)
+    async with caller.get(f"http://127.0.0.1:{spending.admin_port}/metrics") as metrics:
+        lines = [line for line in (await metrics.text()).splitlines() if line.startswith("clrk_egress_denied")]
+    assert sum(float(line.rpartition(" ")[2]) for line in lines if "budget_exceeded" in line) == 2
+    assert sum(float(line.rpartition(" ")[2]) for line in lines if "budget_unmetered" in line) == 1
+
+
+async def test_a_stream_that_overruns_is_cut_and_the_sdk_raises(
+    spending: Daemon, caller: aiohttp.ClientSession
+) -> None:
+    text, invocation = await ask(caller, spending, CUT)
+    name, message, seen = json.loads(text)
+    assert name == "APIError"
+    assert "maxTokensPerExecution is reached in the midst of this answer" in message
+    assert 4_000 < seen < 40_000  # of 60,000 characters; what comes at once is judged at once
+    (call,) = [span for span in spending.spans_when_complete(invocation) if span["name"] == "chat cut"]
+    assert call["attributes"]["error.type"] == "budget_exceeded"
+    assert "clrk.budget.denied" not in call["attributes"]
+
+
+async def test_a_hundred_calls_at_once_do_not_pass_the_limit(spending: Daemon, caller: aiohttp.ClientSession) -> None:
+    text, invocation = await ask(caller, spending, CROWD)
+    statuses = json.loads(text)
+    assert len(statuses) == 100
+    assert 200 in statuses
+    spans = [span["attributes"] for span in spending.spans_when_complete(invocation) if span["name"] == "chat crowd"]
+    assert len(spans) == 100
+    used = sum(
+        found["gen_ai.usage.input_tokens"] + found["gen_ai.usage.output_tokens"]
+        for found in spans
+        if "gen_ai.usage.input_tokens" in found
+    )
+    counted = account(spending, "route", 2)
+    assert (counted["used"], counted["reserved"]) == (used, 0)
+    assert used <= counted["limit"] == 4_000
+    assert sum(found.get("clrk.budget.denied", False) for found in spans) == statuses.count(429)
+
+
+async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, caller: aiohttp.ClientSession) -> None:
+    with stand_in(tmp_path / "standin") as providers:
+        daemon = make_daemon(tmp_path, providers)
+        daemon.start()
+        try:
+            text, _ = await ask(caller, daemon, ONE)
+            used = account(daemon)["used"]
+            assert used == int(text)
+            hanging = asyncio.ensure_future(ask(caller, daemon, HANGING))
+            await until(lambda: account(daemon)["reserved"] > 16_000, daemon)
+            reserved = account(daemon)["reserved"]
+            before = daemon.gateway_pid()
+            assert daemon.kill_gateway()
+            with pytest.raises((aiohttp.ClientError, AssertionError)):
+                await hanging
+            await until(lambda: daemon.gateway_pid() not in (None, before) and is_up(daemon), daemon)
+            found = account(daemon)
+            assert (found["used"], found["reserved"]) == (used + reserved, 0)  # what was under way counts as spent
+            daemon.kill()
+            daemon.start()
+            assert account(daemon)["used"] == used + reserved
+            more, _ = await ask(caller, daemon, ONE)
+            assert account(daemon)["used"] == used + reserved + int(more)
+        finally:
+            daemon.stop()
+
+
+def is_up(daemon: Daemon) -> bool:
+    try:
+        daemon.clrk("status")
+    except AssertionError:
+        return False
+    return True
+
+
+async def until(holds, daemon: Daemon, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, daemon.log()
+        await asyncio.sleep(0.2)
