@@ -30,6 +30,8 @@ REFERENCE_TOKENS: Final = 200_000  # a usual context window
 SERVER_TOOL_TOKENS: Final = 50_000
 TOOLS_TOKENS: Final = 1_000  # Claude: 346 to 735, platform.claude.com "Tool use"
 BASE_TOKENS: Final = 64
+MAX_BRACKETS: Final = 200_000  # of a body; what the event loop reads within some 0.2 s, for everybody waits
+MAX_COMMAS: Final = 1_000_000
 
 _LIMITS: Final = (
     "max_tokens",
@@ -81,6 +83,8 @@ def read_demand(body: bytes) -> Demand:
     Raises: ProtocolError(json | ambiguous): nobody can say what it will be read as.
     Cost:   O(len(body)); it is decoded once, and walked.
     """
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS or body.count(b",") > MAX_COMMAS:
+        raise ProtocolError("json", f"over {MAX_BRACKETS} brackets or {MAX_COMMAS} commas take too long to read")
     try:
         text = body.decode()
         first, members = read_members(text)

@@ -20,16 +20,17 @@ pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(150)]
 SOURCE = {"content-type": "text/plain"}
 REFUSED = """
 import anthropic, openai
+hi = [{"role": "user", "content": "hi"}]
 def show(error):
     headers = error.response.headers
     print(json.dumps([type(error).__name__, error.status_code, error.message, headers.get("retry-after"),
                       headers.get("x-should-retry")]))
 try:
-    anthropic.Anthropic().messages.create(model="claude-none", max_tokens=100, messages=[{"role": "user", "content": "hi"}])
+    anthropic.Anthropic().messages.create(model="claude-none", max_tokens=100, messages=hi)
 except anthropic.RateLimitError as error:
     show(error)
 try:
-    openai.OpenAI().chat.completions.create(model="none", max_tokens=100, messages=[{"role": "user", "content": "hi"}])
+    openai.OpenAI().chat.completions.create(model="none", max_tokens=100, messages=hi)
 except openai.RateLimitError as error:
     show(error)
 try:
@@ -39,9 +40,9 @@ except openai.PermissionDeniedError as error:
 """
 CUT = """
 import openai
-seen = 0
+seen, asked = 0, [{"role": "user", "content": "[long]"}]
 try:
-    for chunk in openai.OpenAI().chat.completions.create(model="cut", stream=True, messages=[{"role": "user", "content": "[long]"}]):
+    for chunk in openai.OpenAI().chat.completions.create(model="cut", stream=True, messages=asked):
         seen += len(chunk.choices[0].delta.content or "") if chunk.choices else 0
 except openai.APIError as error:
     print(json.dumps([type(error).__name__, error.message, seen]))
@@ -60,7 +61,8 @@ with concurrent.futures.ThreadPoolExecutor(100) as pool:
 """
 ONE = """
 import openai
-answer = openai.OpenAI(max_retries=0).chat.completions.create(model="day", max_tokens=50, messages=[{"role": "user", "content": "hi"}])
+hi = [{"role": "user", "content": "hi"}]
+answer = openai.OpenAI(max_retries=0).chat.completions.create(model="day", max_tokens=50, messages=hi)
 print(answer.usage.total_tokens)
 """
 HANGING = """
@@ -141,7 +143,7 @@ async def test_the_sdks_raise_what_they_raise_for_a_provider_that_refuses(
     )
     listed = [json.loads(line) for line in spending.clrk("traces", "--denied", "--json").splitlines()]
     assert {span["span_id"] for span in denied} <= {span["span_id"] for span in listed}
-    (record,) = [one for one in json.loads(spending.clrk("agents", "invocations", "sdk", "-o", "json"))
+    (record,) = [one for one in json.loads(spending.clrk("agents", "invocations", "sdk", "-o", "json"))["items"]
                  if one["invocation"] == invocation]  # fmt: skip
     assert (record["denials"], record["llmCalls"], record["inputTokens"]) == (3, 0, 0)
     async with caller.get(f"http://127.0.0.1:{spending.admin_port}/metrics") as metrics:

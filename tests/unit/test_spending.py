@@ -15,6 +15,8 @@ from clrk.gateway.llm.media_parts import MAX_NODES, find_media
 from clrk.gateway.llm.spending import (
     BASE_TOKENS,
     IMAGE_TOKENS,
+    MAX_BRACKETS,
+    MAX_COMMAS,
     REFERENCE_TOKENS,
     SERVER_TOOL_TOKENS,
     TOOLS_TOKENS,
@@ -142,11 +144,22 @@ def test_any_document_has_an_estimate(value):
     assert read_demand(body).input_tokens >= BASE_TOKENS
 
 
-def test_a_body_of_a_million_brackets_is_looked_at_for_a_bounded_time():
-    body = b'{"messages":[' + b"[]," * 1_000_000 + b"1]}"
-    began = time.perf_counter()
-    assert read_demand(body).input_tokens > 1_000_000
-    assert time.perf_counter() - began < 3
+@pytest.mark.parametrize("body", [b"[]," * MAX_BRACKETS, b"{}," * MAX_BRACKETS, b"1," * MAX_COMMAS, b"[" * 10**7])
+def test_a_body_that_takes_long_to_read_is_refused_at_once(body):
+    began = time.process_time()
+    with pytest.raises(ProtocolError, match="too long to read"):
+        read_demand(b'{"x":[' + body + b"[],1]}")
+    assert time.process_time() - began < 0.2
+
+
+def test_the_largest_body_that_is_read_takes_a_bounded_time():
+    body = b'{"x":[' + b"[]," * (MAX_BRACKETS - 2) + b"1]}"
+    began = time.process_time()
+    assert read_demand(body).input_tokens > MAX_BRACKETS
+    assert time.process_time() - began < 1
+
+
+def test_media_are_looked_for_in_a_bounded_number_of_places():
     parts = [{"type": "image_url", "image_url": {"url": "x"}}] * (MAX_NODES + 10)
     assert sum(1 for _ in find_media(parts)) < MAX_NODES
 

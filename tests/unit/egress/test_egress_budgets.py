@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import pytest
@@ -229,4 +230,18 @@ async def test_what_can_not_be_metered_does_not_go_out(request_head):
             assert (await wire.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 403 ")
         (span,) = await lab.recorder.wait(1)
         assert span.attributes[attr.CLRK_EGRESS_DENY_REASON] == "budget_unmetered"
+        assert provider.requests == []
+
+
+@pytest.mark.parametrize("first", [b"post /v1/chat/completions HTTP/1.1\r\n", b"\x16\x03\x01", b"\x00\x01binary"])
+async def test_nothing_but_http_goes_to_a_host_with_a_budget(first):
+    provider = Provider()
+    async with _server(provider) as port, _lab(provider, port, _rule(maxTokensPerDay=5_000)) as lab:
+        wire = await lab.dial_tls(HOST)
+        wire.writer.write(first + b"\r\n\r\n")
+        async with asyncio.timeout(10):
+            with contextlib.suppress(OSError):
+                assert await wire.reader.read(-1) == b""
+        (span,) = await lab.recorder.wait(1)
+        assert (span.name, span.attributes[attr.CLRK_EGRESS_DENY_REASON]) == (attr.SPAN_EGRESS_DIAL_DENIED, "http_only")
         assert provider.requests == []
