@@ -77,6 +77,12 @@ class DaemonRun(SandboxRun):
             self._stop_run(STOP_GRACE_S)
             self._expect_exit_within(STOP_GRACE_S + EXIT_GRACE_S, ExitReason.STOPPED)
 
+    def use_gateway(self, gateway: EgressGateway | None) -> None:
+        """Go on by other egress rules, those of the configuration of now."""
+        self._gateway = gateway
+        if self._run_egress is not None and not self.outcome.done():
+            self._run_egress.reconfigure(gateway)
+
     @property
     def end(self) -> RunEnd:
         """How it ended."""

@@ -1,9 +1,10 @@
 """The DaemonAgents of this gateway: each is kept running as its restart policy says (CONTRACT section 3).
 
 Theory of operation. One task for each name (`_Keeper`) follows what is wanted there: it starts a run, waits for its
-end, waits the back-off, and starts the next. Whatever changes what is wanted (another revision, other egress rules,
-removal, drain) sets `changed`, and the task looks again: it stops the run of now, SIGTERM first, and goes on with the
-next. So two runs of one daemon never overlap. All waiting is in monotonic time.
+end, waits the back-off, and starts the next. Whatever changes what is wanted (another revision, removal, drain)
+sets `changed`, and the task looks again: it stops the run of now, SIGTERM first, and goes on with the next. So two runs
+of one daemon never overlap. Other egress rules are given to the run of now, which goes on. All waiting is in monotonic
+time.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Wanted:
 
     agent: DaemonAgent
     gateway: EgressGateway | None
-    terms: str  # egress rules, which a run keeps for its whole life
+    terms: str  # egress rules: where they differ, a run goes on by the new ones
 
 
 class Daemons:
@@ -161,7 +162,7 @@ class Daemons:
 
 
 def wanted_of(agent: DaemonAgent, gateway: EgressGateway | None, config: GatewayConfig) -> Wanted:
-    """Say what is to run. A daemon may live for months, so rules that were taken away must end its run."""
+    """Say what is to run, and by which rules: a daemon may live for months, and its rules change meanwhile."""
     if gateway is None:
         return Wanted(agent, None, "")
     routes: list[EgressL4Route | AIProviderRoute | MCPRoute] = [*config.routes, *config.ai_routes, *config.mcp_routes]
@@ -190,14 +191,10 @@ def _applies(route: EgressL4Route | AIProviderRoute | MCPRoute, gateway: EgressG
 
 
 def _same(one: Wanted | None, other: Wanted | None) -> bool:
-    """Say whether a run of one may stay for the other. Labels, and where telemetry goes, do not matter to a run."""
+    """Say whether a run of one may stay for the other. A gateway that comes or goes is in the run's identity."""
     if one is None or other is None:
         return one is other
-    return (one.agent.revision, one.terms, one.gateway is None) == (
-        other.agent.revision,
-        other.terms,
-        other.gateway is None,
-    )
+    return (one.agent.revision, one.gateway is None) == (other.agent.revision, other.gateway is None)
 
 
 class _Keeper:
@@ -213,12 +210,16 @@ class _Keeper:
         self._pause = pause
         self._on_gone = on_gone
         self._changed = asyncio.Event()
+        self._run: DaemonRun | None = None
 
     def want(self, wanted: Wanted | None) -> None:
         """Run something else from now on, or nothing."""
-        if not _same(self._wanted, wanted):
+        before, self._wanted = self._wanted, wanted
+        if not _same(before, wanted):
             self._changed.set()
-        self._wanted = wanted
+        elif before is not None and wanted is not None and before.terms != wanted.terms and self._run is not None:
+            self._run.use_gateway(wanted.gateway)
+            _LOG.info("daemon %s: other egress rules", self._name, extra={"agent": self._name})
 
     async def keep(self) -> None:
         """Keep running what is wanted; return when nothing is."""
@@ -237,7 +238,7 @@ class _Keeper:
         self.status = DaemonStatus("Starting", last_exit=self.status.last_exit)
         self._tell(logging.INFO, "Starting", f"revision {wanted.agent.revision}")
         while True:
-            end = await self._run_once(wanted)
+            end = await self._run_once(self._wanted or wanted)  # the rules may be others by now
             if self._changed.is_set():
                 return
             if (reason := _rests(spec, end, failures)) is not None:
@@ -259,12 +260,13 @@ class _Keeper:
         await self._pause(self._changed, delay_s)
 
     async def _run_once(self, wanted: Wanted) -> RunEnd:
-        run = self._start(wanted)
+        run = self._run = self._start(wanted)
         watches = (self._tell_running(run), self._stop_in_time(run, wanted.agent.spec.max_lifetime_seconds))
         tasks = [spawn(watch, name=f"daemon {self._name} watch") for watch in watches]
         try:
             await run.gone.wait()
         finally:
+            self._run = None
             for task in tasks:
                 await cancel(task)
         self.status = msgspec.structs.replace(self.status, last_exit=run.end.text, sandbox_id="")

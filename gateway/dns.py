@@ -143,7 +143,7 @@ class SandboxResolver:
         policy: Callable[[], NamePolicy],
         names: NameTable,
         recorder: Recorder,
-        redactor: Redactor = KNOWN_SECRETS,
+        redactor: Callable[[], Redactor] = lambda: KNOWN_SECRETS,
     ) -> None:
         self._identity, self._redactor = identity, redactor
         self._policy = policy
@@ -183,6 +183,7 @@ class SandboxResolver:
         if name in self._denied or len(self._denied) >= MAX_DENIED_SPANS:
             return
         self._denied.add(name)
+        redactor = self._redactor()
         attributes: dict[str, AttributeValue] = {
             attr.CLRK_DST_NAME: name,
             attr.DNS_QUESTION_NAME: name,
@@ -203,8 +204,8 @@ class SandboxResolver:
             kind=SpanKind.CLIENT,
             start_ns=now,
             end_ns=now,
-            attributes=self._redactor.attributes(attributes),
-            status=Status(StatusCode.ERROR, self._redactor.text(message)),
+            attributes=redactor.attributes(attributes),
+            status=Status(StatusCode.ERROR, redactor.text(message)),
             parent_span_id=parent.span_id,
             trace_id=parent.trace_id,
         )

@@ -64,6 +64,9 @@ class Commands(Protocol):
 class RunEgress(Protocol):
     """The egress side of one run."""
 
+    def reconfigure(self, gateway: EgressGateway | None) -> None:
+        """Go on by the configuration of now."""
+
     async def close(self) -> None:
         """End every connection of the run; its spans are recorded when this returns."""
 
@@ -120,6 +123,7 @@ class SandboxRun(ABC):
         self._parent_span_id = parent_span_id
         self._commands = commands
         self._egress = egress
+        self._run_egress: RunEgress | None = None  # while the run is open
         self._telemetry = telemetry
         self._allowance = allowance
         self._start_ns = time.time_ns()
@@ -266,7 +270,7 @@ class SandboxRun(ABC):
             identity=self.identity, agent=self._agent, gateway=self._gateway, netns_cookie=started.netns_cookie,
             header_v4=started.header_v4, header_v6=started.header_v6, sockets=sockets,
         )  # fmt: skip
-        egress = self._egress.serve(run)
+        self._run_egress = egress = self._egress.serve(run)
         stack.push_async_callback(egress.close)
         metadata = self._metadata_service()
         stack.push_async_callback(metadata.close)

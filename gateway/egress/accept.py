@@ -117,7 +117,7 @@ class Acceptor:
         way_out: Exit,
         counters: EgressCounters,
     ) -> None:
-        self._run, self._flows, self._names, self._issuer = run, flows, names, issuer
+        self._run, self._flows, self.names, self._issuer = run, flows, names, issuer
         self._exit = way_out
         self._counters = counters
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
@@ -146,6 +146,16 @@ class Acceptor:
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
+    @property
+    def way_out(self) -> Exit:
+        """The rules of now."""
+        return self._exit
+
+    def use(self, way_out: Exit) -> None:
+        """Judge new connections and requests by other rules, and end the tunnels that they do not allow."""
+        self._exit = way_out
+        way_out.tunnels.judge(way_out)
+
     async def close(self) -> None:
         """End every connection; each records its span."""
         tasks = list(self._tasks)
@@ -164,7 +174,7 @@ class Acceptor:
             if flow is None:
                 self._counters.no_record += 1
                 return
-            name = self._names.name_of(flow.dst)
+            name = self.names.name_of(flow.dst)
             origin = Origin(flow, Destination(name, flow.dst, flow.dst_port), connect_time_ns(flow))
             try:
                 expected = expected_header(self._run.header_v4, self._run.header_v6, flow, src, src_port)
@@ -271,7 +281,7 @@ class Acceptor:
 
     async def _speak(self, agent: Channel, origin: Origin, kind: str) -> None:
         if kind == "http":
-            await relay_http(self._exit, origin, agent)
+            await relay_http(lambda: self._exit, origin, agent)
         else:
             await self._tunnel(agent, origin)
 
@@ -324,9 +334,12 @@ class Acceptor:
         spans.begin_tcp(call)
         error, message = None, ""
         try:
-            await tunnel(agent, upstream, admission)
+            carried = tunnel(agent, upstream, admission)
+            await self._exit.tunnels.carry(lambda way_out: _allows_tunnel(way_out, origin, sni), carried)
         except OSError as exc:
             error, message = error_type_of(exc), f"{destination.host}:{destination.port}: {exc}"
+            agent.reset()
+            upstream.reset()  # it may not have been used at all
         except asyncio.CancelledError:
             error, message = "cancelled", "the run ended"
             raise
@@ -354,6 +367,15 @@ class Acceptor:
             self._exit.spans.would_deny(call, HTTP_ONLY)
         server_name = (origin.name or str(destination.address)) if origin.is_tls else None
         return Target(destination.name, destination.address, destination.port, server_name)
+
+
+def _allows_tunnel(way_out: Exit, origin: Origin, sni: str | None) -> bool:
+    """Say whether the rules of now allow a tunnel that is open already."""
+    destination, policy = origin.destination, way_out.policy
+    address = None if destination.name is not None else destination.address
+    if policy.holds(policy.tunnel(destination.name, address, destination.port)):
+        return False
+    return not (policy.enforces and way_out.http_only(destination.host, origin.server_name, sni))
 
 
 async def _open(sock: socket.socket, context: ssl.SSLContext | None) -> Channel:

@@ -114,6 +114,14 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead, call: Call) 
     return False
 
 
+def allows(way_out: Exit, origin: Origin, head: RequestHead) -> bool:
+    """Say whether the rules of now allow a request that was admitted before."""
+    destination = origin.destination
+    address = None if destination.name is not None else destination.address
+    verdict, _ = _judge(way_out.policy, destination.name, address, destination.port, head)
+    return not way_out.policy.holds(verdict)
+
+
 def _judge(
     policy: EgressPolicy, name: str | None, address: IPAddress | None, port: int, head: RequestHead
 ) -> tuple[Verdict, str]:

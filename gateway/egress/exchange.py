@@ -17,7 +17,7 @@ from typing import Final
 from clrk.core.errors import ProtocolError
 from clrk.gateway._aio import spawn
 from clrk.gateway.egress import forward
-from clrk.gateway.egress.admission import Admitted, admit
+from clrk.gateway.egress.admission import Admitted, admit, allows
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.download import Download
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of, explain
@@ -36,9 +36,10 @@ from clrk.gateway.egress.record import Call
 from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem
 from clrk.gateway.egress.reply import read_final_head
 from clrk.gateway.egress.tcp import tunnel
+from clrk.gateway.egress.tunnels import TunnelRevokedError
 from clrk.gateway.egress.upload import AgentGoneError, Upload
 from clrk.gateway.govern import Answer, Cut, Governor
-from clrk.gateway.interpret import Facts
+from clrk.gateway.interpret import Facts, RequestHead
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import SpanEvent
 
@@ -174,7 +175,7 @@ class Exchange:
             if not upload.done:
                 raise ProtocolError("upgrade", "the upstream switched protocols before the request was complete")
             download.head(response, None)
-            await self._switch(upstream, response)
+            await self._switch(admitted.head, upstream, response)
             return False
         body = response_body(response, self._request.method)
         download.head(response, body)
@@ -269,7 +270,7 @@ class Exchange:
                 self._agent.set_idle_timeout(0)
                 upstream.set_idle_timeout(self._exit.request_timeout_s)
 
-    async def _switch(self, upstream: Channel, response: Response) -> None:
+    async def _switch(self, head: RequestHead, upstream: Channel, response: Response) -> None:
         """Become a tunnel (RFC 9110, section 15.2.2)."""
         headers = forward.response_headers(response, framing=Framing.AS_SENT)
         self._answered, self._continues, self._switched = True, False, True
@@ -278,7 +279,8 @@ class Exchange:
         await self._agent.write(render_head(f"HTTP/1.1 101 {response.reason}", headers))
         up, down = upstream.sent_bytes, self._agent.sent_bytes
         try:
-            await tunnel(self._agent, upstream)
+            carried = tunnel(self._agent, upstream)
+            await self._exit.tunnels.carry(lambda way_out: allows(way_out, self._origin, head), carried)
         finally:
             self._call.request_bytes += upstream.sent_bytes - up
             self._call.response_bytes += self._agent.sent_bytes - down
@@ -324,6 +326,10 @@ class Exchange:
             self._settle(None)
             self._exit.spans.denied(self._call, f"bad_request_{broken.code}", str(broken))
             self._answer(400, f"bad_request_{broken.code}", str(broken))
+            return
+        if isinstance(exc, TunnelRevokedError):
+            self._record(admitted, error_type_of(exc), f"{admitted.target.label}: {exc}", complete=False)
+            self._agent.reset()
             return
         if isinstance(exc, AgentGoneError) or self._agent.is_broken:
             self._record(admitted, "agent_disconnected", str(exc), complete=False)

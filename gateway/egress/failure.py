@@ -8,6 +8,7 @@ import ssl
 from typing import Final
 
 from clrk.core.errors import ClrkError
+from clrk.gateway.egress.tunnels import TunnelRevokedError
 
 # X509_V_ERR_*: openssl/x509_vfy.h
 _VERIFY_ERRORS: Final = {
@@ -84,6 +85,8 @@ def error_type_of(exc: BaseException) -> str:
             return "connection_refused"
         case TimeoutError():
             return "timeout"
+        case TunnelRevokedError():
+            return "policy_changed"
         case ConnectionError():
             return "connection_reset"
         case OSError() if exc.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL):

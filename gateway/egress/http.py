@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Final
 
 from clrk.core.errors import ProtocolError
@@ -19,21 +20,24 @@ LINGER_S: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
 
 
-async def relay_http(way_out: Exit, origin: Origin, agent: Channel) -> None:
-    """Carry requests until either side ends the connection. Never raises for what a peer does."""
+async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel) -> None:
+    """Carry requests until either side ends the connection. Never raises for what a peer does.
+
+    Shape: way_out returns that of now: each request is judged by the rules that hold when it comes.
+    """
     start_ns = origin.connect_ns
     try:
         while (request := await _next_request(way_out, origin, agent, start_ns)) is not None:
             call = origin.call(start_ns or time.time_ns())
             start_ns = 0
-            if not await Exchange(way_out, origin, agent, request, call).run():
+            if not await Exchange(way_out(), origin, agent, request, call).run():
                 break
         await _linger(agent)
     except OSError:
         return  # the agent is gone between two requests: nothing is owed to anybody
 
 
-async def _next_request(way_out: Exit, origin: Origin, agent: Channel, start_ns: int) -> Request | None:
+async def _next_request(way_out: Callable[[], Exit], origin: Origin, agent: Channel, start_ns: int) -> Request | None:
     """Return the next request; None when there is none or it was refused. Raises: OSError between two requests."""
     agent.set_idle_timeout(KEEP_ALIVE_S)
     data = await agent.read()
@@ -46,8 +50,8 @@ async def _next_request(way_out: Exit, origin: Origin, agent: Channel, start_ns:
         return parse_request(head)
     except ProtocolError as exc:
         call = origin.call(start_ns or time.time_ns())
-        reason, invocation_id = f"bad_request_{exc.code}", way_out.spans.identity.invocation_id
-        way_out.spans.denied(call, reason, str(exc))
+        reason, invocation_id = f"bad_request_{exc.code}", way_out().spans.identity.invocation_id
+        way_out().spans.denied(call, reason, str(exc))
         if not agent.is_broken:
             await agent.write(render_problem(status_of(exc.code), reason, str(exc), invocation_id=invocation_id))
         return None

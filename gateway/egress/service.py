@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from clrk.gateway.egress.proxy import Proxy
 from clrk.gateway.egress.record import EgressSpans
 from clrk.gateway.egress.resolve import Resolver, system_resolver
 from clrk.gateway.egress.tls import upstream_context
+from clrk.gateway.egress.tunnels import OpenTunnels
 from clrk.gateway.egress.upstream import Upstream, is_local_address
 from clrk.gateway.governance import Governance
 from clrk.gateway.interpret import Allowance
@@ -40,6 +42,16 @@ from clrk.gateway.secret_values import SecretValues
 from clrk.gateway.telemetry.spans import Recorder
 
 _NO_GATEWAY_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a run keeps when its rules change."""
+
+    allowance: Allowance = field(default_factory=Allowance)
+    captured: Allowance = field(default_factory=lambda: Allowance(MAX_KEPT_BYTES))
+    conversations: Conversations = field(default_factory=Conversations)
+    tunnels: OpenTunnels = field(default_factory=OpenTunnels)
 
 
 class EgressService:
@@ -80,58 +92,63 @@ class EgressService:
 
         Side effects: uses run.sockets' egress and dns sockets, which stay the caller's to close afterwards.
         """
-        policy = EgressPolicy.compile(run.gateway, self._config.routes)
-        upstream = Upstream(
-            policy=policy,
-            guard=AddressGuard(self._config.host_addresses, is_local_address),
-            context=self._contexts[self._ca_pem(run.gateway)],
-            resolver=self._resolver,
-            proxy=_proxy(run.gateway),
-            secrets=lambda: self._config.secrets,
-        )
-        timeout_s = run.gateway.spec.request_timeout if run.gateway is not None else _NO_GATEWAY_TIMEOUT_S
-        credentials = compile_credentials(run.gateway, self._config, self._secret_values)
-        patterns = run.gateway.spec.redact.patterns if run.gateway is not None else ()
-        redactor = Redactor(patterns, lambda: self._secret_values.known, credentials.secret_headers)
-        spans = EgressSpans(run.identity, self._recorder, redactor, timeout_s)
-        names = NameTable()
-        allowance = Allowance()
-        governing = self._governance.of_run(run)
-        mcp = KnownMcp(governing.is_mcp_host)
-        hosts = KnownHosts(run.gateway, self._config.ai_routes)
-        prices = PriceList(run.gateway.spec.prices) if run.gateway is not None else BUNDLED
+        kept = _Kept()
+        way_out = self._way_out(run, run.gateway, kept)
         acceptor = Acceptor(
             run=run,
             flows=self._flows,
-            names=names,
+            names=NameTable(),
             issuer=self._issuer,
-            way_out=Exit(
-                policy,
-                upstream,
-                spans,
-                self._recognise or partial(recognise, allowance=allowance, hosts=hosts, prices=prices, mcp=mcp),
-                timeout_s,
-                allowance,
-                _new_capture(run.gateway, redactor),
-                governing.govern,
-                credentials,
-                governing.http_only,
-            ),
+            way_out=way_out,
             counters=self.counters,
-        )
-        resolver = SandboxResolver(
-            identity=run.identity, policy=lambda: policy, names=names, recorder=self._recorder, redactor=redactor
         )
         serving = RunEgress(
             run,
             acceptor=acceptor,
-            resolver=resolver,
-            upstream=upstream,
-            conversations=mcp.conversations,
+            recorder=self._recorder,
+            remake=lambda gateway: self._way_out(run, gateway, kept),
+            conversations=kept.conversations,
             siblings=self._runs,
         )
         self._runs.add(serving)
         return serving
+
+    def _way_out(self, run: Run, gateway: EgressGateway | None, kept: _Kept) -> Exit:
+        """Return the way out of a run as the configuration of now has it; `kept` is the same for all of a run."""
+        policy = EgressPolicy.compile(gateway, self._config.routes)
+        upstream = Upstream(
+            policy=policy,
+            guard=AddressGuard(self._config.host_addresses, is_local_address),
+            context=self._contexts[self._ca_pem(gateway)],
+            resolver=self._resolver,
+            proxy=_proxy(gateway),
+            secrets=lambda: self._config.secrets,
+        )
+        timeout_s = gateway.spec.request_timeout if gateway is not None else _NO_GATEWAY_TIMEOUT_S
+        credentials = compile_credentials(gateway, self._config, self._secret_values)
+        patterns = gateway.spec.redact.patterns if gateway is not None else ()
+        redactor = Redactor(patterns, lambda: self._secret_values.known, credentials.secret_headers)
+        governing = self._governance.of_run(replace(run, gateway=gateway))
+        known = partial(
+            recognise,
+            allowance=kept.allowance,
+            hosts=KnownHosts(gateway, self._config.ai_routes),
+            prices=PriceList(gateway.spec.prices) if gateway is not None else BUNDLED,
+            mcp=KnownMcp(governing.is_mcp_host, kept.conversations),
+        )
+        return Exit(
+            policy,
+            upstream,
+            EgressSpans(run.identity, self._recorder, redactor, timeout_s),
+            self._recognise or known,
+            timeout_s,
+            kept.allowance,
+            _new_capture(gateway, redactor, kept.captured),
+            governing.govern,
+            credentials,
+            governing.http_only,
+            kept.tunnels,
+        )
 
     def report_budgets(self, day: str | None) -> dict[str, Any]:
         """Return what budgets have spent on a UTC day, None: today. Raises: LedgerError."""
@@ -168,11 +185,13 @@ def _proxy(gateway: EgressGateway | None) -> Proxy | None:
     return Proxy.compile(spec, gateway.metadata.namespace) if gateway is not None and spec is not None else None
 
 
-def _new_capture(gateway: EgressGateway | None, redactor: Redactor) -> Callable[[], Capture] | None:
+def _new_capture(
+    gateway: EgressGateway | None, redactor: Redactor, allowance: Allowance
+) -> Callable[[], Capture] | None:
     otlp = gateway.spec.otlp if gateway is not None else None
     if otlp is None or otlp.capture_body is None:
         return None
-    return partial(Capture, otlp.capture_body, Allowance(MAX_KEPT_BYTES), redactor)
+    return partial(Capture, otlp.capture_body, allowance, redactor)
 
 
 class RunEgress:
@@ -183,19 +202,35 @@ class RunEgress:
         run: Run,
         *,
         acceptor: Acceptor,
-        resolver: SandboxResolver,
-        upstream: Upstream,
+        recorder: Recorder,
+        remake: Callable[[EgressGateway | None], Exit],
         conversations: Conversations,
         siblings: set[RunEgress],
     ) -> None:
-        self._acceptor, self._resolver, self._upstream, self._siblings = acceptor, resolver, upstream, siblings
+        self._acceptor, self._remake, self._siblings = acceptor, remake, siblings
         self._conversations = conversations
+        self._resolver = resolver = SandboxResolver(
+            identity=run.identity,
+            policy=lambda: acceptor.way_out.policy,
+            names=acceptor.names,
+            recorder=recorder,
+            redactor=lambda: acceptor.way_out.spans.redactor,
+        )
         sockets, label = run.sockets, run.identity.sandbox_id
         resolver.start(sockets.dns_udp, sockets.dns_tcp)
         self._accepting = [
             spawn(acceptor.accept_forever(sockets.egress_v4, wire.FAMILY_V4), name=f"egress-accept-v4-{label}"),
             spawn(acceptor.accept_forever(sockets.egress_v6, wire.FAMILY_V6), name=f"egress-accept-v6-{label}"),
         ]
+
+    def reconfigure(self, gateway: EgressGateway | None) -> None:
+        """Judge names, connections and requests by the configuration of now, and end tunnels that it does not allow.
+
+        What is under way goes on by the rules that it began with; connections stay, upstream ones are not kept idle.
+        """
+        before = self._acceptor.way_out
+        self._acceptor.use(self._remake(gateway))
+        before.upstream.close()
 
     async def close(self) -> None:
         """Stop accepting, abort what is open, and record the spans of what was in flight. Idempotent."""
@@ -206,4 +241,4 @@ class RunEgress:
         await self._acceptor.close()
         self._conversations.close()
         await self._resolver.close()
-        self._upstream.close()
+        self._acceptor.way_out.upstream.close()

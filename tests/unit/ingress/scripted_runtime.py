@@ -50,6 +50,7 @@ class NoEgress:
     def __init__(self):
         self.served = []
         self.closed = []
+        self.reconfigured = []
 
     def serve(self, run):
         self.served.append(run)
@@ -58,6 +59,9 @@ class NoEgress:
     def reconfigure(self, config):
         self.config = config
 
+    def report_budgets(self, day):
+        return {"day": day, "items": []}
+
     async def close(self):
         pass
 
@@ -65,6 +69,9 @@ class NoEgress:
 class _NoRunEgress:
     def __init__(self, egress, run):
         self._egress, self._run = egress, run
+
+    def reconfigure(self, gateway):
+        self._egress.reconfigured.append(gateway)
 
     async def close(self):
         self._egress.closed.append(self._run.identity.invocation_id)

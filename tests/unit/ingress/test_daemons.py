@@ -64,6 +64,10 @@ class Desk:
         self.runtime.configure(self.generation)
         await self.runtime.ready.wait()
 
+    def reconfigured(self):
+        """The gateways that runs were given while they ran."""
+        return self.runtime.egress.reconfigured
+
     def status(self, name="d"):
         found = [agent for agent in self.parts.agents.daemons() if agent.metadata.name == name]
         return self.daemons.status(found[0])
@@ -270,7 +274,7 @@ ROUTE = EgressL4Route.model_validate(
 )
 
 
-async def test_rules_that_were_taken_away_end_a_run(desk):
+async def test_other_rules_are_given_to_the_run_of_now(desk):
     await desk.configure(daemon("d", FOREVER), gateways=[GATEWAY], routes=[ROUTE])
     await desk.state("Running")
     exporting = GATEWAY.model_validate(
@@ -278,21 +282,30 @@ async def test_rules_that_were_taken_away_end_a_run(desk):
     )
     await desk.configure(daemon("d", FOREVER), gateways=[exporting], routes=[ROUTE])  # of no matter to a run
     assert desk.heard(StopRun) == []
+    assert desk.reconfigured() == []
     await desk.configure(daemon("d", FOREVER), gateways=[exporting], routes=[])
+    assert desk.reconfigured() == [exporting]
+    closed = GATEWAY.model_validate(GATEWAY.model_dump() | {"spec": {"tls": {"mode": "Passthrough"}}})
+    await desk.configure(daemon("d", FOREVER), gateways=[closed], routes=[ROUTE])
+    assert desk.reconfigured() == [exporting, closed]
+    assert desk.heard(StopRun) == []
+    assert len(desk.starts()) == 1
+    await desk.configure(daemon("d", FOREVER), gateways=[], routes=[])  # who it belongs to changes
     await desk.runtime.until(lambda: len(desk.starts()) == 2)
     assert len(desk.heard(StopRun)) == 1
 
 
-async def test_a_credential_that_was_taken_away_ends_a_run_and_a_rotated_one_does_not(desk):
+async def test_a_credential_that_was_taken_away_is_taken_from_the_run(desk):
     key = policy(BEARER, hostnames=["api.example.com"])
     given = {"gateways": [GATEWAY], "credential_policies": [key], "secrets": {"default/keys": {"token": "one"}}}
     await desk.configure(daemon("d", FOREVER), **given)
     await desk.state("Running")
     await desk.configure(daemon("d", FOREVER), **(given | {"secrets": {"default/keys": {"token": "two"}}}))
     assert desk.heard(StopRun) == []
+    assert desk.reconfigured() == []  # values are read for each request
     await desk.configure(daemon("d", FOREVER), **(given | {"credential_policies": []}))
-    await desk.runtime.until(lambda: len(desk.starts()) == 2)
-    assert len(desk.heard(StopRun)) == 1
+    assert desk.reconfigured() == [GATEWAY]
+    assert desk.heard(StopRun) == []
 
 
 async def test_a_daemon_that_comes_back_while_it_is_stopped_runs_again(desk):
