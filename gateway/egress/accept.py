@@ -20,6 +20,7 @@ from clrk.core import wire
 from clrk.core.errors import ClrkError, ProtocolError
 from clrk.gateway._aio import spawn
 from clrk.gateway.ca import LeafIssuer
+from clrk.gateway.egress.admission import admit_tunnel, allows_tunnel
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.egress.flows import FlowSource
@@ -29,9 +30,7 @@ from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, Destination, connect_time_ns
 from clrk.gateway.egress.tcp import Admission, tunnel
 from clrk.gateway.egress.tls import peek_client_hello, peek_until
-from clrk.gateway.egress.upstream import Target
 from clrk.gateway.names import NameTable
-from clrk.gateway.policy import HTTP_ONLY
 from clrk.gateway.proxyv2.errors import ProxyV2Error
 from clrk.gateway.proxyv2.expect import expected_header
 from clrk.gateway.run import Run
@@ -321,7 +320,7 @@ class Acceptor:
         if sni is not None:
             call.attributes[attr.TLS_CLIENT_SERVER_NAME] = sni
         try:
-            upstream = await self._exit.upstream.dial(self._admit_tunnel(origin, call, sni))
+            upstream = await self._exit.upstream.dial(admit_tunnel(self._exit, origin, call, sni))
         except DialDeniedError as exc:
             spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
             agent.reset()
@@ -335,7 +334,7 @@ class Acceptor:
         error, message = None, ""
         try:
             carried = tunnel(agent, upstream, admission)
-            await self._exit.tunnels.carry(lambda way_out: _allows_tunnel(way_out, origin, sni), carried)
+            await self._exit.tunnels.carry(lambda way_out: allows_tunnel(way_out, origin, sni), carried)
         except OSError as exc:
             error, message = error_type_of(exc), f"{destination.host}:{destination.port}: {exc}"
             agent.reset()
@@ -346,36 +345,6 @@ class Acceptor:
         finally:
             call.request_bytes, call.response_bytes = upstream.sent_bytes, upstream.received_bytes
             spans.tcp(call, error, message)
-
-    def _admit_tunnel(self, origin: Origin, call: Call, sni: str | None = None) -> Target:
-        """Decide where a tunnel goes. Raises: DialDeniedError."""
-        destination = origin.destination
-        if destination.name is not None and origin.server_name not in (None, destination.name):
-            raise DialDeniedError("sni_mismatch", f"dialled {destination.name}, TLS asked for {origin.server_name}")
-        address = None if destination.name is not None else destination.address
-        policy = self._exit.policy
-        verdict = policy.tunnel(destination.name, address, destination.port)
-        if policy.holds(verdict):
-            what = f"{destination.host}:{destination.port} is not allowed ({verdict.reason})"
-            raise DialDeniedError(verdict.reason, what, verdict.hint, verdict.rule)
-        if not verdict.allowed:
-            self._exit.spans.would_deny(call, verdict.reason, verdict.rule, verdict.hint)
-        if self._exit.http_only(destination.host, origin.server_name, sni):
-            if policy.enforces:
-                what = f"{destination.host}:{destination.port} has an MCPRoute or a budget, which judge HTTP only"
-                raise DialDeniedError(HTTP_ONLY, what)
-            self._exit.spans.would_deny(call, HTTP_ONLY)
-        server_name = (origin.name or str(destination.address)) if origin.is_tls else None
-        return Target(destination.name, destination.address, destination.port, server_name)
-
-
-def _allows_tunnel(way_out: Exit, origin: Origin, sni: str | None) -> bool:
-    """Say whether the rules of now allow a tunnel that is open already."""
-    destination, policy = origin.destination, way_out.policy
-    address = None if destination.name is not None else destination.address
-    if policy.holds(policy.tunnel(destination.name, address, destination.port)):
-        return False
-    return not (policy.enforces and way_out.http_only(destination.host, origin.server_name, sni))
 
 
 async def _open(sock: socket.socket, context: ssl.SSLContext | None) -> Channel:

@@ -14,10 +14,10 @@ from clrk.gateway.egress.http1 import Body, Request, request_body
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, request_attributes
 from clrk.gateway.egress.refusal import RefusedError, status_of
-from clrk.gateway.egress.upstream import Target
+from clrk.gateway.egress.upstream import DialDeniedError, Target
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
-from clrk.gateway.policy import EgressPolicy, Verdict
+from clrk.gateway.policy import HTTP_ONLY, EgressPolicy, Verdict
 from clrk.gateway.policy_requests import other_meanings
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import TraceContext
@@ -120,6 +120,37 @@ def allows(way_out: Exit, origin: Origin, head: RequestHead) -> bool:
     address = None if destination.name is not None else destination.address
     verdict, _ = _judge(way_out.policy, destination.name, address, destination.port, head)
     return not way_out.policy.holds(verdict)
+
+
+def admit_tunnel(way_out: Exit, origin: Origin, call: Call, sni: str | None = None) -> Target:
+    """Decide where a tunnel goes. Raises: DialDeniedError."""
+    destination = origin.destination
+    if destination.name is not None and origin.server_name not in (None, destination.name):
+        raise DialDeniedError("sni_mismatch", f"dialled {destination.name}, TLS asked for {origin.server_name}")
+    address = None if destination.name is not None else destination.address
+    policy = way_out.policy
+    verdict = policy.tunnel(destination.name, address, destination.port)
+    if policy.holds(verdict):
+        what = f"{destination.host}:{destination.port} is not allowed ({verdict.reason})"
+        raise DialDeniedError(verdict.reason, what, verdict.hint, verdict.rule)
+    if not verdict.allowed:
+        way_out.spans.would_deny(call, verdict.reason, verdict.rule, verdict.hint)
+    if way_out.http_only(destination.host, origin.server_name, sni):
+        if policy.enforces:
+            what = f"{destination.host}:{destination.port} has an MCPRoute or a budget, which judge HTTP only"
+            raise DialDeniedError(HTTP_ONLY, what)
+        way_out.spans.would_deny(call, HTTP_ONLY)
+    server_name = (origin.name or str(destination.address)) if origin.is_tls else None
+    return Target(destination.name, destination.address, destination.port, server_name)
+
+
+def allows_tunnel(way_out: Exit, origin: Origin, sni: str | None) -> bool:
+    """Say whether the rules of now allow a tunnel that is open already."""
+    destination, policy = origin.destination, way_out.policy
+    address = None if destination.name is not None else destination.address
+    if policy.holds(policy.tunnel(destination.name, address, destination.port)):
+        return False
+    return not (policy.enforces and way_out.http_only(destination.host, origin.server_name, sni))
 
 
 def _judge(

@@ -327,12 +327,9 @@ class Exchange:
             self._exit.spans.denied(self._call, f"bad_request_{broken.code}", str(broken))
             self._answer(400, f"bad_request_{broken.code}", str(broken))
             return
-        if isinstance(exc, TunnelRevokedError):
-            self._record(admitted, error_type_of(exc), f"{admitted.target.label}: {exc}", complete=False)
-            self._agent.reset()
-            return
-        if isinstance(exc, AgentGoneError) or self._agent.is_broken:
-            self._record(admitted, "agent_disconnected", str(exc), complete=False)
+        if isinstance(exc, AgentGoneError | TunnelRevokedError) or self._agent.is_broken:
+            why = error_type_of(exc) if isinstance(exc, TunnelRevokedError) else "agent_disconnected"
+            self._record(admitted, why, str(exc), complete=False)
             self._agent.abort()
             return
         if isinstance(exc, TimeoutError) and upload.waits_for_agent and not upload.done and not self._answered:
