@@ -8,13 +8,14 @@ from clrk.core.errors import ProtocolError
 from clrk.core.wire import IPAddress
 from clrk.gateway.credentials import Credential
 from clrk.gateway.egress import forward
+from clrk.gateway.egress.failure import DialDeniedError
 from clrk.gateway.egress.governed import govern_guarded
 from clrk.gateway.egress.guarded import recognise_guarded
 from clrk.gateway.egress.http1 import Body, Request, request_body
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, request_attributes
 from clrk.gateway.egress.refusal import RefusedError, status_of
-from clrk.gateway.egress.upstream import DialDeniedError, Target
+from clrk.gateway.egress.upstream import Target
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.policy import HTTP_ONLY, EgressPolicy, Verdict
