@@ -20,6 +20,8 @@ _STATUS = {
     "rate_limit_error": 429,
     "overloaded_error": 529,
 }
+REFUSE = "[refuse]"  # in the prompt
+CACHED = "[cached]"  # half of the prompt was in the cache
 OVERLOADED = "[overloaded]"  # in the prompt: the call fails as on a busy day; when streamed, in mid-stream
 
 
@@ -27,6 +29,7 @@ def application() -> web.Application:
     """Return the app of api.anthropic.com."""
     app = web.Application(client_max_size=32 * 2**20)
     app.router.add_post("/v1/messages", _messages)
+    app.router.add_post("/v1/messages/count_tokens", _count_tokens)
     app.router.add_route("*", "/{rest:.*}", _not_found)
     return app
 
@@ -39,6 +42,12 @@ def _error(kind: str, message: str) -> web.Response:
 
 async def _not_found(_request: web.Request) -> web.Response:
     return _error("not_found_error", "Not found")
+
+
+async def _count_tokens(request: web.Request) -> web.Response:
+    body = json.loads(await request.read())
+    usage = _usage(body, 0)
+    return web.json_response({"input_tokens": usage["input_tokens"]}, headers=_headers())
 
 
 async def _messages(request: web.Request) -> web.StreamResponse:
@@ -71,8 +80,31 @@ async def answer(request: web.Request, body: dict[str, Any], prompt: str) -> web
 def message(body: dict[str, Any], prompt: str) -> dict[str, Any]:
     """Return a whole message."""
     text, cut = prose.answer_to(prompt, body["max_tokens"])
-    content = {"content": [{"type": "text", "text": text}], "stop_reason": "max_tokens" if cut else "end_turn"}
+    content = {"content": _content(body, prompt, text), "stop_reason": _stop_reason(body, prompt, cut=cut)}
     return _message(body, _usage(body, prose.count_tokens(text))) | content
+
+
+def _calls_tool(body: dict[str, Any]) -> bool:
+    """Say whether the first tool is called: not if its result is here already."""
+    last = body["messages"][-1]["content"]
+    answered = isinstance(last, list) and any(block.get("type") == "tool_result" for block in last)
+    return bool(body.get("tools")) and not answered
+
+
+def _content(body: dict[str, Any], prompt: str, text: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    if body.get("thinking", {}).get("type") == "enabled":
+        content.append({"type": "thinking", "thinking": f"{len(prompt.split())} words.", "signature": "c2lnbmVk"})
+    if _calls_tool(body):
+        tool = {"name": body["tools"][0]["name"], "input": {"words": len(prompt.split())}}
+        return [*content, {"type": "tool_use", "id": _new_id("toolu"), **tool}]
+    return content if REFUSE in prompt else [*content, {"type": "text", "text": text}]
+
+
+def _stop_reason(body: dict[str, Any], prompt: str, *, cut: bool) -> str:
+    if REFUSE in prompt:
+        return "refusal"
+    return "tool_use" if _calls_tool(body) else "max_tokens" if cut else "end_turn"
 
 
 def _message(body: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
@@ -89,10 +121,13 @@ def _message(body: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage(body: dict[str, Any], output_tokens: int) -> dict[str, Any]:
+    given = [body.get("system", ""), body["messages"], body.get("tools", [])]
+    tokens = prose.count_tokens(given)
+    cached = tokens // 2 if CACHED in json.dumps(given) else 0
     return {
-        "input_tokens": prose.count_tokens([body.get("system", ""), body["messages"], body.get("tools", [])]),
+        "input_tokens": tokens - cached,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "cache_read_input_tokens": cached,
         "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
         "output_tokens": output_tokens,
         "service_tier": "standard",
@@ -113,20 +148,39 @@ def events(body: dict[str, Any], prompt: str) -> Iterator[dict[str, Any]]:
     """Yield the events of a streamed message."""
     text, cut = prose.answer_to(prompt, body["max_tokens"])
     yield {"type": "message_start", "message": _message(body, _usage(body, 1))}
-    yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
     yield {"type": "ping"}
-    for piece in prose.pieces(text):
-        if OVERLOADED in piece:
-            yield {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
-            return
-        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": piece}}
-    yield {"type": "content_block_stop", "index": 0}
+    for index, block in enumerate(_content(body, prompt, text)):
+        empty, deltas = _deltas(block)
+        yield {"type": "content_block_start", "index": index, "content_block": empty}
+        for delta in deltas:
+            if OVERLOADED in delta.get("text", ""):
+                yield {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+                return
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
+        yield {"type": "content_block_stop", "index": index}
     yield {
         "type": "message_delta",
-        "delta": {"stop_reason": "max_tokens" if cut else "end_turn", "stop_sequence": None},
+        "delta": {"stop_reason": _stop_reason(body, prompt, cut=cut), "stop_sequence": None},
         "usage": _usage(body, prose.count_tokens(text)),
     }
     yield {"type": "message_stop"}
+
+
+def _deltas(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a block as it begins, and what comes to it bit by bit."""
+    match block["type"]:
+        case "thinking":
+            thought = {"type": "thinking_delta", "thinking": block["thinking"]}
+            signed = {"type": "signature_delta", "signature": block["signature"]}
+            return block | {"thinking": "", "signature": ""}, [thought, signed]
+        case "tool_use":
+            text = json.dumps(block["input"])
+            cut = [text[at : at + 4] for at in range(0, len(text), 4)]
+            return block | {"input": {}}, [{"type": "input_json_delta", "partial_json": piece} for piece in cut]
+        case _:
+            return block | {"text": ""}, [
+                {"type": "text_delta", "text": piece} for piece in prose.pieces(block["text"])
+            ]
 
 
 def _headers() -> dict[str, str]:

@@ -30,6 +30,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 APPLICATIONS: dict[str, Callable[[], web.Application]] = {
     anthropic_api.HOSTNAME: anthropic_api.application,
     openai_api.HOSTNAME: openai_api.application,
+    openai_api.AZURE_HOSTNAME: openai_api.azure_application,
+    openai_api.SELF_HOSTED_HOSTNAME: openai_api.application,
     gemini_api.HOSTNAME: gemini_api.application,
     bedrock_api.HOSTNAME: bedrock_api.application,
     **dict.fromkeys(vertex_api.HOSTNAMES, vertex_api.application),

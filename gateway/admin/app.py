@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Final
 
+import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
@@ -174,7 +175,9 @@ class _AdminApi:
 
     async def agent(self, request: web.Request) -> web.Response:
         agent = self._find(request)
-        return web.json_response(agent_detail(agent, self._states.agent_status(agent)))
+        await self._store.flush(_FLUSH_S)
+        spending = msgspec.to_builtins(await self._store.spending(*agent.key))
+        return web.json_response(agent_detail(agent, self._states.agent_status(agent)) | {"spending": spending})
 
     async def invocations(self, request: web.Request) -> web.Response:
         await self._store.flush(_FLUSH_S)

@@ -11,6 +11,7 @@ from typing import Any, Final
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.connection import Admin, CommandError
 
+_SPENDING: Final = ("DAY (UTC)", "LLM CALLS", "IN", "OUT", "COST", "OF UNKNOWN PRICE")
 SHORT_ID: Final = 13  # characters of an invocation id that name its millisecond
 
 
@@ -40,6 +41,11 @@ def list_agents(admin: Admin, args: argparse.Namespace) -> int:
     rows = [[*(item[key] for key in keys), _timeout(item), show_state(item)] for item in items]
     terminal.write_table(columns, rows)
     return 0
+
+
+def _spent(day: dict[str, Any]) -> tuple[object, ...]:
+    unpriced = f"{day['unpricedCalls']} calls" if day["unpricedCalls"] else ""
+    return day["day"], day["llmCalls"], day["inputTokens"], day["outputTokens"], f"${day['costUsd']:.6f}", unpriced
 
 
 def _timeout(agent: dict[str, Any]) -> str:
@@ -74,7 +80,7 @@ def get_agent(admin: Admin, args: argparse.Namespace) -> int:
         facts = {
             key.removesuffix("TimeUnixNano"): _moment(value) if key.endswith("TimeUnixNano") and value else value
             for key, value in agent.items()
-            if key not in ("spec", "labels", "timeoutSeconds") and value not in (None, "")
+            if key not in ("spec", "labels", "timeoutSeconds", "spending") and value not in (None, "")
         }
         if agent["kind"] == "TaskAgent":
             facts |= {"timeout": _timeout(agent), "maxConcurrent": agent["maxConcurrent"] or "unlimited"}
@@ -83,6 +89,8 @@ def get_agent(admin: Admin, args: argparse.Namespace) -> int:
         limits = agent["spec"]["resources"]
         facts["resources"] = f"cpu {limits['cpu']:g}, memory {limits['memory'] / 2**20:g}Mi, pids {limits['pids']}"
         terminal.write_table(("FIELD", "VALUE"), list(facts.items()))
+        if agent["spending"]:
+            terminal.write_table(_SPENDING, [_spent(day) for day in agent["spending"]])
     else:
         terminal.write_document(agent, args.output)
     return 0

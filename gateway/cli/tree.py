@@ -111,6 +111,8 @@ def _usage(spans: list[SpanFacts]) -> str:
         parts.append(f"{sum(span.tokens_out or 0 for span in llm)} out")
     if costs:
         parts.append(show_cost(sum(costs)))
+    if unpriced := sum(span.get(attr.CLRK_COST_UNKNOWN) is True for span in llm):
+        parts.append(f"{unpriced} of unknown price")
     if denied:
         parts.append(f"{denied} denied")
     if errors:
@@ -159,7 +161,7 @@ def _line(span: SpanFacts) -> Text:
     add(show_duration(span.end_ns - span.start_ns), "cyan")
     if span.is_llm_call and (span.tokens_in is not None or span.tokens_out is not None):
         add(f"{span.tokens_in or 0} in, {span.tokens_out or 0} out", "yellow")
-    add(show_cost(span.cost_usd), "yellow")
+    add("price unknown" if span.get(attr.CLRK_COST_UNKNOWN) is True else show_cost(span.cost_usd), "yellow")
     if span.denied:
         reason = str(span.get(attr.CLRK_EGRESS_DENY_REASON) or "")
         add(f"DENIED {span.message if reason in span.message else f'{reason}: {span.message}'}", "red")

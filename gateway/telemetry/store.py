@@ -16,6 +16,7 @@ from typing import Final, Literal, TypeVar, overload
 
 from clrk.core.errors import ClrkError
 from clrk.gateway.telemetry import invocation_query, outbox, query
+from clrk.gateway.telemetry.daily_cost import DaySpending, select_spending
 from clrk.gateway.telemetry.items import Barrier, BeginItem, CursorItem, InvocationItem, LogItem, MetricsItem, SpanItem
 from clrk.gateway.telemetry.outbox import Signal, Stored, StoredLog, StoredMetrics
 from clrk.gateway.telemetry.query import LogLine, Position, SpanFilter, StoredSpan
@@ -226,6 +227,10 @@ class TraceStore:
                 connection, agent=agent, invocation_id=invocation_id, after_seq=after_seq, tail=tail, head=head
             )
         )
+
+    async def spending(self, namespace: str, name: str) -> list[DaySpending]:
+        """Return what an agent's LLM calls cost by UTC day, the newest first. Raises: StoreError."""
+        return await self._read(lambda connection: select_spending(connection, namespace, name, time.time_ns()))
 
     async def cursors(self, signal: Signal = "traces") -> dict[str, int]:
         """Return how far each exporter has come with a signal. Raises: StoreError."""

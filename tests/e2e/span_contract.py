@@ -55,7 +55,10 @@ LLM: Types = {
     "gen_ai.usage.reasoning.output_tokens": int, "clrk.cost.usd": float, "clrk.body.usage_visible": bool,
     "clrk.body.request_rewritten": bool, "openai.api.type": str, "openai.request.service_tier": str,
     "openai.response.service_tier": str, "openai.response.system_fingerprint": str,
-    "clrk.cost.unknown": bool, "clrk.gen_ai.usage.web_searches": int, "aws.request_id": str, "aws.bedrock.guardrail.id": str,
+    "gen_ai.request.previous_response.id": str, "gen_ai.embeddings.dimension.count": int,
+    "gen_ai.request.encoding_formats": list, "clrk.cost.unknown": bool, "clrk.gen_ai.refused": bool,
+    "clrk.gen_ai.response.service_tier": str, "clrk.gen_ai.usage.web_searches": int,
+    "aws.request_id": str, "aws.bedrock.guardrail.id": str,
 }  # fmt: skip
 MCP: Types = {
     "mcp.method.name": str, "mcp.session.id": str, "mcp.protocol.version": str, "mcp.resource.uri": str,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from clrk_command import HOSTILE
-from span_samples import identity, invocation_record, record_invocation
+from span_samples import identity, invocation_record, record, record_invocation
 
 from clrk.gateway.outcome import Phase
 
@@ -36,6 +36,18 @@ async def test_agents_list_says_how_they_stand(daemon):
     daemon.running.counts["default", "support"] = 3
     assert re.search(r"support .* 100s +3 running\n", (await daemon.clrk("agents", "list")).out)
     assert json.loads((await daemon.clrk("agents", "get", "support", "-o", "json")).out)["running"] == 3
+
+
+async def test_agents_get_says_what_was_spent(daemon):
+    record_invocation(daemon.telemetry, identity())
+    unpriced = {"gen_ai__system": "openai", "gen_ai__usage__input_tokens": 7, "clrk__cost__unknown": True}
+    record(daemon.telemetry, identity(), "chat house-7b", start_ns=time.time_ns(), **unpriced)
+    facts = (await daemon.clrk("agents", "get", "support")).out
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    assert re.search(rf"{today} +2 +327 +85 +\$0\.002\d+ +1 calls\n", facts), facts
+    (day,) = json.loads((await daemon.clrk("agents", "get", "support", "-o", "json")).out)["spending"]
+    assert (day["day"], day["llmCalls"], day["unpricedCalls"]) == (today, 2, 1)
+    assert "UNKNOWN" not in (await daemon.clrk("agents", "get", "watcher")).out
 
 
 # --- invocations ----------------------------------------------------------------------------------------------------
