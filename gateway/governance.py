@@ -13,7 +13,7 @@ from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.llm.budgets import Budgets
 from clrk.gateway.mcp.governance import McpRun
-from clrk.gateway.recognise import KnownHosts, find_error_body
+from clrk.gateway.recognise import KnownHosts, find_error_writer
 from clrk.gateway.run import Run
 
 
@@ -22,7 +22,7 @@ class Governance:
 
     def __init__(self, config: GatewayConfig, ledger: BudgetLedger | None = None) -> None:
         self._config = config
-        self.budgets = Budgets(ledger or BudgetLedger(None), find_error_body)
+        self.budgets = Budgets(ledger or BudgetLedger(None), find_error_writer)
 
     def reconfigure(self, config: GatewayConfig) -> None:
         """Use another configuration for runs that begin from now on."""

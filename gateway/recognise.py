@@ -38,7 +38,7 @@ _AZURE: Final = Provider("azure.ai.openai", "azure_openai", "azure")
 _COMPATIBLE: Final = Provider("openai_compatible", "openai", asks_usage=True)
 _GEMINI: Final = Provider("gcp.gemini", "google_genai", "google", asks_usage=True)
 _VERTEX: Final = Provider("gcp.vertex_ai", "google_genai", "google", asks_usage=True)
-_BEDROCK: Final = Provider("aws.bedrock", "aws_bedrock", "aws", asks_usage=True)
+_BEDROCK: Final = Provider("aws.bedrock", "aws_bedrock", "aws")  # a signed body can not be asked for usage
 
 # Who a host is; `.x` stands for any name below x.
 PROVIDERS: Final[dict[str, Provider]] = {
@@ -230,10 +230,10 @@ def _may_be_mcp_stream(head: RequestHead) -> bool:
     return head.method == "DELETE" and head.header("mcp-session-id") is not None
 
 
-def find_error_body(provider: Provider | None, head: RequestHead) -> Callable[[int, str, str], tuple[str, bytes]]:
-    """Return how a provider words its errors (Dialect.error_body); for one that is not known, as OpenAI does."""
+def find_error_writer(provider: Provider | None, head: RequestHead) -> Dialect:
+    """Return who words a provider's errors; for one that is not known, OpenAI's dialect does."""
     spoken = (provider.system if provider is not None else "", "openai")
-    return next(api for system in spoken for api in APIS if system in api.systems).dialect(head).error_body
+    return next(api for system in spoken for api in APIS if system in api.systems).dialect(head)
 
 
 def _may_be_mcp(head: RequestHead) -> bool:

@@ -16,7 +16,7 @@ from clrk.gateway.govern import Answer, Cut
 from clrk.gateway.interpret import RequestHead, ResponseHead
 from clrk.gateway.llm.budgets import Budgets, RunBudgets
 from clrk.gateway.llm.cost import PriceList
-from clrk.gateway.recognise import KnownHosts, find_error_body, recognise
+from clrk.gateway.recognise import KnownHosts, find_error_writer, recognise
 from clrk.gateway.run import Run
 from clrk.gateway.telemetry.spans import Identity, TraceContext
 
@@ -53,7 +53,7 @@ class Office:
         )
         self.hosts = KnownHosts(self.gateway, routes)
         self.prices = PriceList(self.gateway.spec.prices)
-        self.budgets = Budgets(self.ledger, find_error_body, clock=lambda: self.now)
+        self.budgets = Budgets(self.ledger, find_error_writer, clock=lambda: self.now)
 
     def run(self, agent: str = "support", *, daemon: bool = False, **fields: str) -> RunBudgets:
         found = self.budgets.of_run(self._run(agent, daemon, fields), self.routes, self.hosts.provider)

@@ -9,7 +9,7 @@ Source: docs.aws.amazon.com/bedrock/latest/APIReference (Amazon Bedrock Runtime)
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote
 
 import msgspec
@@ -19,6 +19,7 @@ from clrk.gateway.llm import framing, values
 from clrk.gateway.llm.aws_event_stream import MEDIA_TYPE, EventStreamSplitter, encode_message
 from clrk.gateway.llm.completion import Usage
 from clrk.gateway.llm.dialect import JsonDialect
+from clrk.gateway.llm.reading import reader
 from clrk.gateway.telemetry import attributes as names
 
 _ERRORS: Final = {
@@ -30,19 +31,19 @@ _ERRORS: Final = {
     429: "ThrottlingException",
     503: "ServiceUnavailableException",
 }
+_REFUSALS: Final = frozenset(("refusal", "guardrail_intervened", "content_filtered", "CONTENT_FILTERED"))
 _DIGITS: Final = re.compile(r"[0-9]{1,15}")
 
 
 class _Message(msgspec.Struct):
     """An error body, and the payload of an exception in a stream; AWS writes its message in either case."""
 
-    lower: object = msgspec.field(default=None, name="message")
-    upper: object = msgspec.field(default=None, name="Message")
-    type: object = msgspec.field(default=None, name="__type")
+    lower: Any = msgspec.field(default=None, name="message")
+    upper: Any = msgspec.field(default=None, name="Message")
+    type: Any = msgspec.field(default=None, name="__type")
 
 
-_MESSAGE: Final = msgspec.json.Decoder(_Message)
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_read_message = reader(_Message)
 
 
 class BedrockDialect(JsonDialect):
@@ -64,6 +65,11 @@ class BedrockDialect(JsonDialect):
         """
         asked = self.request_model
         return (asked.rpartition("/")[2] if asked and asked.startswith("arn:") else asked, self.routed_model)
+
+    def note_end(self, choice: int, reason: str) -> None:
+        """Note why an answer ended."""
+        self.completion.finished(choice, reason)
+        self.completion.refused |= reason in _REFUSALS
 
     def note_tier(self, tier: object, latency: object) -> None:
         """Note what is asked for beyond the list's prices: a service tier, or latency that is paid for."""
@@ -92,10 +98,7 @@ class BedrockDialect(JsonDialect):
 
     def note_error(self, kind: str, payload: bytes) -> None:
         """Take an error's kind, as a header or a stream's exception names it, and its message."""
-        try:
-            found = _MESSAGE.decode(payload)
-        except _MALFORMED:
-            found = _Message()
+        found = _read_message(payload) or _Message()
         if not kind and self.completion.error_type in (None, names.ERROR_TYPE_OTHER) and isinstance(found.type, str):
             kind = found.type.rpartition("#")[2]
         done = self.completion

@@ -10,6 +10,7 @@ from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.bedrock import BedrockDialect, path_shape, usage
 from clrk.gateway.llm.completion import Usage
+from clrk.gateway.llm.reading import reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -29,19 +30,16 @@ class _Request(msgspec.Struct):
 
 
 class _Document(msgspec.Struct):
-    """A response, or any event of a stream: their members differ in name."""
+    """A response, or any event of a stream: their members differ in name. What a response says is skipped unread."""
 
-    output: Any = None
     stopReason: Any = None
     usage: Any = None
     trace: Any = None
     delta: Any = None
-    message: Any = None
 
 
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_DOCUMENT: Final = msgspec.json.Decoder(_Document)
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_read_request = reader(_Request)
+_read_document = reader(_Document)
 
 
 class BedrockConverse(BedrockDialect):
@@ -55,10 +53,7 @@ class BedrockConverse(BedrockDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; those of the path alone when the body is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
-            request = _Request()
+        request = _read_request(body) or _Request()
         settings = request.inferenceConfig
         self.max_output_tokens = values.count(values.member(settings, "maxTokens"))
         latency = values.member(request.performanceConfig, "latency")
@@ -79,11 +74,7 @@ class BedrockConverse(BedrockDialect):
 
     def document(self, body: bytes) -> None:
         """Take a whole response."""
-        if (document := self._take(body)) is None:
-            return
-        content = values.member(values.member(document.output, "message"), "content")
-        for block in content if isinstance(content, list) else ():
-            self._generated(block)
+        self._take(body)
         if self.completion.error_type is not None:
             self.note_error("", body)
 
@@ -96,12 +87,11 @@ class BedrockConverse(BedrockDialect):
         return False
 
     def _take(self, raw: bytes) -> _Document | None:
-        try:
-            document = _DOCUMENT.decode(raw)
-        except _MALFORMED:
+        document = _read_document(raw)
+        if document is None:
             return None
         if (reason := values.text(document.stopReason)) is not None:
-            self.completion.finished(0, reason)
+            self.note_end(0, reason)
         if isinstance(document.usage, dict) and self.spends_tokens:
             self.completion.usage = converse_usage(document.usage)
         # A prompt router says which model it chose.
@@ -110,16 +100,11 @@ class BedrockConverse(BedrockDialect):
             self.completion.model = self.routed_model = chosen.rpartition("/")[2]
         return document
 
-    def _generated(self, block: object) -> None:
-        """Count a content block, or what a delta adds to one."""
-        done = self.completion
-        reasoning, tool = values.member(block, "reasoningContent"), values.member(block, "toolUse")
-        done.generated(values.member(block, "text"), values.member(reasoning, "text"))
-        done.generated(values.member(values.member(reasoning, "reasoningText"), "text"))
-        argument = values.member(tool, "input")
-        done.generated(
-            argument if isinstance(argument, str) else msgspec.json.encode(argument).decode() if argument else ""
-        )
+    def _generated(self, delta: object) -> None:
+        """Count what a delta adds to a content block."""
+        reasoning, tool = values.member(delta, "reasoningContent"), values.member(delta, "toolUse")
+        pieces = values.member(delta, "text"), values.member(reasoning, "text"), values.member(tool, "input")
+        self.completion.generated(*pieces)
 
 
 def converse_usage(reported: dict[object, object]) -> Usage:

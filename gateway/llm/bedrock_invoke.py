@@ -22,6 +22,7 @@ from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.bedrock import BedrockDialect, path_shape, usage
 from clrk.gateway.llm.bedrock_converse import converse_usage
 from clrk.gateway.llm.completion import Usage
+from clrk.gateway.llm.reading import MALFORMED, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -55,7 +56,7 @@ class _Request(msgspec.Struct):
     num_generations: Any = None
 
 
-class _Document(msgspec.Struct):
+class _Outline(msgspec.Struct):
     """The members of every model's response and events that are read; vectors are skipped unread."""
 
     metrics: Any = msgspec.field(default=None, name=_METRICS)
@@ -71,26 +72,38 @@ class _Document(msgspec.Struct):
     completionReason: Any = None
     inputTextTokenCount: Any = None
     totalOutputTextTokenCount: Any = None
-    # lists of answers: Titan; Mistral AI; Cohere; who imitates OpenAI
-    results: Any = None
-    outputs: Any = None
-    generations: Any = None
-    choices: Any = None
     usage: Any = None
     # Nova, whose events wrap one member each
-    output: Any = None
     stopReason: Any = None
     contentBlockDelta: Any = None
     messageStop: Any = None
     metadata: Any = None
     id: Any = None
-    model: Any = None
+
+
+class _Answer(msgspec.Struct):
+    """One of several answers: Titan, Mistral AI, Cohere, and who imitates OpenAI."""
+
+    completionReason: Any = None
+    stop_reason: Any = None
+    finish_reason: Any = None
+    tokenCount: Any = None
+    text: Any = None
+    outputText: Any = None
+    delta: Any = None
+
+
+class _Document(_Outline):
+    results: list[_Answer] | None = None
+    outputs: list[_Answer] | None = None
+    generations: list[_Answer] | None = None
+    choices: list[_Answer] | None = None
 
 
 _CHUNK: Final = msgspec.json.Decoder(_Chunk)
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_DOCUMENT: Final = msgspec.json.Decoder(_Document)
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_read_request = reader(_Request)
+_read_document = reader(_Document)
+_read_outline = reader(_Outline)  # where a list of answers is none
 _LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_gen_len", "max_new_tokens")
 _NESTED_LIMITS: Final = ("maxTokens", "max_new_tokens", "maxTokenCount")
 _TEXTS: Final = ("generation", "text", "outputText")
@@ -122,10 +135,7 @@ class BedrockInvoke(BedrockDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; those of the path alone when the body is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
-            request = _Request()
+        request = _read_request(body) or _Request()
         # An application's inference profile has a name that says nothing: only Claude's requests have this member.
         if request.anthropic_version is not None or self._claude is not None:
             claude = self._read_as_claude(self._head)
@@ -180,7 +190,7 @@ class BedrockInvoke(BedrockDialect):
             return False
         try:
             data = binascii.a2b_base64(_CHUNK.decode(event.data).bytes, strict_mode=True)
-        except (*_MALFORMED, ValueError):
+        except (*MALFORMED, ValueError):
             return False
         if self._claude is not None:
             self._claude.event(SseEvent(b"", data, event.end))
@@ -190,14 +200,13 @@ class BedrockInvoke(BedrockDialect):
     def _take(self, raw: bytes) -> None:
         if self._claude is not None and b'"amazon-bedrock-' not in raw:
             return  # nothing of Bedrock's own in it
-        try:
-            document = _DOCUMENT.decode(raw)
-        except _MALFORMED:
+        document = _read_document(raw) or _read_outline(raw)
+        if document is None:
             return
         if self._claude is None:
             self._read(document)
         if document.guarded == "INTERVENED":
-            self.completion.finished(0, "guardrail_intervened")
+            self.note_end(0, "guardrail_intervened")
         if isinstance(document.metrics, dict) and not self.completion.usage.is_whole:
             self.completion.usage = usage(
                 values.count(document.metrics.get("inputTokenCount")),
@@ -206,56 +215,44 @@ class BedrockInvoke(BedrockDialect):
                 values.count(document.metrics.get("cacheWriteInputTokenCount")),
             )
 
-    def _read(self, document: _Document) -> None:
+    def _read(self, document: _Outline) -> None:
         done = self.completion
         done.response_id = values.text(document.id) or done.response_id
-        self._choice(0, document)
-        answers = next(
-            (
-                found
-                for found in (document.results, document.outputs, document.generations, document.choices)
-                if isinstance(found, list)
-            ),
-            [],
-        )
-        for position, answer in enumerate(answers[: values.MAX_ITEMS]):
-            self._choice(position, answer)
-        self._nova(document)
+        self._answer(0, document)
+        answers = _answers(document)
+        for position, answer in enumerate(answers):
+            self._answer(position, answer)
+        if (reason := values.text(values.member(document.messageStop, "stopReason"))) is not None:
+            self.note_end(0, reason)
+        done.generated(values.member(values.member(document.contentBlockDelta, "delta"), "text"))
         done.usage = _merged(done.usage, _counts(document, answers))
 
-    def _choice(self, position: int, answer: object) -> None:
+    def _answer(self, position: int, answer: _Outline | _Answer) -> None:
         """Read one answer: why it ended, and how much text it is."""
         done = self.completion
-        reasons = (values.text(_member(answer, name)) for name in _REASONS)
+        reasons = (values.text(getattr(answer, name, None)) for name in _REASONS)
         if (reason := next(filter(None, reasons), None)) is not None:
-            done.finished(position, reason)
-        message = _member(answer, "message") or _member(answer, "delta")
-        done.generated(*(_member(answer, name) for name in _TEXTS), values.member(message, "content"))
-
-    def _nova(self, document: _Document) -> None:
-        done = self.completion
-        if (reason := values.text(values.member(document.messageStop, "stopReason"))) is not None:
-            done.finished(0, reason)
-        done.generated(values.member(values.member(document.contentBlockDelta, "delta"), "text"))
-        content = values.member(values.member(document.output, "message"), "content")
-        for block in content if isinstance(content, list) else ():
-            done.generated(values.member(block, "text"))
+            self.note_end(position, reason)
+        done.generated(*(getattr(answer, name, None) for name in _TEXTS))
+        done.generated(values.member(getattr(answer, "delta", None), "content"))
 
 
-def _member(answer: object, name: str) -> object:
-    """Return a member of an answer, which is the document itself or an object in it."""
-    return getattr(answer, name, None) if isinstance(answer, _Document) else values.member(answer, name)
+def _answers(document: _Outline) -> list[_Answer]:
+    """Return the list of answers that there is."""
+    if not isinstance(document, _Document):
+        return []
+    given = document.results or document.outputs or document.generations or document.choices or []
+    return given[: values.MAX_ITEMS]
 
 
-def _counts(document: _Document, answers: list[object]) -> Usage:
+def _counts(document: _Outline, answers: list[_Answer]) -> Usage:
     """Return the counts of one document, under whichever names it has them."""
     reported = document.usage if isinstance(document.usage, dict) else values.member(document.metadata, "usage")
     if isinstance(reported, dict):
         if "prompt_tokens" in reported:
             return Usage(values.count(reported["prompt_tokens"]), values.count(reported.get("completion_tokens")))
         return converse_usage(reported)
-    titan = [values.count(values.member(answer, "tokenCount")) for answer in answers]
-    produced = [number for number in titan if number is not None]
+    produced = [number for answer in answers if (number := values.count(answer.tokenCount)) is not None]
     outputs = (document.generation_token_count, document.totalOutputTextTokenCount, sum(produced) if produced else None)
     inputs = (document.prompt_token_count, document.inputTextTokenCount)
     return Usage(

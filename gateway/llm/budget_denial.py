@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from clrk.gateway.budget import NANO, Account, Balance, Charge, Shortage, day_end_s, is_run, seconds_to_day_end
 from clrk.gateway.govern import Answer
@@ -16,7 +16,15 @@ from clrk.gateway.telemetry.spans import AttributeValue
 EXCEEDED: Final = "budget_exceeded"
 _RETRIED_S: Final = 60  # up to this the SDKs of OpenAI and Anthropic wait as long as they are told
 
-ErrorBody = Callable[[int, str, str], tuple[str, bytes]]
+
+class ErrorWriter(Protocol):
+    """Words errors as a provider does (see dialect.Dialect)."""
+
+    def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:
+        """Return Content-Type and body."""
+
+    def error_headers(self, status: int) -> tuple[tuple[str, str], ...]:
+        """Return the other headers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +50,10 @@ class DeniedError(Exception):
         self.denial = denial
 
 
-def answer_of(denial: Denial, error_body: ErrorBody) -> Answer:
+def answer_of(denial: Denial, errors: ErrorWriter) -> Answer:
     """Return the answer in the provider's schema; x-should-retry is what its SDKs go by where waiting is no use."""
-    content_type, body = error_body(denial.status, denial.reason, denial.message)
-    headers: list[tuple[str, str]] = []
+    content_type, body = errors.error_body(denial.status, denial.reason, denial.message)
+    headers = list(errors.error_headers(denial.status))
     if denial.wait_s is not None:
         headers.append(("Retry-After", str(denial.wait_s)))
     if denial.wait_s is None or denial.wait_s > _RETRIED_S:

@@ -18,7 +18,7 @@ from clrk.gateway.budget import day_of
 from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.govern import Answer, Cut, Governor
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
-from clrk.gateway.llm.budget_denial import Denial, ErrorBody, answer_of
+from clrk.gateway.llm.budget_denial import Denial, ErrorWriter, answer_of
 from clrk.gateway.llm.budget_report import MAX_ITEMS, report
 from clrk.gateway.llm.budget_rules import BudgetRule, LlmCall, compile_rules, run_window
 from clrk.gateway.llm.completion import Provider
@@ -33,17 +33,17 @@ from clrk.gateway.telemetry.spans import AttributeValue
 UNMETERED: Final = "budget_unmetered"
 
 FindProvider = Callable[[str], Provider | None]
-FindErrorBody = Callable[[Provider | None, RequestHead], ErrorBody]
+FindErrorWriter = Callable[[Provider | None, RequestHead], ErrorWriter]
 
 
 class Budgets:
-    """What the budgets of all runs share. find_error_body returns how a provider words its errors."""
+    """What the budgets of all runs share. find_error_writer returns who words a provider's errors."""
 
     def __init__(
-        self, ledger: BudgetLedger, find_error_body: FindErrorBody, clock: Callable[[], float] = time.time
+        self, ledger: BudgetLedger, find_error_writer: FindErrorWriter, clock: Callable[[], float] = time.time
     ) -> None:
         self.ledger, self.clock = ledger, clock
-        self._find_error_body = find_error_body
+        self._find_error_writer = find_error_writer
         self._live: weakref.WeakValueDictionary[str, RunBudgets] = weakref.WeakValueDictionary()
         ledger.is_live = self._live.__contains__
 
@@ -61,7 +61,7 @@ class Budgets:
             return None
         watches = run.gateway.spec.mode != "Enforce"
         spender = Spender(run.identity, self.ledger, self.clock, watches)
-        found = RunBudgets(spender, rules, find_provider, self._find_error_body)
+        found = RunBudgets(spender, rules, find_provider, self._find_error_writer)
         self._live[run_window(run.identity)] = found
         return found
 
@@ -74,10 +74,10 @@ class RunBudgets:
         spender: Spender,
         rules: tuple[BudgetRule, ...],
         find_provider: FindProvider,
-        find_error_body: FindErrorBody,
+        find_error_writer: FindErrorWriter,
     ) -> None:
         self._spender, self._rules = spender, rules
-        self._find_provider, self._find_error_body = find_provider, find_error_body
+        self._find_provider, self._find_error_writer = find_provider, find_error_writer
 
     def govern(self, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
         """Return the governor of an exchange; None when no budget is concerned."""
@@ -92,7 +92,7 @@ class RunBudgets:
         if head.method != "POST" and carries_nothing(head) and is_harmless(head, b""):
             return None
         rule = self._covering(LlmCall.of(head.host, head.path, host_is, recognised=False))
-        return None if rule is None else Unmetered(head, rule, self._find_error_body(host_is, head))
+        return None if rule is None else Unmetered(head, rule, self._find_error_writer(host_is, head))
 
     def refuses_tunnel(self, host: str) -> bool:
         """Say whether nobody may tunnel to a host unread: what goes through a tunnel can not be metered."""
@@ -115,8 +115,8 @@ class Unmetered:
 
     wants_plain_response = rewrites_response = decodes_response = False
 
-    def __init__(self, head: RequestHead, rule: BudgetRule, error_body: ErrorBody) -> None:
-        self._head, self._rule, self._error_body = head, rule, error_body
+    def __init__(self, head: RequestHead, rule: BudgetRule, errors: ErrorWriter) -> None:
+        self._head, self._rule, self._errors = head, rule, errors
 
     def judge(self, body: bytes) -> Answer | None:
         """See Governor."""
@@ -127,7 +127,7 @@ class Unmetered:
             f"{self._rule.label} has a budget for this host, and what {what} costs can not be metered: use an API that "
             "reports its usage, or have the rule's endpoints leave this one out"
         )
-        return answer_of(Denial(403, UNMETERED, text, self._rule), self._error_body)
+        return answer_of(Denial(403, UNMETERED, text, self._rule), self._errors)
 
     def rewrite_request(self, body: bytes) -> bytes:
         """See Governor."""

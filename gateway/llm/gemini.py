@@ -21,6 +21,7 @@ from clrk.gateway.llm import framing, values
 from clrk.gateway.llm.completion import Usage
 from clrk.gateway.llm.dialect import JsonDialect
 from clrk.gateway.llm.google_errors import CONTENT_TYPE, error_document, note_error
+from clrk.gateway.llm.reading import ABSENT, MALFORMED, SMALL_BYTES, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -45,15 +46,34 @@ class _Request(msgspec.Struct):
     service_tier: Any = None
 
 
-class _Document(msgspec.Struct):
-    """A response, an element of a stream or an error. Vectors are skipped unread."""
+class _Outline(msgspec.Struct):
+    """A response without what was generated, an element of a stream, or an error. Vectors are skipped unread."""
 
-    candidates: Any = None
     promptFeedback: Any = None
     usageMetadata: Any = None
     responseId: Any = None
     modelVersion: Any = None
     error: Any = None
+
+
+class _Part(msgspec.Struct):
+    text: Any = None
+    functionCall: msgspec.Raw = ABSENT
+
+
+class _Content(msgspec.Struct):
+    parts: list[_Part] | None = None
+
+
+class _Candidate(msgspec.Struct):
+    index: Any = None
+    finishReason: Any = None
+    groundingMetadata: Any = None
+    content: _Content | None = None
+
+
+class _Document(_Outline):
+    candidates: list[_Candidate] | None = None
 
 
 class _Embeddings(msgspec.Struct):
@@ -70,10 +90,11 @@ class _Predictions(msgspec.Struct):
     predictions: list[_Prediction] = []
 
 
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_DOCUMENT: Final = msgspec.json.Decoder(_Document | list[_Document])  # an error of an array's method is an array
+_read_request = reader(_Request)
+_read_document = reader(_Document)
+_read_outline = reader(_Outline)  # where the candidates are none
+_ERRORS: Final = msgspec.json.Decoder(list[_Outline])
 _PREDICTIONS: Final = msgspec.json.Decoder(_Predictions)
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def path_model(path: str) -> tuple[str | None, str]:
@@ -103,10 +124,7 @@ class GeminiContent(JsonDialect):
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; those of the path alone when the body is malformed."""
-        try:
-            request = _REQUEST.decode(body)
-        except _MALFORMED:
-            request = _Request()
+        request = _read_request(body) or _Request()
         settings = _Settings(request.snake if request.camel is None else request.camel)
         self.max_output_tokens = values.count(settings.get("maxOutputTokens"))
         self.choices = values.count(settings.get("candidateCount")) or 1
@@ -159,24 +177,32 @@ class GeminiContent(JsonDialect):
         return (b",\r\n" if self._elements else b"[") + error + b"]"
 
     def _take(self, raw: bytes) -> None:
+        document = _read_document(raw)
+        if document is not None:
+            for position, candidate in enumerate((document.candidates or ())[: values.MAX_ITEMS]):
+                self._candidate(position, candidate)
+        if (outline := document or _read_outline(raw)) is not None:
+            self._read(outline)
+        elif len(raw) <= SMALL_BYTES:
+            self._errors(raw)
+
+    def _errors(self, raw: bytes) -> None:
+        """Take an error of a method whose answer is an array."""
         try:
-            decoded = _DOCUMENT.decode(raw)
-        except _MALFORMED:
+            documents = _ERRORS.decode(raw)
+        except MALFORMED:
             return
-        for document in decoded[: values.MAX_ITEMS] if isinstance(decoded, list) else [decoded]:
+        for document in documents[:1]:
             self._read(document)
 
-    def _read(self, document: _Document) -> None:
+    def _read(self, document: _Outline) -> None:
         done = self.completion
         done.response_id = values.text(document.responseId) or done.response_id
         done.model = values.text(document.modelVersion) or done.model
-        candidates = document.candidates if isinstance(document.candidates, list) else []
-        for position, candidate in enumerate(candidates[: values.MAX_ITEMS]):
-            self._candidate(position, candidate)
         # A prompt that is refused has no candidates: why stands where they would say why they ended.
         if (blocked := values.text(values.member(document.promptFeedback, "blockReason"))) is not None:
             done.finished(0, blocked)
-            self._ended = True
+            done.refused = self._ended = True
         if isinstance(document.usageMetadata, dict):
             done.usage = self._usage(document.usageMetadata)
             self._priced_elsewhere(document.usageMetadata.get("trafficType"))
@@ -188,20 +214,18 @@ class GeminiContent(JsonDialect):
         if asked - _LIST_TIERS:
             self.completion.off_list = True
 
-    def _candidate(self, position: int, candidate: object) -> None:
-        if (reason := values.text(values.member(candidate, "finishReason"))) is not None:
-            index = values.count(values.member(candidate, "index"))
+    def _candidate(self, position: int, candidate: _Candidate) -> None:
+        if (reason := values.text(candidate.finishReason)) is not None:
+            index = values.count(candidate.index)
             self.completion.finished(position if index is None else index, reason)
+            self.completion.refused |= reason in _REFUSALS
             self._ended = True
         # Searches are billed by the prompt or by the query, as the model is old or new: nothing here says which.
-        if values.member(values.member(candidate, "groundingMetadata"), "webSearchQueries"):
+        if values.member(candidate.groundingMetadata, "webSearchQueries"):
             self.completion.off_list = True
-        parts = values.member(values.member(candidate, "content"), "parts")
-        for part in parts if isinstance(parts, list) else ():
-            self.completion.generated(values.member(part, "text"))
-            call = values.member(part, "functionCall")
-            if call is not None:
-                self.completion.generated(msgspec.json.encode(call).decode())
+        if self.streams and candidate.content is not None:
+            for part in candidate.content.parts or ():
+                self.completion.generated(part.text, bytes(part.functionCall).decode(errors="replace"))
 
     def _usage(self, reported: dict[str, object]) -> Usage:
         """Add up: thoughts are output beside the candidates, results of tools are input beside the prompt."""
@@ -228,7 +252,7 @@ class GeminiContent(JsonDialect):
     def _predictions(self, body: bytes) -> None:
         try:
             predictions = _PREDICTIONS.decode(body).predictions
-        except _MALFORMED:
+        except MALFORMED:
             return
         counts = [values.member(p.embeddings.statistics, "token_count") for p in predictions if p.embeddings]
         # Vertex AI writes whole numbers as 7.0 here.
@@ -249,6 +273,9 @@ class _Settings:
         return self._given.get(_SNAKE.sub(r"_\g<0>", name).lower()) if found is None else found
 
 
+_REFUSALS: Final = frozenset(
+    ("SAFETY", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT")
+)
 _LIST_TIERS: Final = frozenset(
     ("", "auto", "default", "standard", "unspecified", "on_demand", "traffic_type_unspecified")
 )

@@ -70,7 +70,7 @@ class BudgetGovernor:
         try:
             self._judge(body)
         except DeniedError as exc:
-            return answer_of(exc.denial, self._dialect.error_body)
+            return answer_of(exc.denial, self._dialect)
         return None
 
     def _judge(self, body: bytes) -> None:
@@ -300,7 +300,5 @@ class BudgetGovernor:
     def _cost(self, usage: Usage, read: int, made: int, *, is_final: bool) -> int:
         """Return the price of what was used; without one, of what was reserved."""
         billed = usage if is_final and usage.is_whole else Usage(read, made)
-        models = (self._dialect.completion.model, None)
-        prices = (self._interpreter.cost(billed, model) for model in models)
-        usd = next((price for price in prices if price is not None), None)
+        usd = self._interpreter.cost(billed)  # as the span's: the dialect knows which names have prices
         return self._reserved.nano_usd if usd is None else to_nano(usd)

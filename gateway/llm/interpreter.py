@@ -56,9 +56,9 @@ class LlmInterpreter:
         """Return a request body without its content coding, None when that can not be undone or is too large."""
         return unpack(self._request_encoding, body)
 
-    def cost(self, usage: Usage, model: str | None = None) -> float | None:
-        """Return what usage costs in USD, None when the price is unknown. model None: the one that was asked for."""
-        models = (model,) if model else self.dialect.price_models
+    def cost(self, usage: Usage) -> float | None:
+        """Return what usage costs in USD, by what is known of the model so far; None when the price is unknown."""
+        models = self.dialect.price_models
         return self._prices.cost_usd(self.provider, models, usage, off_list=self.dialect.completion.off_list)
 
     @property
@@ -144,8 +144,7 @@ class LlmInterpreter:
         usage_due = self.dialect.spends_tokens and done.error_type is None and self._status < 400
         if usage_due and not done.usage.is_whole:
             found[names.CLRK_BODY_USAGE_VISIBLE] = False
-        models = self.dialect.price_models
-        cost = self._prices.cost_usd(self.provider, models, done.usage, off_list=done.off_list)
+        cost = self.cost(done.usage)
         if cost is not None:
             found[names.CLRK_COST_USD] = cost
         elif self.dialect.spends_tokens and self._may_be_billed():

@@ -27,8 +27,9 @@ def reader(kind: type[T]) -> Callable[[bytes], T | None]:
     """
     hints = get_type_hints(kind)
     whole = msgspec.json.Decoder(kind)
+    on_the_wire = {field.name: field.encode_name for field in msgspec.structs.fields(kind)}
     apart = msgspec.json.Decoder(
-        msgspec.defstruct(f"_Raw{kind.__name__}", [(name, msgspec.Raw, ABSENT) for name in hints])
+        msgspec.defstruct(f"_Raw{kind.__name__}", [(name, msgspec.Raw, ABSENT) for name in hints], rename=on_the_wire)
     )
     members = {name: _member(hint) for name, hint in hints.items()}
 

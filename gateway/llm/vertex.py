@@ -17,6 +17,7 @@ from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.completion import Completion
 from clrk.gateway.llm.google_errors import note_error
 from clrk.gateway.llm.openai_chat import OpenAiChat
+from clrk.gateway.llm.reading import MALFORMED, SMALL_BYTES
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
@@ -42,8 +43,8 @@ def _from_path(head: RequestHead) -> tuple[str | None, bool]:
 def _google_error(completion: Completion, body: bytes) -> None:
     """Take an error that Google answered before the publisher's server saw the call."""
     try:
-        decoded = _ERROR.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        decoded = _ERROR.decode(body) if len(body) <= SMALL_BYTES else _Error()
+    except MALFORMED:
         return
     for document in decoded[:1] if isinstance(decoded, list) else [decoded]:
         if isinstance(values.member(document.error, "status"), str):

@@ -224,6 +224,7 @@ def test_a_guardrail_that_intervened() -> None:
     answer = {"amazon-bedrock-guardrailAction": "INTERVENED"}
     facts = facts_of(call("invoke", LLAMA), {}, OK, answer)
     assert facts.attributes["gen_ai.response.finish_reasons"] == ["guardrail_intervened"]
+    assert facts.attributes["clrk.gen_ai.refused"] is True
 
 
 @pytest.mark.parametrize(

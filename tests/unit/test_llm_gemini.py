@@ -195,6 +195,7 @@ def test_a_refused_prompt() -> None:
     }
     facts = facts_of(answer)
     assert facts.attributes["gen_ai.response.finish_reasons"] == ["PROHIBITED_CONTENT"]
+    assert facts.attributes["clrk.gen_ai.refused"] is True
     assert facts.attributes["gen_ai.usage.input_tokens"] == 8
     assert facts.attributes["gen_ai.usage.output_tokens"] == 0  # JSON from protocol buffers leaves zeros out
 
@@ -333,6 +334,6 @@ def test_generated_text_and_arguments_are_counted() -> None:
     interpreter = recognise(call("streamGenerateContent", query="alt=sse"))
     assert isinstance(interpreter, LlmInterpreter)
     interpreter.response_head(STREAMED, 0.1)
-    parts = [{"text": "Yé"}, {"functionCall": {"name": "f", "args": {}}}, {"inlineData": {"data": "AAAA"}}, 7]
+    parts = [{"text": "Yé"}, {"functionCall": {"name": "f", "args": {}}}, {"inlineData": {"data": "AAAA"}}]
     interpreter.response_data(event({"candidates": [{"content": {"parts": parts}}]}), 0.2)
-    assert interpreter.dialect.completion.output_bytes == 3 + len('{"name":"f","args":{}}')
+    assert interpreter.dialect.completion.output_bytes == 3 + len(json.dumps(parts[1]["functionCall"]))

@@ -22,6 +22,14 @@ OK = ResponseHead(200, JSON)
 OPENAI = post("api.openai.com", "/v1/chat/completions")
 RESPONSES = post("api.openai.com", "/v1/responses")
 ANTHROPIC = post("api.anthropic.com", "/v1/messages")
+GEMINI = post("generativelanguage.googleapis.com", "/v1beta/models/gemini-2.5-flash:generateContent")
+VERTEX = post("aiplatform.googleapis.com", "/v1/projects/p/locations/l/publishers/mistralai/models/m:rawPredict")
+CONVERSE, LLAMA, TITAN = (
+    post("bedrock-runtime.us-east-1.amazonaws.com", f"/model/{model}")
+    for model in ("m/converse", "meta.llama3-8b-instruct-v1/invoke", "amazon.titan-embed-text-v1/invoke")
+)
+GOOGLES = b'"usageMetadata":{"promptTokenCount":7,"candidatesTokenCount":8}}'
+AWSS = b'"usage":{"inputTokens":7,"outputTokens":8}}'
 USAGE = b'"usage":{"prompt_tokens":7,"completion_tokens":8}'
 
 
@@ -30,7 +38,7 @@ class Item(msgspec.Struct):
 
 
 class Thing(msgspec.Struct):
-    name: Any = None
+    name: Any = msgspec.field(default=None, name="thing-name")
     raw: msgspec.Raw = ABSENT
     items: list[Item] | None = None
 
@@ -42,9 +50,9 @@ read_thing = reader(Thing)
 @pytest.mark.parametrize(
     ("body", "want"),
     [
-        ({"name": "x", "raw": [1], "items": [{"size": 2}, {}]}, ("x", b"[1]", [2, None])),
-        ({"name": {"a": None}, "other": [1]}, ({"a": None}, b"", None)),
-        ({"name": None, "items": None}, (None, b"", None)),
+        ({"thing-name": "x", "raw": [1], "items": [{"size": 2}, {}]}, ("x", b"[1]", [2, None])),
+        ({"thing-name": {"a": None}, "other": [1]}, ({"a": None}, b"", None)),
+        ({"thing-name": None, "items": None}, (None, b"", None)),
     ],
 )
 def test_large_and_small_say_the_same(body: dict[str, Any], want: tuple[Any, ...], padding: int) -> None:
@@ -55,20 +63,20 @@ def test_large_and_small_say_the_same(body: dict[str, Any], want: tuple[Any, ...
 
 
 @pytest.mark.parametrize("padding", [b"", b" " * SMALL_BYTES])
-@pytest.mark.parametrize("body", [b"", b"[]", b"7", b"null", b"{", b'{"name":}', b"[" * 5000, b"\xff"])
+@pytest.mark.parametrize("body", [b"", b"[]", b"7", b"null", b"{", b'{"thing-name":}', b"[" * 5000, b"\xff"])
 def test_what_is_no_object_is_none(body: bytes, padding: bytes) -> None:
     assert read_thing(padding + body) is None
 
 
 def test_a_large_member_of_the_wrong_kind_costs_that_member() -> None:
-    body = b'{"name":"x","items":[{"size":' + b"1" * SMALL_BYTES + b"},7]}"
+    body = b'{"thing-name":"x","items":[{"size":' + b"1" * SMALL_BYTES + b"},7]}"
     found = read_thing(body)
     assert found is not None
     assert (found.name, found.items) == ("x", None)
 
 
 def test_members_that_are_too_much_are_absent() -> None:
-    many = b'{"name":[' + b"[]," * SMALL_BYTES + b'[]],"items":[' + b"{}," * 200_000 + b'{}],"raw":1}'
+    many = b'{"thing-name":[' + b"[]," * SMALL_BYTES + b'[]],"items":[' + b"{}," * 200_000 + b'{}],"raw":1}'
     found = read_thing(many)
     assert found is not None
     assert (found.name, found.items, bytes(found.raw)) == (None, None, b"1")
@@ -91,6 +99,22 @@ ANSWERS: dict[str, tuple[RequestHead, bytes, int | None]] = {
         b'{"type":"message","content":[' + fill(b'{"a":[]},') + b'],"usage":{"input_tokens":7,"output_tokens":8}}',
         7,
     ),
+    "a picture": (
+        GEMINI,
+        b'{"candidates":[{"content":{"parts":[{"inlineData":{"data":"' + fill(b"QUJD") + b'"}}]}}],' + GOOGLES,
+        7,
+    ),
+    "many candidates": (GEMINI, b'{"candidates":[' + fill(b"{},") + b"]," + GOOGLES, 7),
+    "many parts": (GEMINI, b'{"candidates":[{"content":{"parts":[' + fill(b"{},") + b"]}}]," + GOOGLES, 7),
+    "many errors": (GEMINI, b"[" + fill(b"{},") + b"{}]", None),
+    "many errors of a publisher's": (VERTEX, b"[" + fill(b"{},") + b"{}]", None),
+    "a long answer": (CONVERSE, b'{"output":[' + fill(b"{},") + b"]," + AWSS, 7),
+    "many answers": (
+        LLAMA,
+        b'{"outputs":[' + fill(b"{},") + b'],"prompt_token_count":7,"generation_token_count":8}',
+        7,
+    ),
+    "much of a vector": (TITAN, b'{"embedding":[' + fill(b"0.1,") + b'],"inputTextTokenCount":7}', 7),
     "many ids": (ANTHROPIC, b'{"type":"message","id":[' + fill(b"{},") + b"]}", None),
 }
 
