@@ -16,7 +16,7 @@ C_FILES := $(shell find ebpf runtime src/clrk/core examples tests -name '*.[ch]'
 C_WARNINGS := -Wall -Wextra -Werror -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wundef \
 	-Wpointer-arith -Wwrite-strings -Wformat=2 -Wvla
 
-.PHONY: help setup demo test check lint lint-c type arch unit kernel e2e bench soak fuzz fmt clean need-venv need-root
+.PHONY: help setup setup-tests demo test check lint lint-c type arch unit kernel e2e bench soak fuzz fmt clean need-venv need-root
 
 help: ## Show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -24,10 +24,13 @@ help: ## Show this text
 setup: ## Install what is missing: Debian packages (as root) and .venv; a second run is quick
 	@packaging/setup.sh
 
+setup-tests: # what `make setup` does, and the servers that the tests talk to
+	@packaging/setup.sh --tests
+
 demo: setup need-root ## Set up, run one traced request through real sandboxes, and walk the debugging session
 	@examples/demo/run
 
-test: setup need-root lint lint-c type arch ## Set up and run everything: static checks, unit, kernel and e2e tests (root)
+test: setup-tests need-root lint lint-c type arch ## Set up and run everything: static checks, unit, kernel and e2e tests (root)
 	@CLRK_MUST_WORK=1 $(PYTEST) -n auto --dist worksteal tests/unit tests/fuzz
 	@CLRK_MUST_WORK=1 $(PYTEST) tests/kernel tests/e2e tests/browser
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs what clrk needs on Debian 12: packages through apt (root only), .venv through pip, tests/*/node_modules through npm.
 #
+# --tests adds the servers and clients that the tests of any TCP run against; their services are neither started nor enabled.
+#
 # Idempotent: a second run asks dpkg and a stamp file, and returns in about a second. Works from any checkout path.
 # Exits 0 when everything is there, 1 when something is missing; the last lines say what and why.
 set -euo pipefail
@@ -14,6 +16,16 @@ PYTHON=/usr/bin/python3
 
 step() { printf '== %s\n' "$*"; }
 warn() { printf '   %s\n' "$*" >&2; }
+
+TESTS=no
+case "${1:-}" in
+'') ;;
+--tests) TESTS=yes ;;
+*)
+	printf 'usage: %s [--tests]\n' "$0" >&2
+	exit 2
+	;;
+esac
 
 failures=()
 fail() { failures+=("$*"); warn "$*"; }
@@ -47,13 +59,29 @@ packages() {
 	LIST
 }
 
+# The same for the tests' servers, real ones from Debian. aiosmtpd and no MTA: a host has one MTA, and keeps it.
+test_packages() {
+	cat <<-'LIST'
+		openssh-server|test -x /usr/sbin/sshd
+		openssh-client|command -v ssh && command -v ssh-keygen
+		python3-aiosmtpd|/usr/bin/python3 -c 'import aiosmtpd'
+		mariadb-server|test -x /usr/sbin/mariadbd
+		mariadb-client|command -v mariadb
+		postgresql|test -x /usr/lib/postgresql/15/bin/postgres || ls /usr/lib/postgresql/*/bin/postgres
+		postgresql-client|command -v psql
+		redis-server|command -v redis-server
+		redis-tools|command -v redis-cli
+	LIST
+}
+TEST_UNITS=(ssh.service ssh.socket mariadb.service postgresql.service redis-server.service)
+
 dpkg_has() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 missing_packages() {
 	local package probe
 	while IFS='|' read -r package probe; do
 		eval "$probe" >/dev/null 2>&1 || printf '%s\n' "$package"
-	done < <(packages)
+	done < <("$1")
 }
 
 have_headers() {
@@ -85,7 +113,7 @@ install_headers() {
 
 install_packages() {
 	local missing headers=yes package
-	mapfile -t missing < <(missing_packages)
+	mapfile -t missing < <(missing_packages packages)
 	have_headers || headers=no
 	if [ ${#missing[@]} -eq 0 ] && [ "$headers" = yes ]; then
 		step "Debian packages: all there"
@@ -107,6 +135,45 @@ install_packages() {
 		step "apt: $package"
 		apt_run "apt-$package.log" install --no-install-recommends "$package" ||
 			fail "$package could not be installed (see $LOGS/apt-$package.log)"
+	done
+}
+
+# The servers come without their services: none is started now (policy-rc.d(8), put back as it was) or at the next boot,
+# and nothing that is installed is removed for them.
+install_test_packages() {
+	local missing unit before=()
+	mapfile -t missing < <(missing_packages test_packages)
+	if [ ${#missing[@]} -eq 0 ]; then
+		step "Debian packages of the tests: all there"
+		return
+	fi
+	if ! command -v apt-get >/dev/null || [ "$(id -u)" -ne 0 ]; then
+		fail "the tests' servers can not be installed without apt-get and root: ${missing[*]}"
+		return
+	fi
+	step "apt: ${missing[*]} (for the tests; no service is started)"
+	for unit in "${TEST_UNITS[@]}"; do
+		[ ! -e "/etc/systemd/system/multi-user.target.wants/$unit" ] || before+=("$unit")
+	done
+	apt_run update.log update || fail "apt-get update failed (see $LOGS/update.log)"
+	(
+		set -e
+		policy=/usr/sbin/policy-rc.d
+		restore() {
+			rm -f "$policy"
+			[ ! -e "$policy.clrk" ] && [ ! -L "$policy.clrk" ] || mv "$policy.clrk" "$policy"
+		}
+		if [ -e "$policy" ] || [ -L "$policy" ]; then mv "$policy" "$policy.clrk"; fi
+		trap restore EXIT
+		trap 'exit 1' HUP INT TERM
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 755 "$policy"
+		apt_run tests.log install --no-install-recommends --no-remove "${missing[@]}"
+	) || fail "the tests' servers could not be installed (see $LOGS/tests.log)"
+	for unit in "${TEST_UNITS[@]}"; do # of a host that had none of them, none starts at boot
+		case " ${before[*]} " in *" $unit "*) continue ;; esac
+		[ ! -e "/etc/systemd/system/multi-user.target.wants/$unit" ] || systemctl --quiet disable "$unit" >>"$LOGS/tests.log" 2>&1 ||
+			fail "$unit could not be disabled (see $LOGS/tests.log)"
 	done
 }
 
@@ -205,6 +272,7 @@ hand_over() {
 }
 
 install_packages
+[ "$TESTS" = no ] || install_test_packages
 install_venv
 install_node_modules
 make_readable
