@@ -14,22 +14,23 @@ import socket
 import ssl
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from clrk.core import wire
-from clrk.core.errors import ClrkError, ProtocolError
+from clrk.core.errors import ProtocolError
 from clrk.gateway._aio import spawn
 from clrk.gateway.ca import LeafIssuer
-from clrk.gateway.egress.admission import admit_tunnel, allows_tunnel
-from clrk.gateway.egress.channel import Channel
-from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
+from clrk.gateway.egress.admission import allows_tunnel
+from clrk.gateway.egress.channel import LINGER_RESET, Channel
 from clrk.gateway.egress.flows import FlowSource
 from clrk.gateway.egress.handshake import NO_APPLICATION_PROTOCOL, judge_handshake, passthrough
 from clrk.gateway.egress.http import relay_http
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, Destination, connect_time_ns
-from clrk.gateway.egress.tcp import Admission, tunnel
-from clrk.gateway.egress.tls import peek_client_hello, peek_until
+from clrk.gateway.egress.stamped import StampError, admit_stamp, read_stamp
+from clrk.gateway.egress.tcp import RUN_ENDED, carry_tunnel, dial_tunnel, is_client_first
+from clrk.gateway.egress.tls import peek_client_hello, peek_until, wait_readable
 from clrk.gateway.names import NameTable
 from clrk.gateway.proxyv2.errors import ProxyV2Error
 from clrk.gateway.proxyv2.expect import expected_header
@@ -38,6 +39,7 @@ from clrk.gateway.telemetry import attributes as attr
 
 MAX_CONNECTIONS: Final = 256  # of one sandbox: one agent can not use up the gateway's descriptors
 STAMP_TIMEOUT_S: Final = 3.0
+SILENCE_S: Final = 0.5  # of a client that may be waiting for its server
 FIRST_BYTES_TIMEOUT_S: Final = 10.0
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 INSIDE_TLS_TIMEOUT_S: Final = 60.0  # clients open TLS connections in advance
@@ -48,6 +50,7 @@ CLOSE_S: Final = 10.0
 SERVER_FIRST_PORTS: Final = frozenset((21, 22, 23, 25, 110, 119, 143, 587, 2525, 3306, 4190, 4222, 5900, 33060))
 # SMTPS, NNTPS, IMAPS, POP3S: the server greets first, inside TLS.
 SERVER_FIRST_TLS_PORTS: Final = frozenset((465, 563, 993, 995))
+CLIENT_FIRST_PORTS: Final = frozenset((80, 443))  # nobody is dialled before they have spoken
 
 _LOG: Final = logging.getLogger(__name__)
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -58,14 +61,6 @@ _HTTP_START: Final = re.compile(
     rb"CONNECT [^ ]+ HTTP/1"
 )
 _HTTP_PREFIX: Final = re.compile(rb"[A-Z][A-Z-]{0,19}(?: [Hh]?[Tt]{0,2})?|\r|CONNECT [^ \r\n]{0,270}(?: [HTP/1]{0,6})?")
-
-
-class StampError(ClrkError):
-    """The connection did not begin with its stamp. Shape: code is stable."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 @dataclass(slots=True)
@@ -85,22 +80,6 @@ def classify(peeked: bytes) -> str | None:
     if _HTTP_START.match(peeked) is not None:
         return "http"
     return None if _HTTP_PREFIX.fullmatch(peeked) is not None else "tcp"
-
-
-async def read_stamp(sock: socket.socket, expected: bytes) -> bool:
-    """Consume exactly the stamp; return False when the stream ended before its first byte. Raises: StampError."""
-    loop = asyncio.get_running_loop()
-    received = b""
-    while len(received) < len(expected):
-        piece = await loop.sock_recv(sock, len(expected) - len(received))
-        if not piece:
-            if received:
-                raise StampError("truncated")
-            return False
-        received += piece
-        if not expected.startswith(received):
-            raise StampError("mismatch")
-    return True
 
 
 class Acceptor:
@@ -159,7 +138,7 @@ class Acceptor:
         """End every connection; each records its span."""
         tasks = list(self._tasks)
         for task in tasks:
-            task.cancel()
+            task.cancel(RUN_ENDED)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -178,9 +157,13 @@ class Acceptor:
             try:
                 expected = expected_header(self._run.header_v4, self._run.header_v6, flow, src, src_port)
                 if flow.dst_port in SERVER_FIRST_PORTS:
-                    await self._serve_server_first(sock, origin, expected)
+                    await self._serve_server_first(sock, origin, expected, None)
+                elif await self._expects_server(sock, origin):
+                    await self._serve_server_first(sock, origin, expected, STAMP_TIMEOUT_S - SILENCE_S)
+                elif (kind := await self._first_bytes(sock, expected)) is not None:
+                    await self._serve_kind(sock, origin, kind)
                 else:
-                    await self._serve_client_first(sock, origin, expected)
+                    self._counters.closed_unused += 1
             except (StampError, ProxyV2Error) as exc:
                 self._exit.spans.malformed(origin.call(origin.connect_ns), exc.code)
             except OSError:
@@ -188,23 +171,28 @@ class Acceptor:
 
     # --- client speaks first ----------------------------------------------------------------------------------------
 
-    async def _serve_client_first(self, sock: socket.socket, origin: Origin, expected: bytes) -> None:
+    async def _first_bytes(self, sock: socket.socket, expected: bytes) -> str | None:
+        """Consume the stamp, and return tls, http or tcp; None when the client left without a word.
+
+        Raises: StampError.
+        """
         try:
             async with asyncio.timeout(STAMP_TIMEOUT_S):
                 stamped = await read_stamp(sock, expected)
         except TimeoutError:
             raise StampError("timeout") from None
         if not stamped:
-            self._counters.closed_unused += 1
-            return
+            return None
         try:
             async with asyncio.timeout(FIRST_BYTES_TIMEOUT_S):
-                kind = await peek_until(sock, classify)
+                return await peek_until(sock, classify)
         except TimeoutError:
-            kind = "tcp"  # it began like HTTP and went no further
+            return "tcp"  # it began like HTTP and went no further
+
+    async def _serve_kind(self, sock: socket.socket, origin: Origin, kind: str) -> None:
         if kind == "tls":
             await self._serve_tls(sock, origin)
-        elif kind is not None:
+        else:
             await self._serve_plain(sock, origin, kind)
 
     async def _serve_plain(self, sock: socket.socket, origin: Origin, kind: str) -> None:
@@ -242,7 +230,7 @@ class Acceptor:
     async def _serve_inside(self, agent: Channel, origin: Origin, call: Call) -> None:
         """Serve what is spoken inside TLS; a client that leaves without a word may not have liked our certificate."""
         if origin.destination.port in SERVER_FIRST_TLS_PORTS:
-            await self._speak(agent, origin, "tcp")
+            await self._speak_server_first(agent, origin)
             return
         loop = asyncio.get_running_loop()
         opened_s, problem = loop.time(), None
@@ -295,56 +283,73 @@ class Acceptor:
 
     # --- tunnels ----------------------------------------------------------------------------------------------------
 
-    async def _serve_server_first(self, sock: socket.socket, origin: Origin, expected: bytes) -> None:
-        """Dial at once; the stamp is demanded whenever the client's first byte comes."""
-        agent = await _open(sock, None)
+    async def _expects_server(self, sock: socket.socket, origin: Origin) -> bool:
+        """Say whether the client waits for the server to speak, on a port of which nobody knows that it does."""
+        if origin.destination.port in CLIENT_FIRST_PORTS or not allows_tunnel(self._exit, origin, None):
+            return False
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                await wait_readable(sock)
+        except TimeoutError:
+            return True
+        return False
 
-        async def admission() -> None:
-            received = b""
-            while len(received) < len(expected):
-                piece = await agent.read()
-                if not piece and not received:
-                    return
-                received += piece
-                if not piece or not expected.startswith(received[: len(expected)]):
-                    raise StampError("mismatch" if piece else "truncated")
-            agent.unread(received[len(expected) :])
-
-        await self._end_with(agent, self._tunnel(agent, origin, admission=admission))
-
-    async def _tunnel(
-        self, agent: Channel, origin: Origin, *, sni: str | None = None, admission: Admission | None = None
+    async def _serve_server_first(
+        self, sock: socket.socket, origin: Origin, expected: bytes, limit_s: float | None
     ) -> None:
+        """Dial at once, and see who speaks: a client that does is served as anywhere else, whatever the port.
+
+        After a server that spoke first it is a tunnel; the stamp is demanded whenever the client's first byte comes.
+        """
+        call = origin.call(origin.connect_ns)
+        if (upstream := await dial_tunnel(self._exit, origin, call)) is None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+            return
+        try:
+            kind = None
+            if early := await is_client_first(wait_readable(sock), upstream.wait_readable(), limit_s):
+                kind = await self._first_bytes(sock, expected)
+            agent = await _open(sock, None) if kind not in ("tls", "http") else None
+        except TimeoutError:
+            upstream.abort()
+            raise StampError("timeout") from None
+        except BaseException:
+            upstream.abort()
+            raise
+        if agent is None:
+            upstream.abort()
+            await self._serve_kind(sock, origin, kind or "tcp")
+            return
+        admission = None if early else partial(admit_stamp, agent, expected)
+        await self._end_with(agent, carry_tunnel(self._exit, origin, call, (agent, upstream), admission=admission))
+
+    async def _speak_server_first(self, agent: Channel, origin: Origin) -> None:
+        """The same inside TLS."""
+        call = origin.call(origin.connect_ns)
+        if (upstream := await dial_tunnel(self._exit, origin, call)) is None:
+            agent.reset()
+            return
+        try:
+            early = await is_client_first(agent.wait_readable(), upstream.wait_readable(), None)
+            is_http = early and await _classify_channel(agent) == "http"
+        except BaseException:
+            upstream.abort()
+            raise
+        if is_http:
+            upstream.abort()
+            await relay_http(lambda: self._exit, origin, agent)
+        else:
+            await carry_tunnel(self._exit, origin, call, (agent, upstream))
+
+    async def _tunnel(self, agent: Channel, origin: Origin, *, sni: str | None = None) -> None:
         """Dial and carry bytes, if a rule allows it without looking at requests. Records one span."""
-        call, spans, destination = origin.call(origin.connect_ns), self._exit.spans, origin.destination
+        call = origin.call(origin.connect_ns)
         if sni is not None:
             call.attributes[attr.TLS_CLIENT_SERVER_NAME] = sni
-        try:
-            upstream = await self._exit.upstream.dial(admit_tunnel(self._exit, origin, call, sni))
-        except DialDeniedError as exc:
-            spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
+        if (upstream := await dial_tunnel(self._exit, origin, call, sni)) is None:
             agent.reset()
-            return
-        except DialFailedError as exc:
-            spans.failed(call, exc.error_type, str(exc))
-            agent.reset()
-            return
-        call.peer = upstream.peer
-        spans.begin_tcp(call)
-        error, message = None, ""
-        try:
-            carried = tunnel(agent, upstream, admission)
-            await self._exit.tunnels.carry(lambda way_out: allows_tunnel(way_out, origin, sni), carried)
-        except OSError as exc:
-            error, message = error_type_of(exc), f"{destination.host}:{destination.port}: {exc}"
-            agent.reset()
-            upstream.reset()  # it may not have been used at all
-        except asyncio.CancelledError:
-            error, message = "cancelled", "the run ended"
-            raise
-        finally:
-            call.request_bytes, call.response_bytes = upstream.sent_bytes, upstream.received_bytes
-            spans.tcp(call, error, message)
+        else:
+            await carry_tunnel(self._exit, origin, call, (agent, upstream), sni=sni)
 
 
 async def _open(sock: socket.socket, context: ssl.SSLContext | None) -> Channel:

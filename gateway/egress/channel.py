@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 HIGH_WATER: Final = 128 * 1024
-_LINGER_RESET: Final = struct.pack("ii", 1, 0)
+LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
 class Channel(asyncio.Protocol):
@@ -109,6 +109,15 @@ class Channel(asyncio.Protocol):
             finally:
                 self._waiter = None
         return self._take()
+
+    async def wait_readable(self) -> None:
+        """Return when read() would: there is something, the end, or an error."""
+        while not (self._size or self._eof or self._error or self._tail):
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     def read_nowait(self) -> bytes:
         """Return what has arrived, perhaps nothing."""
@@ -207,7 +216,7 @@ class Channel(asyncio.Protocol):
         if self._transport is not None:
             sock = self._transport.get_extra_info("socket")
             if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
         self.abort()
 
     def fail(self, error: Exception) -> None:
@@ -268,6 +277,11 @@ class Channel(asyncio.Protocol):
     def is_paused(self) -> bool:
         """Say whether the peer does not keep up with what is written."""
         return self._paused
+
+    @property
+    def is_at_end(self) -> bool:
+        """Say whether the other side has said everything, and all of it was read."""
+        return self._eof and not self._size and self._error is None
 
     @property
     def is_broken(self) -> bool:

@@ -1,15 +1,105 @@
-"""Tunnels: bytes both ways, half-close and backpressure kept, resets passed on."""
+"""Tunnels: who may have one, who speaks first in it, and the bytes both ways.
+
+Half-close and backpressure are kept, resets passed on. What an agent had sent when it ended still arrives, as it would
+without a gateway: the kernel delivers what a dead process has written.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
 
 from clrk.core.errors import ClrkError
 from clrk.gateway._aio import spawn
+from clrk.gateway.egress.admission import admit_tunnel, allows_tunnel
 from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
+from clrk.gateway.egress.origin import Exit, Origin
+from clrk.gateway.egress.record import Call
+
+RUN_ENDED: Final = "the run ended"  # the message of a cancellation: the agent is dead, and may have said its last
+FLUSH_S: Final = 0.5  # for what is on its way up when the run ends; the sandbox is gone within a second
 
 Admission = Callable[[], Awaitable[None]]
+
+
+class AgentResetError(ConnectionResetError):
+    """The agent broke the connection off: as often as not after its last word, by closing before the peer's goodbye."""
+
+
+async def dial_tunnel(way_out: Exit, origin: Origin, call: Call, sni: str | None = None) -> Channel | None:
+    """Dial, if a rule allows the connection without looking at requests; None when it did not come about.
+
+    Shape: sni is that of a TLS connection that is tunnelled unread.
+    Side effects: records the span of a connection that did not come about; the agent is still to be told.
+    """
+    try:
+        upstream = await way_out.upstream.dial(admit_tunnel(way_out, origin, call, sni))
+    except DialDeniedError as exc:
+        way_out.spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
+        return None
+    except DialFailedError as exc:
+        way_out.spans.failed(call, exc.error_type, str(exc))
+        return None
+    call.peer = upstream.peer
+    return upstream
+
+
+async def carry_tunnel(
+    way_out: Exit,
+    origin: Origin,
+    call: Call,
+    ends: tuple[Channel, Channel],
+    *,
+    sni: str | None = None,
+    admission: Admission | None = None,
+) -> None:
+    """Carry bytes to the end, or until other rules end it, and record the span: egress.tcp.
+
+    Shape: ends are the agent's side and the upstream's.
+    Raises: what admission raises.
+    """
+    agent, upstream = ends
+    way_out.spans.begin_tcp(call)
+    error, message = None, ""
+    try:
+        carried = tunnel(agent, upstream, admission)
+        await way_out.tunnels.carry(lambda now: allows_tunnel(now, origin, sni), carried)
+    except AgentResetError:
+        pass  # how it ends is the agent's affair, and nothing that failed: a client that leaves TLS early is one
+    except OSError as exc:
+        error, message = error_type_of(exc), f"{call.destination.host}:{call.destination.port}: {exc}"
+        agent.reset()
+        upstream.reset()  # it may not have been used at all
+    except ClrkError as exc:
+        error, message = "not_admitted", str(exc)
+        raise
+    except asyncio.CancelledError:
+        if not agent.is_at_end:
+            error, message = "cancelled", "the run ended"
+        raise
+    finally:
+        call.request_bytes, call.response_bytes = upstream.sent_bytes, upstream.received_bytes
+        way_out.spans.tcp(call, error, message)
+
+
+async def is_client_first(
+    client: Coroutine[Any, Any, None], server: Coroutine[Any, Any, None], limit_s: float | None
+) -> bool:
+    """Wait until one of them speaks or ends; say whether it was the client. Raises: TimeoutError.
+
+    A server that has spoken although no byte of the client has reached it is one that speaks first.
+    """
+    tasks = spawn(client, name="client-speaks"), spawn(server, name="server-speaks")
+    try:
+        async with asyncio.timeout(limit_s):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return not tasks[1].done()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def tunnel(agent: Channel, upstream: Channel, admission: Admission | None = None) -> None:
@@ -19,32 +109,64 @@ async def tunnel(agent: Channel, upstream: Channel, admission: Admission | None 
     Raises: OSError of the side that broke, or admission's ClrkError; both sides have then been reset.
     Side effects: the upstream is closed; the agent's side stays the caller's.
     """
-    up = spawn(_pump(agent, upstream, admission), name="tunnel-up")
-    down = spawn(_pump(upstream, agent, None), name="tunnel-down")
+    broken: list[tuple[Channel, OSError | ClrkError]] = []
+    up = spawn(_pump(agent, upstream, broken, admission), name="tunnel-up")
+    down = spawn(_pump(upstream, agent, broken, None), name="tunnel-down")
     try:
-        errors = await asyncio.gather(up, down)
-    except asyncio.CancelledError:
-        agent.reset()
-        upstream.reset()
-        await asyncio.gather(up, down, return_exceptions=True)
+        await asyncio.wait((up, down))
+    except asyncio.CancelledError as exc:
+        if exc.args == (RUN_ENDED,):
+            await _let_arrive(agent, upstream, up, down)
+        else:
+            await _cut(agent, upstream, up, down)
         raise
     finally:
         upstream.close()
-    for error in errors:
-        if error is not None:
-            raise error
+    await asyncio.gather(up, down)
+    if broken:  # the first is the cause; the other pump has seen its consequences
+        side, error = broken[0]
+        if side is agent and isinstance(error, OSError):
+            raise AgentResetError(str(error)) from error
+        raise error
 
 
-async def _pump(source: Channel, sink: Channel, admission: Admission | None) -> OSError | ClrkError | None:
-    """Carry one direction. An error of either side ends both directions; it is a result here, not a crash."""
+_Pump = asyncio.Task[bool]
+
+
+async def _let_arrive(agent: Channel, upstream: Channel, up: _Pump, down: _Pump) -> None:
+    """The run is over: pass on what its agent has said, to its end; without an end in time, that is a reset."""
+    down.cancel()
+    await asyncio.wait((up,), timeout=FLUSH_S)
+    if up.done() and up.result():
+        await upstream.finish(FLUSH_S)
+    else:
+        await _cut(agent, upstream, up, down)
+
+
+async def _cut(agent: Channel, upstream: Channel, up: _Pump, down: _Pump) -> None:
+    agent.reset()
+    upstream.reset()
+    up.cancel()
+    down.cancel()
+    await asyncio.gather(up, down, return_exceptions=True)
+
+
+async def _pump(
+    source: Channel, sink: Channel, broken: list[tuple[Channel, OSError | ClrkError]], admission: Admission | None
+) -> bool:
+    """Carry one direction to its end. An error of either side is noted, and ends both directions."""
+    side = source
     try:
         if admission is not None:
             await admission()
         while data := await source.read():
+            side = sink
             await sink.write(data)
+            side = source
     except (OSError, ClrkError) as exc:
+        broken.append((side, exc))
         source.reset()
         sink.reset()
-        return exc
+        return False
     sink.write_eof()
-    return None
+    return True
