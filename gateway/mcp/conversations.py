@@ -34,21 +34,24 @@ def endpoint_key(head: RequestHead, path: str, query: str) -> Key:
     return head.host, head.port, f"endpoint {path}?{query}"[:_MAX_KEY]
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A POST whose answers are still to come."""
+@dataclass(slots=True, eq=False)
+class Expected:
+    """The answers to a POST that come on another exchange, perhaps before the POST itself is over.
+
+    Shape: missing are the ids that are still to come; empty when nobody waits any more.
+    """
 
     key: Key
-    ids: set[str]
-    tell: Tell
+    missing: set[str]
     answers: list[Response] = field(default_factory=list)
+    tell: Tell | None = None
 
 
 class Conversations:
     """The conversations of one run."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[tuple[Key, str], _Waiting] = OrderedDict()
+        self._expected: OrderedDict[tuple[Key, str], Expected] = OrderedDict()
         self._questions: OrderedDict[tuple[Key, str], str] = OrderedDict()
         self._streams: dict[Key, int] = {}
 
@@ -64,8 +67,8 @@ class Conversations:
             return
         self._streams.pop(key, None)
         if key[2].startswith("endpoint "):
-            for waiting in {id(one): one for one in self._waiting.values() if one.key == key}.values():
-                self._end(waiting)
+            for expected in {one for one in self._expected.values() if one.key == key}:
+                self.give_up(expected)
 
     def has_stream(self, key: Key) -> bool:
         """Say whether a stream of the conversation is open."""
@@ -85,37 +88,44 @@ class Conversations:
         """Return the method of a question that the client answers now."""
         return self._questions.pop((key, id_), None)
 
-    def wait(self, key: Key, ids: set[str], tell: Tell) -> Callable[[], None]:
-        """Have tell called once: with all answers, or with what came until the wait is ended by what is returned."""
-        waiting = _Waiting(key, set(ids), tell)
+    def expect(self, key: Key, ids: set[str]) -> Expected:
+        """Collect the answers to a POST from now on."""
+        expected = Expected(key, set(ids))
         for id_ in ids:
-            if (before := self._waiting.get((key, id_))) is not None:
-                self._end(before)  # an id that is used again: nobody could tell the answers apart
-            self._waiting[key, id_] = waiting
-        while len(self._waiting) > MAX_WAITING:
-            self._end(next(iter(self._waiting.values())))
-        return lambda: self._end(waiting)
+            if (before := self._expected.get((key, id_))) is not None:
+                self.give_up(before)  # an id that is used again: nobody could tell the answers apart
+            self._expected[key, id_] = expected
+        while len(self._expected) > MAX_WAITING:
+            self.give_up(next(iter(self._expected.values())))
+        return expected
+
+    def wait(self, expected: Expected, tell: Tell) -> Callable[[], None]:
+        """Have tell called once: with all answers, or with what came until the wait is ended by what is returned."""
+        expected.tell = tell
+        return lambda: self.give_up(expected)
 
     def answer(self, key: Key, response: Response) -> None:
         """Take a response that came on a stream."""
-        waiting = self._waiting.pop((key, response.id or ""), None)
-        if waiting is None:
+        expected = self._expected.pop((key, response.id or ""), None)
+        if expected is None:
             return
-        waiting.answers.append(response)
-        waiting.ids.discard(response.id or "")
-        if not waiting.ids:
-            waiting.tell(waiting.answers)
+        expected.answers.append(response)
+        expected.missing.discard(response.id or "")
+        if not expected.missing and expected.tell is not None:
+            expected.tell(expected.answers)
+
+    def give_up(self, expected: Expected) -> None:
+        """Expect no more. Idempotent."""
+        if not expected.missing:
+            return
+        for id_ in expected.missing:
+            if self._expected.get((expected.key, id_)) is expected:
+                del self._expected[expected.key, id_]
+        expected.missing = set()
+        if expected.tell is not None:
+            expected.tell(expected.answers)
 
     def close(self) -> None:
         """The run is over: nothing more comes."""
-        while self._waiting:
-            self._end(next(iter(self._waiting.values())))
-
-    def _end(self, waiting: _Waiting) -> None:
-        if not waiting.ids:
-            return
-        for id_ in waiting.ids:
-            if self._waiting.get((waiting.key, id_)) is waiting:
-                del self._waiting[waiting.key, id_]
-        waiting.ids = set()
-        waiting.tell(waiting.answers)
+        while self._expected:
+            self.give_up(next(iter(self._expected.values())))

@@ -16,7 +16,7 @@ from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.body import BoundedBody, ResponseBody
 from clrk.gateway.llm.sse import SseEvent
-from clrk.gateway.mcp.conversations import Conversations, Key, endpoint_key, session_key
+from clrk.gateway.mcp.conversations import Conversations, Expected, Key, endpoint_key, session_key
 from clrk.gateway.mcp.messages import METHODS, Request, Response, parse
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -70,6 +70,7 @@ class McpInterpreter:
         self._answers: dict[str, Response] = {}
         self._refusal: Response | None = None
         self._ended = False
+        self._expected: Expected | None = None
         self._resumable = False  # events have ids, as far as a glance can tell
         self._tail = b""
 
@@ -94,6 +95,8 @@ class McpInterpreter:
         if calls and (self._sure or calls[0].method in METHODS):
             self._calls = calls
             self._asked = {call.id for call in calls if call.id is not None}
+            if self._asked and self._conversations.is_endpoint(self._head):
+                self._expected = self._conversations.expect(self._key, self._asked)
         elif messages and not calls:
             self._replies = tuple(self._known_replies(messages))
 
@@ -126,28 +129,36 @@ class McpInterpreter:
             return _joined([self._reply_facts(method, reply) for method, reply in self._replies])
         if not self._calls:
             return _PLAIN_HTTP
-        missing = self._asked - self._answers.keys()
-        key = self._waits_at() if missing else None
+        expected = self._expected_late()
         facts = self._call_facts()
-        if key is None:
+        if expected is None:
             return facts
-        return replace(facts, later=lambda record: self._wait(key, missing, record))
+        return replace(facts, later=lambda record: self._wait(expected, record))
 
     # --- answers that come elsewhere --------------------------------------------------------------------------------
 
-    def _waits_at(self) -> Key | None:
-        """Return where answers are still to come: on the stream of HTTP+SSE, or when a closed stream is resumed."""
-        if self._status == 202 and self._conversations.has_stream(self._key):
-            return self._key
-        closed_early = self._status == 200 and self._ended and self._body is not None and self._body.is_stream
-        return self._session.key if closed_early and self._resumable else None
+    def _expected_late(self) -> Expected | None:
+        """Return the answers that are still to come: on the stream of HTTP+SSE, or when a closed stream is resumed."""
+        expected, self._expected = self._expected, None
+        missing = self._asked - self._answers.keys()
+        if expected is not None:
+            self._keep(expected.answers)
+            if self._status == 202 and expected.missing:
+                return expected
+            self._conversations.give_up(expected)
+        elif missing and self._ended and self._resumable and self._body is not None and self._body.is_stream:
+            return self._conversations.expect(self._session.key, missing) if self._status == 200 else None
+        return None
 
-    def _wait(self, key: Key, ids: set[str], record: Callable[[Facts], None]) -> Callable[[], None]:
+    def _wait(self, expected: Expected, record: Callable[[Facts], None]) -> Callable[[], None]:
         def tell(answers: Sequence[Response]) -> None:
-            self._answers.update({answer.id: answer for answer in answers if answer.id is not None})
+            self._keep(answers)
             record(self._call_facts())
 
-        return self._conversations.wait(key, ids, tell)
+        return self._conversations.wait(expected, tell)
+
+    def _keep(self, answers: Sequence[Response]) -> None:
+        self._answers.update({answer.id: answer for answer in answers if answer.id is not None})
 
     @property
     def _key(self) -> Key:

@@ -24,7 +24,7 @@ class Told(list[list[str | None]]):
 
 def test_all_answers_end_a_wait_once() -> None:
     one, told = Conversations(), Told()
-    give_up = one.wait(SESSION, {"1", "2"}, told)
+    give_up = one.wait(one.expect(SESSION, {"1", "2"}), told)
     one.answer(SESSION, response("1"))
     one.answer(SESSION, response("1"))
     one.answer(ENDPOINT, response("2"))
@@ -38,7 +38,7 @@ def test_all_answers_end_a_wait_once() -> None:
 
 def test_giving_up_tells_what_came() -> None:
     one, told = Conversations(), Told()
-    give_up = one.wait(SESSION, {"1", "2"}, told)
+    give_up = one.wait(one.expect(SESSION, {"1", "2"}), told)
     one.answer(SESSION, response("2"))
     give_up()
     give_up()
@@ -48,8 +48,8 @@ def test_giving_up_tells_what_came() -> None:
 
 def test_the_last_stream_of_http_with_sse_ends_its_waits() -> None:
     one, told, other = Conversations(), Told(), Told()
-    one.wait(ENDPOINT, {"1"}, told)
-    one.wait(SESSION, {"1"}, other)
+    one.wait(one.expect(ENDPOINT, {"1"}), told)
+    one.wait(one.expect(SESSION, {"1"}), other)
     for key in (ENDPOINT, ENDPOINT, SESSION):
         one.open_stream(key)
     assert one.is_endpoint(HEAD)
@@ -66,8 +66,8 @@ def test_the_last_stream_of_http_with_sse_ends_its_waits() -> None:
 
 def test_an_id_that_is_used_again_ends_the_first_wait() -> None:
     one, first, second = Conversations(), Told(), Told()
-    one.wait(SESSION, {"1", "2"}, first)
-    one.wait(SESSION, {"1"}, second)
+    one.wait(one.expect(SESSION, {"1", "2"}), first)
+    one.wait(one.expect(SESSION, {"1"}), second)
     assert first == [[]]
     one.answer(SESSION, response("2"))
     one.answer(SESSION, response("1"))
@@ -78,7 +78,7 @@ def test_waits_are_bounded(monkeypatch) -> None:
     monkeypatch.setattr(conversations, "MAX_WAITING", 3)
     one, told = Conversations(), [Told() for _ in range(5)]
     for at, tell in enumerate(told):
-        one.wait(SESSION, {str(at)}, tell)
+        one.wait(one.expect(SESSION, {str(at)}), tell)
     assert [len(tell) for tell in told] == [1, 1, 0, 0, 0]
 
 
@@ -95,3 +95,20 @@ def test_questions_are_bounded_and_answered_once(monkeypatch) -> None:
 
 def test_keys_are_bounded() -> None:
     assert len(session_key(HEAD, "s" * 9999)[2]) == len(endpoint_key(HEAD, "/" * 9999, "")[2]) == 512
+
+
+def test_an_answer_may_come_before_anybody_waits() -> None:
+    one = Conversations()
+    expected = one.expect(SESSION, {"1", "2"})
+    one.answer(SESSION, response("1"))
+    one.answer(SESSION, response("2"))
+    assert (expected.missing, [found.id for found in expected.answers]) == (set(), ["1", "2"])
+
+
+def test_what_is_given_up_before_anybody_waits_tells_nobody() -> None:
+    one, told = Conversations(), Told()
+    expected = one.expect(SESSION, {"1"})
+    one.give_up(expected)
+    one.wait(one.expect(SESSION, {"1"}), told)
+    one.give_up(expected)
+    assert told == []

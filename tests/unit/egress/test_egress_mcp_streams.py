@@ -136,6 +136,32 @@ async def test_an_answer_on_the_stream_ends_the_span_of_its_post() -> None:
     assert [other.name for other in one.spans] == ["tools/call get", f"GET {NAME}"]
 
 
+async def test_an_answer_that_overtakes_the_end_of_its_post() -> None:
+    release, streams = asyncio.Event(), []
+
+    async def server(reader, writer) -> None:
+        head, _ = await read_request(reader)
+        if head.startswith(b"GET"):
+            writer.write(STREAM_HEAD + chunk(ENDPOINT))
+            streams.append(writer)
+        else:
+            streams[0].write(chunk(message(result(5))))
+            await release.wait()
+            writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()
+
+    async with lab(server) as one:
+        wire = await listen(one)
+        await read_event(wire)
+        posting = asyncio.create_task(post(one, request("tools/call", 5, name="get")))
+        assert await read_event(wire) == message(result(5))
+        release.set()
+        await posting
+        (span,) = await one.recorder.wait()
+    assert span.name == "tools/call get"
+    assert "clrk.body.usage_visible" not in span.attributes
+
+
 async def test_calls_without_an_answer_are_recorded_when_their_stream_ends() -> None:
     server = SseServer()
     async with lab(server) as one:
