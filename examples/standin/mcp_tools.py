@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anyio
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.transport_security import TransportSecuritySettings
@@ -59,6 +60,7 @@ def _add_tools(server: MCPServer) -> None:
         """Count, and say how far it got."""
         for step in range(steps):
             await ctx.report_progress(step + 1, steps)
+            await anyio.sleep(0.05)
         return str(steps)
 
 

@@ -129,8 +129,9 @@ class McpInterpreter:
             return _joined([self._reply_facts(method, reply) for method, reply in self._replies])
         if not self._calls:
             return _PLAIN_HTTP
+        elsewhere = self._expected is not None and self._status == 202
         expected = self._expected_late()
-        facts = self._call_facts()
+        facts = replace(self._call_facts(), elsewhere=elsewhere)
         if expected is None:
             return facts
         return replace(facts, later=lambda record: self._wait(expected, record))

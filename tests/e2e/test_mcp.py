@@ -190,11 +190,8 @@ async def test_denials_are_found_counted_and_measured(running: Daemon, caller: a
     found = [json.loads(line) for line in running.clrk("traces", "--denied", "--json").splitlines()]
     mine = [span for span in found if span["attributes"]["invocation.id"] == invocation]
     assert [span["name"] for span in mine] == ["tools/call get-env"]
-    (listed,) = [
-        row
-        for row in json.loads(running.clrk("agents", "invocations", "py", "-o", "json"))
-        if invocation in json.dumps(row)
-    ]
+    rows = map(json.loads, running.clrk("agents", "invocations", "py", "-o", "json").splitlines())
+    (listed,) = [row for row in rows if invocation in json.dumps(row)]
     assert listed["denials"] == 1
     async with caller.get(f"http://127.0.0.1:{running.admin_port}/metrics") as answer:
         metrics = await answer.text()

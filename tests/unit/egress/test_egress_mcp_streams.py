@@ -162,6 +162,43 @@ async def test_an_answer_that_overtakes_the_end_of_its_post() -> None:
     assert "clrk.body.usage_visible" not in span.attributes
 
 
+@pytest.mark.parametrize("answered", ["before", "after"])
+async def test_a_client_that_does_not_read_that_its_post_was_accepted(answered: str) -> None:
+    gone, streams = asyncio.Event(), []
+
+    async def server(reader, writer) -> None:
+        head, _ = await read_request(reader)
+        if head.startswith(b"GET"):
+            writer.write(STREAM_HEAD + chunk(ENDPOINT))
+            streams.append(writer)
+            await reader.read()
+        if answered == "before":
+            streams[0].write(chunk(message(result(5))))
+        writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 8\r\n\r\n")
+        await reader.read()
+        gone.set()
+
+    async with lab(server) as one:
+        listening = await listen(one)
+        await read_event(listening)
+        wire = await one.dial(NAME, 80)
+        body = request("tools/call", 5, name="get")
+        head = f"POST /messages/?session_id=7 HTTP/1.1\r\nHost: {NAME}\r\n{JSON}Content-Length: {len(body)}\r\n\r\n"
+        wire.writer.write(head.encode() + body)
+        await wire.reader.readuntil(b"\r\n\r\n")
+        if answered == "before":
+            await read_event(listening)
+        wire.reset()
+        async with asyncio.timeout(10):
+            await gone.wait()
+        if answered == "after":
+            streams[0].write(chunk(message(result(5))))
+        (span,) = await one.recorder.wait()
+    assert span.name == "tools/call get"
+    assert "error.type" not in span.attributes
+    assert "clrk.body.usage_visible" not in span.attributes
+
+
 async def test_calls_without_an_answer_are_recorded_when_their_stream_ends() -> None:
     server = SseServer()
     async with lab(server) as one:
