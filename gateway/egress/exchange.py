@@ -10,6 +10,7 @@ turns out to be dead before any answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -144,9 +145,9 @@ class Exchange:
                     raise _DeadPooledError from exc
                 raise
             reusable = await self._relay(admitted, upload, upstream, response)
-            if sending is not None and reusable:  # the upstream has answered and goes on reading
+            if sending is not None and self._can_complete:  # the upstream has answered, and may go on reading
                 await _end_of(sending, upstream)
-                reusable = upload.done
+                reusable = reusable and upload.done
         finally:
             self._agent.on_lost(None)
             if sending is not None:
@@ -285,6 +286,11 @@ class Exchange:
             self._call.request_bytes += upstream.sent_bytes - up
             self._call.response_bytes += self._agent.sent_bytes - down
 
+    @property
+    def _can_complete(self) -> bool:
+        """Say whether a request may be sent to its end after the answer: not where that means to end the connection."""
+        return not (self._open_ended or self._switched or self._cut_short is not None)
+
     # --- how it ends ------------------------------------------------------------------------------------------------
 
     def _asks_close(self) -> bool:
@@ -393,11 +399,16 @@ class Exchange:
 
 
 async def _end_of(sending: asyncio.Task[None], upstream: Channel) -> None:
-    """Wait until the upload is over, or nobody is there any more to take it."""
+    """Wait until the upload is over, or its reader has ended; whatever that one says now, it says out of turn."""
+    reading = spawn(_watch(upstream), name="egress-early-answer")
+    try:
+        await asyncio.wait((sending, reading), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
-    def stop() -> None:
-        sending.cancel()
 
-    upstream.on_lost(stop)
-    await asyncio.wait((sending,))
-    upstream.on_lost(None)
+async def _watch(upstream: Channel) -> None:
+    """Return when the upstream ends, breaks or speaks."""
+    with contextlib.suppress(OSError):
+        upstream.unread(await upstream.read())

@@ -16,8 +16,8 @@ from clrk.gateway.telemetry.spans import TraceContext
 _HOP_BY_HOP: Final = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"))
 _TRACE: Final = frozenset(("traceparent", "tracestate"))
 # What a client may find changed against a direct connection, and nothing else. The differential run holds us to it.
-CHANGED_IN_REQUESTS: Final = _HOP_BY_HOP | {"traceparent", "tracestate", "baggage"}
-CHANGED_IN_RESPONSES: Final = _HOP_BY_HOP | {"alt-svc"}
+CHANGED_IN_REQUESTS: Final = _HOP_BY_HOP - {"transfer-encoding"} | {"traceparent", "tracestate", "baggage"}
+CHANGED_IN_RESPONSES: Final = _HOP_BY_HOP - {"transfer-encoding"} | {"alt-svc"}
 # A Connection header that names one of these wants to cut the message open somewhere else than we read it.
 _NOT_NOMINABLE: Final = frozenset(("host", "content-length", "content-type", "authorization", "cookie"))
 # What these name is HTTP again, or TLS: behind it would be requests that nobody judges (h2c smuggling).
