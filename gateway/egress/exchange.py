@@ -144,10 +144,10 @@ class Exchange:
                 if repeatable and not isinstance(exc, AgentGoneError):
                     raise _DeadPooledError from exc
                 raise
-            reusable = await self._relay(admitted, upload, upstream, response)
-            if sending is not None and self._can_complete:  # the upstream has answered, and may go on reading
-                await _end_of(sending, upstream)
-                reusable = reusable and upload.done
+            goes_on = await self._relay(admitted, upload, upstream, response)
+            if sending is not None and not sending.done() and self._can_complete:
+                await _end_of(sending, upstream)  # the upstream has answered, and may go on reading
+            reusable = goes_on and upload.done
         finally:
             self._agent.on_lost(None)
             if sending is not None:
