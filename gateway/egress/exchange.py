@@ -10,7 +10,6 @@ turns out to be dead before any answer.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -38,7 +37,7 @@ from clrk.gateway.egress.refusal import RefusedError, render_answer, render_prob
 from clrk.gateway.egress.reply import read_final_head
 from clrk.gateway.egress.tcp import tunnel
 from clrk.gateway.egress.tunnels import TunnelRevokedError
-from clrk.gateway.egress.upload import AgentGoneError, Upload
+from clrk.gateway.egress.upload import AgentGoneError, Upload, end_of
 from clrk.gateway.govern import Answer, Cut, Governor
 from clrk.gateway.interpret import Facts, RequestHead
 from clrk.gateway.telemetry import attributes as attr
@@ -146,7 +145,7 @@ class Exchange:
                 raise
             goes_on = await self._relay(admitted, upload, upstream, response)
             if sending is not None and not sending.done() and self._can_complete:
-                await _end_of(sending, upstream)  # the upstream has answered, and may go on reading
+                await end_of(sending, upstream)  # the upstream has answered, and may go on reading
             reusable = goes_on and upload.done
         finally:
             self._agent.on_lost(None)
@@ -396,19 +395,3 @@ class Exchange:
 
     def _elapsed(self) -> float:
         return self._loop.time() - self._sent_at
-
-
-async def _end_of(sending: asyncio.Task[None], upstream: Channel) -> None:
-    """Wait until the upload is over, or its reader has ended; whatever that one says now, it says out of turn."""
-    reading = spawn(_watch(upstream), name="egress-early-answer")
-    try:
-        await asyncio.wait((sending, reading), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-
-
-async def _watch(upstream: Channel) -> None:
-    """Return when the upstream ends, breaks or speaks."""
-    with contextlib.suppress(OSError):
-        upstream.unread(await upstream.read())

@@ -7,9 +7,12 @@ Every other Expect is the upstream's to answer (RFC 9110, section 10.1.1).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Final
 
 from clrk.core.errors import ProtocolError
+from clrk.gateway._aio import spawn
 from clrk.gateway.credentials import CredentialError, Filled, OutgoingHead, apply_all, drop_headers, fill
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted
@@ -214,3 +217,19 @@ class Upload:
         for one in self._filled:  # a server may take a trailer for a header
             trailers = tuple(drop_headers(trailers, one.credential.header_names))
         return render_last_chunk(trailers)
+
+
+async def end_of(sending: asyncio.Task[None], upstream: Channel) -> None:
+    """Wait until the upload is over, or its reader has ended; whatever that one says now, it says out of turn."""
+    reading = spawn(_watch(upstream), name="egress-early-answer")
+    try:
+        await asyncio.wait((sending, reading), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def _watch(upstream: Channel) -> None:
+    """Return when the upstream ends, breaks or speaks."""
+    with contextlib.suppress(OSError):
+        upstream.unread(await upstream.read())

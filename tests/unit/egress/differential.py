@@ -88,10 +88,9 @@ class Reader:
     async def body(self, into: list[tuple], progress: Progress, bursts: Message) -> None:
         """Read up to the end of the message. Data without chunks is told apart by its bursts."""
         ends = sorted(set(bursts.needed))
-        piece, at, chunked = b"", 0, False
+        piece, at, chunked = b"", 0, b"transfer-encoding: chunked" in bursts.head.lower()
         while not isinstance(event := await self.next(), h11.EndOfMessage | h11.ConnectionClosed):
             assert isinstance(event, h11.Data)
-            chunked = chunked or event.chunk_start or event.chunk_end
             piece += event.data
             at += len(event.data)
             progress.tell(size=len(event.data))
@@ -162,9 +161,11 @@ class Server:
         return exchange.ending != "keep"
 
 
-async def send(writer: asyncio.StreamWriter, message: Message, progress: Progress, until: int | None = None) -> None:
+async def send(
+    writer: asyncio.StreamWriter, message: Message, progress: Progress, start: int = 0, end: int | None = None
+) -> None:
     """Write bursts; each waits until the other end has read those before."""
-    for index, burst in enumerate(message.bursts[:until]):
+    for index, burst in list(enumerate(message.bursts))[start:end]:
         if index:
             await progress.reached(message.needed[index - 1])
         writer.write(burst)
@@ -203,12 +204,10 @@ async def _upload(exchange: Exchange, run: Run, writer: asyncio.StreamWriter) ->
         await run.go_on.wait()
         if not exchange.continues:
             return
-    await send(writer, exchange.request, run.up, exchange.early)
+    await send(writer, exchange.request, run.up, 0, exchange.early)
     if exchange.early is not None:
         await run.down.reached(sum(exchange.response.needed[-1:]))  # the rest of the request follows the answer
-        for burst in exchange.request.bursts[exchange.early :]:
-            writer.write(burst)
-            await writer.drain()
+        await send(writer, exchange.request, run.up, exchange.early)
 
 
 async def _receive(exchange: Exchange, run: Run, stream: Reader) -> None:
