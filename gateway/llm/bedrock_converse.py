@@ -45,6 +45,8 @@ _read_document = reader(_Document)
 class BedrockConverse(BedrockDialect):
     """Dialect of Converse, its stream and CountTokens (see dialect.Dialect)."""
 
+    output_limit_name: str | None = "inferenceConfig.maxTokens"
+
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         if self._method == "count-tokens":

@@ -17,7 +17,7 @@ class Dialect(Protocol):
 
     Shape: operation is gen_ai.operation.name. request_model, streams, max_output_tokens (of one choice, as the request
     limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
-    output_limit_name is the top-level member that limits it; None: there is none, or only deeper inside.
+    output_limit_name is the member of the request that limits it (`object.member` inside another); None: there is none.
     completion holds what the response has said so far. usage_due says that the next event may be the one that exists
     only because usage was asked for, and event() says True when it was. takes_include_usage: the API has OpenAI's
     `stream_options.include_usage`. spends_tokens: False where tokens are only counted. price_models: the names to look

@@ -109,6 +109,8 @@ def path_model(path: str) -> tuple[str | None, str]:
 class GeminiContent(JsonDialect):
     """Dialect of generateContent and its kin (see dialect.Dialect)."""
 
+    output_limit_name: str | None = "generationConfig.maxOutputTokens"
+
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         self.request_model, self._method = path_model(head.path)

@@ -44,6 +44,8 @@ _read_document = reader(_Document)
 class OllamaChat(JsonDialect):
     """Dialect of /api/chat (see dialect.Dialect)."""
 
+    output_limit_name: str | None = "options.num_predict"
+
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
         request = _read_request(body)

@@ -110,14 +110,25 @@ def read_demand(body: bytes) -> Demand:
     )
 
 
-def write_limit(demand: Demand, name: str, limit: int) -> bytes:
-    """Return the body with a limit of the output, by a name that it does not have yet, or has as null."""
-    known = demand.members.get(name)
-    text = demand.text
-    if known is not None:
-        return f"{text[: known.start]}{limit}{text[known.end :]}".encode()
-    comma = "," if demand.members else ""
-    return f'{text[: demand.first]}"{name}":{limit}{comma}{text[demand.first :]}'.encode()
+def write_limit(demand: Demand, path: str, limit: int) -> bytes:
+    """Return the body with a limit of the output, by a name that it does not have yet, or has as null.
+
+    Shape: path is a member, or `object.member`. Nothing else in the body changes.
+    """
+    outer, _, inner = path.partition(".")
+    if not inner:
+        return _put(demand.text, demand.first, demand.members, outer, str(limit))
+    known = next((member for name, member in demand.members.items() if _plain(name) == _plain(outer)), None)
+    if known is None or known.value is None:
+        return _put(demand.text, demand.first, demand.members, outer, f'{{"{inner}":{limit}}}')
+    first, members = read_inner_members(demand.text, known)
+    return _put(demand.text, first, members, inner, str(limit))
+
+
+def _put(text: str, first: int, members: dict[str, Member], name: str, raw: str) -> bytes:
+    if (known := members.get(name)) is not None:
+        return f"{text[: known.start]}{raw}{text[known.end :]}".encode()
+    return f'{text[:first]}"{name}":{raw}{"," if members else ""}{text[first:]}'.encode()
 
 
 # --- names and numbers ----------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def rule(models: str, **budget: object) -> dict[str, object]:
     return {"matches": [{"models": [models]}], "filters": [{"type": "TokenBudget", "tokenBudget": budget}]}
 
 
-def make_daemon(folder: Path, providers: StandIn) -> Daemon:
+def make_daemon(folder: Path, providers: StandIn, instance: str = "e2ebud") -> Daemon:
     keys = {"ANTHROPIC_API_KEY": "placeholder", "OPENAI_API_KEY": "placeholder"}
     rules = [
         rule("*none", maxTokensPerDay=20),
@@ -93,7 +93,7 @@ def make_daemon(folder: Path, providers: StandIn) -> Daemon:
             "sdk", ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON], mounts={"/agent/venv": ROOT / ".venv"}, env=keys
         ),
     ]
-    return Daemon(folder, f"e2ebud{os.getpid() % 100_000}", documents)
+    return Daemon(folder, f"{instance}{os.getpid() % 100_000}", documents)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +143,8 @@ async def test_the_sdks_raise_what_they_raise_for_a_provider_that_refuses(
     )
     listed = [json.loads(line) for line in spending.clrk("traces", "--denied", "--json").splitlines()]
     assert {span["span_id"] for span in denied} <= {span["span_id"] for span in listed}
-    (record,) = [one for one in json.loads(spending.clrk("agents", "invocations", "sdk", "-o", "json"))["items"]
-                 if one["invocation"] == invocation]  # fmt: skip
+    records = [json.loads(line) for line in spending.clrk("agents", "invocations", "sdk", "-o", "json").splitlines()]
+    (record,) = [one for one in records if one["invocation"] == invocation]
     assert (record["denials"], record["llmCalls"], record["inputTokens"]) == (3, 0, 0)
     async with caller.get(f"http://127.0.0.1:{spending.admin_port}/metrics") as metrics:
         lines = [line for line in (await metrics.text()).splitlines() if line.startswith("clrk_egress_denied")]
@@ -185,7 +185,7 @@ async def test_a_hundred_calls_at_once_do_not_pass_the_limit(spending: Daemon, c
 
 async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, caller: aiohttp.ClientSession) -> None:
     with stand_in(tmp_path / "standin") as providers:
-        daemon = make_daemon(tmp_path, providers)
+        daemon = make_daemon(tmp_path, providers, "e2ebkill")
         daemon.start()
         try:
             text, _ = await ask(caller, daemon, ONE)

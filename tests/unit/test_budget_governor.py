@@ -611,6 +611,27 @@ def test_each_api_of_openai_is_given_the_limit_by_its_own_name(path, name):
     assert json.loads(call.sent)[name] == 100
 
 
+@pytest.mark.parametrize(
+    ("host", "path", "body", "sent"),
+    [
+        ("generativelanguage.googleapis.com", "/v1beta/models/gemini-2.5-flash:generateContent",
+         {"contents": []}, {"contents": [], "generationConfig": {"maxOutputTokens": 100}}),
+        ("generativelanguage.googleapis.com", "/v1beta/models/gemini-2.5-flash:generateContent",
+         {"generation_config": {"top_p": 1}}, {"generation_config": {"top_p": 1, "maxOutputTokens": 100}}),
+        ("bedrock-runtime.us-east-1.amazonaws.com", "/model/us.amazon.nova-lite-v1%3A0/converse",
+         {"messages": [], "inferenceConfig": {}}, {"messages": [], "inferenceConfig": {"maxTokens": 100}}),
+        ("ollama.internal", "/api/chat", {"model": "llama3", "messages": []},
+         {"model": "llama3", "messages": [], "options": {"num_predict": 100}}),
+    ],
+)  # fmt: skip
+def test_apis_that_keep_their_limits_deeper_inside_are_given_it_there(host, path, body, sent):
+    own = {"provider": "openai_compatible", "hostnames": ["ollama.internal"]}
+    office = _office({"maxOutputTokensPerRequest": 100}, {}, own)
+    call = _raw(office, json.dumps(body).encode(), host=host, path=path)
+    assert call.answer is None
+    assert json.loads(call.sent) == sent
+
+
 def test_embeddings_generate_nothing():
     office = _office({"maxTokensPerDay": 1_000, "maxOutputTokensPerRequest": 1})
     call = _raw(office, b'{"model":"text-embedding-3-small","input":"hi"}', path="/v1/embeddings")
