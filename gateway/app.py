@@ -45,11 +45,14 @@ from clrk.gateway.agent_status import AgentStates
 from clrk.gateway.agents import AgentTable
 from clrk.gateway.control_client import ControlClient, ControlError, close_fds
 from clrk.gateway.daemons import Daemons
+from clrk.gateway.egress.addresses import AddressGuard
+from clrk.gateway.egress.upstream import is_local_address
 from clrk.gateway.health import Health, RuntimeNews
 from clrk.gateway.http_server import BoundedServer, BoundedSite
 from clrk.gateway.identity import Identities
 from clrk.gateway.ingress import Ingress
 from clrk.gateway.invocations import Invocations
+from clrk.gateway.policy_explain import PlannedCall, explain
 from clrk.gateway.sandbox_run import Egress, TelemetrySink
 from clrk.gateway.schedule_run import CRON_TRIGGER, ScheduledRuns
 from clrk.gateway.scheduler import Scheduler
@@ -254,6 +257,7 @@ class _Parts:
     ) -> None:
         self.telemetry = telemetry
         self.egress = egress
+        self._config = config
         self.agents = AgentTable(config)
         self.invocations = Invocations(
             control, egress, telemetry,
@@ -294,6 +298,13 @@ class _Parts:
         found = await self.telemetry.store.list_invocations(wanted, limit=_MAX_RECALLED)
         return [entry.record for entry in found if not entry.record.caller]  # a caller may name its trigger `cron`
 
+    def _explain(self, namespace: str, name: str, call: PlannedCall) -> dict[str, Any] | None:
+        agent = self.agents.find(namespace, name)
+        if agent is None:
+            return None
+        guard = AddressGuard(self._config.host_addresses, is_local_address)
+        return explain(self._config, self.agents.gateway_of(agent), call, guard.refusal)
+
     async def _listen(self, fds: list[int], token: PageToken) -> None:
         listen = _address_of(fds[ConfigureFd.ADMIN_TCP])
         admin = build_admin_app(
@@ -305,6 +316,7 @@ class _Parts:
             recall=self.invocations.record,
             page_url=page_url(listen, token),
             budgets=self.egress.report_budgets,
+            explain=self._explain,
         )
         health = build_health_app(lambda: not self.invocations.draining, self.telemetry.render_prometheus)
         sources = PageSources(
@@ -335,6 +347,7 @@ class _Parts:
             await web.SockSite(runner, sock, backlog=_BACKLOG).start()
 
     def reconfigure(self, config: GatewayConfig) -> None:
+        self._config = config
         self.agents.replace(config)
         self.identities.reconfigure(config)
         self.scheduler.reload(self.agents.tasks())

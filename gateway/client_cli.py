@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_trace(commands)
     _add_traces(commands)
     _add_budgets(commands)
+    _add_policy(commands)
     _add_daemon(commands)
     return parser
 
@@ -171,6 +172,32 @@ def _add_traces(commands: Any) -> None:
     traces.add_argument("--json", action="store_true", help="one span a line, as JSON")
     _add_output(traces)
     traces.set_defaults(command=_lazy("traces", "list_traces"))
+
+
+def _add_policy(commands: Any) -> None:
+    policy = commands.add_parser("policy", help="what an agent may reach, and the rules that it needs")
+    verbs = policy.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    explain = verbs.add_parser(
+        "explain",
+        help="say allow or deny, and which rule",
+        description="Say what would happen to a call of an agent, and which rule decides. Exit code: 0 it goes out, "
+        "1 it is denied.",
+    )
+    explain.add_argument("name", metavar="AGENT", help="NAME or NAMESPACE/NAME")
+    explain.add_argument("method", metavar="METHOD", help="GET, POST, …; of no matter to tcp://host:port")
+    explain.add_argument("url", metavar="URL", help="https://host[:port]/path, or tcp://host:port for any other TCP")
+    _add_output(explain)
+    explain.set_defaults(command=_lazy("policy", "explain_call"))
+    suggest = verbs.add_parser(
+        "suggest",
+        help="write the smallest rule set for what was recorded",
+        description="Print an EgressL4Route that allows what an agent did, or tried to do: calls that went out, that "
+        "would have been denied, and that were. Run the gateway with mode Record, then apply it and enforce.",
+    )
+    suggest.add_argument("name", metavar="AGENT", help="NAME or NAMESPACE/NAME")
+    suggest.add_argument("--since", metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z (default: all there is)")
+    suggest.add_argument("--paths", action="store_true", help="narrow HTTP hosts to methods and paths; ids become *")
+    suggest.set_defaults(command=_lazy("policy", "suggest_rules"))
 
 
 def _add_budgets(commands: Any) -> None:

@@ -24,6 +24,7 @@ from clrk.gateway.admin.catalogue import AgentCatalogue, agent_detail, agent_sum
 from clrk.gateway.admin.invocations import Recall, await_outcome
 from clrk.gateway.admin.listings import encode_lines, follow_lines, list_invocations
 from clrk.gateway.admin.parameters import MAX_LIMIT, ParameterError, parse_filter
+from clrk.gateway.admin.policy import ExplainCall, PolicyView, no_policy
 from clrk.gateway.admin.scrape import Scrape
 from clrk.gateway.agent_status import AgentStatusSource
 from clrk.gateway.budget_ledger import LedgerError
@@ -50,12 +51,14 @@ def build_admin_app(
     recall: Recall = lambda _: None,
     page_url: str = "",
     budgets: ReadBudgets = no_budgets,
+    explain: ExplainCall = no_policy,
 ) -> web.Application:
     """Return the application for the unix socket.
 
     Shape: run_task(request, namespace, name) answers `POST /v1/agents/{namespace}/{name}/run` exactly as the ingress
     answers an invocation; recall returns what the gateway remembers of one, without it the store alone is asked;
-    page_url opens the page, with its token; budgets returns what was spent on a UTC day.
+    page_url opens the page, with its token; budgets returns what was spent on a UTC day; explain says
+    what would happen to a call of an agent.
     """
     api = _AdminApi(store=store, catalogue=catalogue, run_task=run_task, health=health, states=states, recall=recall)
     app = web.Application(middlewares=[_problems], client_max_size=MAX_BODY_BYTES)
@@ -64,6 +67,7 @@ def build_admin_app(
         return web.json_response({"url": page_url})
 
     app.router.add_get("/v1/page", page)
+    app.router.add_get("/v1/agents/{namespace}/{name}/explain", PolicyView(explain).__call__)
     app.router.add_get("/v1/budgets", BudgetsView(budgets).__call__)
     app.router.add_get("/v1/status", api.status)
     app.router.add_get("/v1/agents", api.agents)

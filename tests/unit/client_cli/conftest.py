@@ -13,6 +13,8 @@ from span_samples import admin_sources, agent, config, gateway
 
 from clrk.gateway.admin.app import build_admin_app
 from clrk.gateway.agents import AgentTable
+from clrk.gateway.egress.addresses import AddressGuard
+from clrk.gateway.policy_explain import explain
 from clrk.gateway.telemetry.pipeline import Telemetry
 
 
@@ -29,8 +31,14 @@ async def daemon(tmp_path):
     resources = config([gateway()], [agent(), agent("orders", "team-b")])
     resources.daemons.append(daemon_agent())
     catalogue = AgentTable(resources)
+
+    def explain_call(namespace, name, call):
+        found = catalogue.find(namespace, name)
+        guard = AddressGuard((), lambda _: False)
+        return explain(resources, catalogue.gateway_of(found), call, guard.refusal) if found is not None else None
+
     app = build_admin_app(
-        store=telemetry.store, catalogue=catalogue, run_task=run_task,
+        store=telemetry.store, catalogue=catalogue, run_task=run_task, explain=explain_call,
         **admin_sources(telemetry, this.news, this.running),
     )  # fmt: skip
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)

@@ -1,0 +1,117 @@
+"""`clrk policy explain`: what it says is what the relay does, since it asks the same code."""
+
+# ruff: noqa: E501 - one case a line
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from policy_samples import gateway, route
+from span_samples import config
+
+from clrk.core.route_resources import AIProviderRoute, CredentialInjectionPolicy, MCPRoute
+from clrk.gateway.egress.addresses import AddressGuard
+from clrk.gateway.policy import EgressPolicy
+from clrk.gateway.policy_explain import PlannedCall, UnreadableCallError, explain
+
+RULES = [
+    {"hostnames": ["api.example.com"], "ports": [443]},
+    {"hostnames": ["tools.example.com"], "http": {"methods": ["GET"], "paths": ["/open"]}},
+    {"cidrs": ["10.0.0.0/8"], "ports": [5432]},
+]
+
+
+def told(
+    method: str, url: str, *rules: dict[str, Any], more: dict[str, Any] | None = None, **spec: Any
+) -> dict[str, Any]:
+    declared = gateway(**spec)
+    made = config([declared]).model_copy(update={"routes": [route(*(rules or RULES))], **(more or {})})
+    guard = AddressGuard(["10.0.0.5"], lambda _: False)
+    return explain(made, declared, PlannedCall.parse(method, url), guard.refusal)
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "allowed", "reason", "rule"),
+    [
+        ("GET", "https://api.example.com/x?y=1", True, "rule", "EgressL4Route default/web rules[0]"),
+        ("GET", "https://API.example.com./x", True, "rule", "EgressL4Route default/web rules[0]"),
+        ("GET", "https://api.example.com:8443/x", False, "port_not_allowed", "EgressL4Route default/web rules[0]"),
+        ("GET", "http://tools.example.com/open/x", True, "rule", "EgressL4Route default/web rules[1]"),
+        ("POST", "http://tools.example.com/open/x", False, "http_not_allowed", "EgressL4Route default/web rules[1]"),
+        ("GET", "http://tools.example.com/open/..%2fx", False, "http_not_allowed", "EgressL4Route default/web rules[1]"),
+        ("GET", "https://evil.test/", False, "name_not_allowed", "EgressGateway default/default defaultPolicy"),
+        ("GET", "tcp://tools.example.com:80", False, "http_only", "EgressL4Route default/web rules[1]"),
+        ("GET", "tcp://10.1.2.3:5432", True, "rule", "EgressL4Route default/web rules[2]"),
+        ("GET", "tcp://10.1.2.3:22", False, "port_not_allowed", "EgressL4Route default/web rules[2]"),
+        ("GET", "http://169.254.169.254/latest/meta-data", False, "no_rule", "EgressGateway default/default defaultPolicy"),
+    ],
+)  # fmt: skip
+def test_verdicts_name_their_rule(method: str, url: str, allowed: bool, reason: str, rule: str) -> None:
+    found = told(method, url)
+    assert (found["allowed"], found["reason"], found["rule"]) == (allowed, reason, rule)
+    assert found["wouldDeny"] is None
+    if not allowed and "..%2f" not in url:
+        mended = told(method, url, *RULES, *yaml.safe_load(found["addRule"]))
+        assert mended["allowed"], mended
+
+
+def test_an_address_of_the_host_is_refused_whatever_the_mode() -> None:
+    everything = {"defaultPolicy": "allow-all", "mode": "Shadow"}
+    found = told("GET", "http://127.0.0.1/", {"hostnames": ["x.test"]}, **everything)
+    assert (found["allowed"], found["reason"]) == (False, "address_loopback")
+    assert yaml.safe_load(found["addRule"]) == [{"cidrs": ["127.0.0.1/32"], "ports": [80]}]
+
+
+def test_a_mode_that_watches() -> None:
+    found = told("GET", "https://evil.test/", mode="Shadow")
+    assert (found["allowed"], found["wouldDeny"], found["mode"]) == (True, "name_not_allowed", "Shadow")
+    assert yaml.safe_load(found["addRule"]) == [{"hostnames": ["evil.test"]}]
+    assert told("GET", "https://api.example.com/", mode="Record")["wouldDeny"] is None
+
+
+def test_tls_and_what_else_applies() -> None:
+    def made(kind: Any, name: str, spec: dict[str, Any]) -> Any:
+        return kind.model_validate({"kind": kind.__name__, "metadata": {"name": name}, "spec": spec})
+
+    more = {
+        "ai_routes": [made(AIProviderRoute, "models", {"rules": [{"matches": [{"hostnames": ["api.example.com"]}]}]})],
+        "mcp_routes": [made(MCPRoute, "tools", {"hostnames": ["*.example.com"], "rules": [{"matches": [{"tools": ["x"]}]}]})],
+        "credential_policies": [
+            made(
+                CredentialInjectionPolicy, "key",
+                {"hostnames": ["api.example.com"], "secretRef": {"name": "s"},
+                 "target": {"type": "Header", "headerName": "Authorization"}},
+            )
+        ],
+    }  # fmt: skip
+    found = told("GET", "https://api.example.com/", more=more)
+    assert (found["tls"], found["aiProviderRoutes"], found["mcpRoutes"]) == ("intercept", ["models"], ["tools"])
+    assert found["credentials"] == ["default/key"]
+    plain = told("GET", "http://api.example.com:443/", more=more)
+    assert (plain["tls"], plain["credentials"]) == ("none", [])  # never over plain HTTP
+    tunnelled = told("GET", "https://api.example.com/", more=more, tls={"passthroughHosts": ["api.example.com"]})
+    assert (tunnelled["tls"], tunnelled["credentials"]) == ("passthrough", [])
+    assert [step["step"] for step in tunnelled["steps"]] == ["name", "tunnel"]
+
+
+def test_without_a_gateway() -> None:
+    found = explain(config([]), None, PlannedCall.parse("GET", "https://a.test"), lambda _: None)
+    assert (found["allowed"], found["reason"], found["gateway"]) == (False, "no_gateway", None)
+
+
+@pytest.mark.parametrize("url", ["https://a..b/", "https://me:pw@a.test/", "ftp://a.test/", "tcp://a.test", "https://a:99999/", "", "http://0x7f.1/"])  # fmt: skip
+def test_what_can_not_be_read_is_said(url: str) -> None:
+    with pytest.raises(UnreadableCallError):
+        PlannedCall.parse("GET", url)
+
+
+@pytest.mark.parametrize("mode", ["Enforce", "Shadow"])
+def test_it_says_what_the_policy_says(mode: str) -> None:
+    compiled = EgressPolicy.compile(gateway(mode=mode), [route(*RULES)])
+    for host in ("api.example.com", "tools.example.com", "evil.test"):
+        for port in (443, 80, 8443):
+            for path in ("/open", "/shut", "/open/../shut"):
+                verdict = compiled.request(host, None, port, "GET", path)
+                found = told("GET", f"http://{host}:{port}{path}", mode=mode)
+                assert found["allowed"] is not compiled.holds(verdict), (host, port, path)
