@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Final, cast
 
 HIGH_WATER: Final = 128 * 1024
+# Two minutes of silence until the first probe, dead after two more. NATs forget no earlier (RFC 5382, REQ-5).
+_KEEP_ALIVE: Final = {socket.TCP_KEEPIDLE: 120, socket.TCP_KEEPINTVL: 30, socket.TCP_KEEPCNT: 4}
 LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -237,6 +239,14 @@ class Channel(asyncio.Protocol):
             self._timer = None
         elif self._timer is None and seconds:
             self._timer = self._loop.call_later(seconds, self._tick)
+
+    def keep_alive(self) -> None:
+        """Probe a silent peer: a dead one is found out, and no middlebox forgets the connection (RFC 9293, 3.8.4)."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEP_ALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def on_lost(self, callback: Callable[[], None] | None) -> None:
         """Call back once when the connection is gone; None takes it back."""

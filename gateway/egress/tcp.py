@@ -43,6 +43,7 @@ async def dial_tunnel(way_out: Exit, origin: Origin, call: Call, sni: str | None
         way_out.spans.failed(call, exc.error_type, str(exc))
         return None
     call.peer = upstream.peer
+    upstream.keep_alive()  # the agent's own probes end here
     return upstream
 
 

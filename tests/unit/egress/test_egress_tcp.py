@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
@@ -162,6 +165,32 @@ async def test_a_server_that_hangs_up_without_a_word_ends_the_connection():
         wire.writer.write_eof()
         (span,) = await lab.recorder.wait()
     assert (span.name, span.attributes["clrk.resp.bytes"]) == ("egress.tcp", 0)
+
+
+async def test_a_silent_tunnel_is_kept_alive_towards_the_upstream():
+    """What probes an agent asks for end at the gateway, so its own have to do."""
+    options = []
+
+    async def handle(reader, writer):
+        writer.write(b"ready\r\n")
+        await reader.readline()
+        options.append(socket_between(writer.get_extra_info("peername"), writer.get_extra_info("sockname")))
+        writer.write(b"seen\r\n")
+
+    def socket_between(near, far) -> tuple[int, int]:
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+                if (sock.getsockname(), sock.getpeername()) == (near, far):
+                    idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+                    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), idle
+        raise AssertionError("no such socket")
+
+    async with upstream(handle) as server, laboratory(gateway=aliased(server, NAME), rules=ALLOW) as lab:
+        wire = await lab.dial(NAME, 22)
+        wire.writer.write(b"hello\r\n")
+        assert await wire.reader.readline() == b"ready\r\n"
+        assert await wire.reader.readline() == b"seen\r\n"
+    assert options == [(1, 120)]
 
 
 SAID = 12 << 20
