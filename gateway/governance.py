@@ -11,6 +11,7 @@ from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
+from clrk.gateway.joint import JointGovernor
 from clrk.gateway.llm.budgets import Budgets
 from clrk.gateway.mcp.governance import McpRun
 from clrk.gateway.recognise import KnownHosts, find_error_writer
@@ -51,7 +52,10 @@ class RunGovernance:
     def govern(self, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
         """Return the governor of an exchange; None when nothing governs it. interpreter is what understands it."""
         spends = self.budgets.govern(head, interpreter) if self.budgets is not None else None
-        return spends if spends is not None else self.mcp.govern(head, interpreter)
+        calls_tools = self.mcp.govern(head, interpreter)
+        if spends is not None and calls_tools is not None:
+            return JointGovernor(calls_tools, spends)
+        return spends if spends is not None else calls_tools
 
     def is_mcp_host(self, host: str) -> bool:
         """Say whether an MCPRoute names a host: what is posted there is read as MCP, whatever its headers say."""

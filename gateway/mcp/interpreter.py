@@ -269,6 +269,8 @@ class McpStream:
         if self._body is not None:
             for event in self._body.feed(chunk):
                 self._take(event)
+                if self._body is None:
+                    break
         return chunk
 
     def response_end(self, *, complete: bool) -> bytes:
@@ -294,6 +296,8 @@ class McpStream:
             base = f"{self._head.scheme}://{self._head.host}{self._head.path}"
             url = urlsplit(urljoin(base, event.data.decode("utf-8", "replace").strip()))
             self._listen(endpoint_key(self._head, url.path, url.query))
+        elif self._key is None and event.data:
+            self._body = None  # HTTP+SSE begins with its endpoint: these are events of something else
         elif self._key is not None and event.data:
             for one in parse(event.data):
                 if isinstance(one, Response):

@@ -434,3 +434,24 @@ async def test_a_host_that_no_route_names_is_not_governed() -> None:
         other = post(CALL).replace(NAME.encode(), b"other.example.com", 1)
         assert b"result" in (await ask(one, other, "other.example.com"))[1]
     assert server.bodies == [CALL]
+
+
+# --- together with a budget -----------------------------------------------------------------------------------------
+
+
+async def test_neither_a_budget_nor_an_mcp_route_is_a_way_around_the_other() -> None:
+    budget = {"filters": [{"type": "TokenBudget", "tokenBudget": {"maxTokensPerDay": 5}}]}
+    matches = {"matches": [{"provider": "openai_compatible", "hostnames": [NAME]}]}
+    ai_route = {"kind": "AIProviderRoute", "metadata": {"name": "ai"}, "spec": {"rules": [budget | matches]}}
+    both = routes(deniedTools=["rm"]) | {"ai_routes": [ai_route]}
+    server = Server()
+    chat = {"jsonrpc": "2.0", "id": 1, "method": "x/y", "model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    async with (
+        upstream(server) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, recognise="real", config=both) as one,
+    ):
+        for body in (raw(chat), CALL):
+            await ask(one, post(body, target="/v1/chat/completions"))
+        spans = await one.recorder.wait(2)
+    assert server.bodies == []
+    assert all(span.attributes["clrk.egress.deny_reason"] for span in spans)
