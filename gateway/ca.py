@@ -7,6 +7,7 @@ lives in memory only; a leaf is worth nothing outside sandboxes, since only they
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import ssl
 from collections import OrderedDict
@@ -19,7 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from clrk.core.errors import HostError
+from clrk.core.gateway_config import GatewayConfig, ca_id
 
+_LOG: Final = logging.getLogger(__name__)
 MAX_CONTEXTS: Final = 1024  # 26 KiB each
 MAX_SESSIONS: Final = 64  # that a context keeps for clients without tickets (TLS 1.2); OpenSSL would keep 20,480
 _BACKDATE: Final = datetime.timedelta(hours=1)  # clocks of agents that set their own
@@ -101,6 +104,27 @@ class LeafIssuer:
         finally:
             os.close(fd)
         return context
+
+
+class Issuers:
+    """The issuers by the CA that they sign with: each run sees leaves of the one that its sandbox's bundle has."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, LeafIssuer] = {}
+        self._current = ""
+
+    def reconfigure(self, config: GatewayConfig) -> None:
+        """Know the CAs of a configuration; an issuer that stays keeps its leaves. Raises: HostError."""
+        authorities = [(config.ca_cert_pem, config.ca_key_pem)]
+        authorities += [(former.cert_pem, former.key_pem) for former in config.former_cas]
+        self._by_id = {ca_id(cert): self._by_id.get(ca_id(cert)) or LeafIssuer(cert, key) for cert, key in authorities}
+        self._current = ca_id(config.ca_cert_pem)
+
+    def of(self, name: str) -> LeafIssuer:
+        """Return the issuer of a CA, "" for that of now, and for one that is not known one that nobody there trusts."""
+        if name and name not in self._by_id:
+            _LOG.error("CA %s is not known: TLS of that sandbox will fail", name)
+        return self._by_id.get(name) or self._by_id[self._current]
 
 
 _LEAF_USAGE: Final = x509.KeyUsage(

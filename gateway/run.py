@@ -39,7 +39,8 @@ class Run:
     """Everything that is fixed for the life of one sandbox.
 
     Shape: header_v4 and header_v6 are the templates that the kernel stamps for this sandbox. gateway is None when the
-    agent names no existing EgressGateway: then everything is denied.
+    agent names no existing EgressGateway: then everything is denied. ca_id names the CA in the sandbox's bundle; "" is
+    that of now.
     """
 
     identity: Identity
@@ -49,3 +50,4 @@ class Run:
     header_v4: bytes
     header_v6: bytes
     sockets: SandboxSockets
+    ca_id: str = ""

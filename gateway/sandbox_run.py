@@ -268,7 +268,7 @@ class SandboxRun(ABC):
         self._use_stdio(stack, stdin, stdout)
         run = Run(
             identity=self.identity, agent=self._agent, gateway=self._gateway, netns_cookie=started.netns_cookie,
-            header_v4=started.header_v4, header_v6=started.header_v6, sockets=sockets,
+            header_v4=started.header_v4, header_v6=started.header_v6, sockets=sockets, ca_id=started.ca_id,
         )  # fmt: skip
         self._run_egress = egress = self._egress.serve(run)
         stack.push_async_callback(egress.close)

@@ -2,6 +2,11 @@
 
 Made once, kept in `<stateDir>/ca` for root alone. Only sandboxes trust it: its certificate is part of their CA bundle
 and of nothing else. The private key leaves this process only inside the gateway's Configure memfd.
+
+Theory of rotation. A sandbox's bundle is fixed when its view is built, so it trusts one CA for its whole life, and the
+gateway signs for it with that one, by the id that comes with Started. `rotate` puts another CA on the disk; a reload
+has the gateway know both; when it says so (Ready), views are built with the new one. Nothing of a former CA is on the
+disk: no sandbox outlives the runtime.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import shutil
 import socket
 import stat
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,12 +28,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from clrk.core.errors import HostError
+from clrk.core.gateway_config import IssuingCa, ca_id
 
 _VALIDITY: Final = datetime.timedelta(days=3650)
 _CLOCK_SKEW: Final = datetime.timedelta(hours=24)
 _MIN_REMAINING: Final = datetime.timedelta(days=2)  # a leaf must not outlive its issuer
 _CERT_NAME: Final = "ca.crt"
 _KEY_NAME: Final = "ca.key"
+_ALWAYS_KEPT: Final = 2  # former ones that a sandbox may get until the gateway has confirmed the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,71 @@ class HostCa:
 
     cert_pem: str
     key_pem: str = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        """Return its name between runtime and gateway."""
+        return ca_id(self.cert_pem)
+
+    def describe(self) -> str:
+        """Return what `openssl x509 -fingerprint -sha256` says of it, and until when it holds."""
+        certificate = x509.load_pem_x509_certificate(self.cert_pem.encode())
+        fingerprint = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+        return f"sha256 {fingerprint}, valid until {certificate.not_valid_after_utc:%Y-%m-%d}"
+
+
+class Authorities:
+    """The CA of now, and the former ones that sandboxes may still trust."""
+
+    def __init__(self, current: HostCa) -> None:
+        self.current = current
+        self._former: list[HostCa] = []
+
+    def replace(self, current: HostCa, trusted: Collection[str]) -> bool:
+        """Take what is on the disk now; say whether it is another one. trusted are the ids that sandboxes have."""
+        if is_new := current.id != self.current.id:
+            self._former = [one for one in self._former if one.id != current.id] + [self.current]
+            self.current = current
+        old, last = self._former[:-_ALWAYS_KEPT], self._former[-_ALWAYS_KEPT:]
+        self._former = [one for one in old if one.id in trusted] + last
+        return is_new
+
+    def former(self) -> list[IssuingCa]:
+        """Return the former ones, for the gateway."""
+        return [IssuingCa(cert_pem=one.cert_pem, key_pem=one.key_pem) for one in self._former]
+
+
+def load(state_dir: Path) -> HostCa:
+    """Return the authority that there is. Raises: HostError, also when there is none yet."""
+    folder = state_dir / "ca"
+    try:
+        return _load(folder)
+    except OSError as exc:
+        raise HostError(f"certificate authority in {folder}: {exc.strerror}: {exc.filename}") from exc
+
+
+def rotate(state_dir: Path) -> HostCa:
+    """Put a new authority in place of the one there is, usable or not, and forget that one.
+
+    Raises: HostError. Side effects: as load_or_create; the new folder is synced before the old one is removed, and a
+    crash between the two renames leaves no authority, so that the next start makes one.
+    """
+    folder = state_dir / "ca"
+    try:
+        if not state_dir.is_dir():
+            raise HostError(f"no state in {state_dir}: the first start of clrk-runtime makes it, with a new CA")
+        for leftover in state_dir.glob(".ca-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = _stage(state_dir)
+        retired = Path(tempfile.mkdtemp(prefix=".ca-", dir=state_dir))
+        if folder.exists():
+            folder.rename(retired / "ca")
+        staging.rename(folder)
+        _sync_folder(state_dir)
+        shutil.rmtree(retired)
+        return _load(folder)
+    except OSError as exc:
+        raise HostError(f"certificate authority in {folder}: {exc.strerror}: {exc.filename}") from exc
 
 
 def load_or_create(state_dir: Path) -> HostCa:
@@ -56,15 +129,8 @@ def load_or_create(state_dir: Path) -> HostCa:
 def _create(folder: Path) -> None:
     """Fill a temporary folder and rename it, so that a crash leaves either the whole authority or none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".ca-", dir=folder.parent))  # 0700
+    staging = _stage(folder.parent)
     try:
-        key = ec.generate_private_key(ec.SECP256R1())
-        key_pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        _write(staging / _KEY_NAME, key_pem)
-        _write(staging / _CERT_NAME, _self_sign(key).public_bytes(serialization.Encoding.PEM))
-        _sync_folder(staging)
         try:
             staging.rename(folder)
         except OSError:
@@ -73,6 +139,23 @@ def _create(folder: Path) -> None:
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stage(parent: Path) -> Path:
+    """Return a new authority in a folder of its own, synced."""
+    staging = Path(tempfile.mkdtemp(prefix=".ca-", dir=parent))  # 0700
+    try:
+        key = ec.generate_private_key(ec.SECP256R1())
+        key_pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        _write(staging / _KEY_NAME, key_pem)
+        _write(staging / _CERT_NAME, _self_sign(key).public_bytes(serialization.Encoding.PEM))
+        _sync_folder(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return staging
 
 
 def _self_sign(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -142,5 +225,5 @@ def _load(folder: Path) -> HostCa:
 
 
 def _unusable(folder: Path, why: str) -> HostError:
-    fix = f"remove {folder} and start again: a new one is made, and only sandboxes trust it"
+    fix = "`clrk-runtime ca rotate` makes a new one, which only sandboxes trust"
     return HostError(f"certificate authority in {folder}: {why}; to mend it, {fix}")

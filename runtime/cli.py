@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ examples:
   sudo clrk-runtime serve -c my-agents/   serve those of a folder; -c may be given several times
   clrk-runtime check -c agent.yaml        validate: every problem with file, line and field
   sudo clrk-runtime doctor                prove what this host can do; says how to mend what is missing
+  sudo clrk-runtime ca rotate             make a new CA for sandboxes, while those that run keep theirs
   sudo clrk apply                         reload, also by SIGHUP: all valid, or nothing changes
 
 `clrk --help` is the client: run agents, list invocations, read traces.
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(paths)
         if options.command == "doctor":
             return _doctor(options)
+        if options.command == "ca":
+            return _ca(options.action, HostLayout(options.instance), load(paths).runtime)
         # A reload's problems are read in another folder than the one that the daemon was started in.
         return _serve(HostLayout(options.instance), [path.absolute() for path in paths])
     except ConfigError as exc:
@@ -74,13 +78,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clrk-runtime {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{serve,check,doctor}")
-    serve = commands.add_parser("serve", parents=[config], help="run the daemon in the foreground (the default; root)")
-    serve.add_argument(
+    commands = parser.add_subparsers(dest="command", metavar="{serve,check,doctor,ca}")
+    instance = argparse.ArgumentParser(add_help=False)
+    instance.add_argument(
         "--instance", metavar="NAME", default="clrk",
         help="prefix of everything made on the host, for a second runtime beside the first; default clrk. "
         "Its client is `CLRK_INSTANCE=NAME clrk ...`",
     )  # fmt: skip
+    both = [config, instance]
+    commands.add_parser("serve", parents=both, help="run the daemon in the foreground (the default; root)")
+    authority = commands.add_parser(
+        "ca", parents=both, help="the CA that sandboxes trust: show it, or rotate it (root)"
+    )
+    authority.add_argument("action", choices=("show", "rotate"))
     commands.add_parser("check", parents=[config], help="validate resources; exit code 2 when they are invalid")
     doctor = commands.add_parser(
         "doctor", parents=[config], help="prove what this host can do, and say how to mend what is missing (root)"
@@ -95,6 +105,27 @@ def _check(paths: Sequence[Path]) -> int:
     resources = load(paths)
     for line in _summarise(resources):
         print(line)
+    return 0
+
+
+def _ca(action: str, layout: HostLayout, spec: RuntimeSpec) -> int:
+    """Show the CA, or put a new one on the disk and have the runtime take it up."""
+    from clrk.runtime import ca
+    from clrk.runtime.reconcile import find_runtime
+
+    if os.geteuid() != 0:
+        print("clrk-runtime: the CA is root's: use sudo", file=sys.stderr)
+        return EXIT_FAILED
+    state_dir = Path(spec.state_dir)
+    if action == "show":
+        print(ca.load(state_dir).describe())
+        return 0
+    print(ca.rotate(state_dir).describe())
+    if (pid := find_runtime(layout)) is None:
+        print("no runtime is running: it is used from the next start on")
+        return 0
+    os.kill(pid, signal.SIGHUP)
+    print(f"runtime {pid} was told: new sandboxes trust it, those that run keep the former one; `clrk status` shows it")
     return 0
 
 

@@ -74,6 +74,7 @@ class _Daemon:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._reload = asyncio.Event()
+        self._reload_ca: Callable[[], bool] = lambda: False
 
     async def run(self) -> None:
         """Start, serve, stop."""
@@ -103,8 +104,8 @@ class _Daemon:
         cgroups = Cgroups.open(layout)
         stack.callback(_logged(cgroups.close))
         remove_leftovers(layout, cgroups)
-        authority = ca.load_or_create(state_dir)
-        view = HostView.prepare(layout, ca_cert_pem=authority.cert_pem, hidden=(str(state_dir),))
+        authorities = ca.Authorities(ca.load_or_create(state_dir))
+        view = HostView.prepare(layout, ca_cert_pem=authorities.current.cert_pem, hidden=(str(state_dir),))
         stack.callback(view.remove)
         listeners = HostListeners.open(layout, spec)
         stack.callback(listeners.close)
@@ -118,12 +119,14 @@ class _Daemon:
         await pool.start()
         supervisor = GatewaySupervisor(
             start_process=lambda: GatewayProcess.start(state_dir / "gateway", spec.uid_range.start),
-            build_config=lambda resources: build_gateway_config(resources, authority),
+            build_config=lambda resources: build_gateway_config(resources, authorities),
             listeners=listeners,
             flows_fd=stamp.flows_fd,
             counters=lambda: _counters(stamp, pool),
             resources=self._resources,
+            trust=pool.trust,
         )
+        self._reload_ca = lambda: authorities.replace(ca.load_or_create(state_dir), pool.trusted())
         supervisor.runs = Runs(pool, self._resources, max_runs=spec.limits.max_sandboxes)
         stack.push_async_callback(supervisor.runs.stop_all)
         _LOG.info("ingress on http://%s, health on http://%s", *map(format_address, listeners.tcp()))
@@ -181,6 +184,13 @@ class _Daemon:
                     _LOG.error("reload: %s", problem)
                 _LOG.error("reload: nothing was changed")
                 await supervisor.refuse_reload(exc.problems)
+                continue
+            try:
+                if self._reload_ca():
+                    _LOG.warning("reload: a new CA: sandboxes trust it from now on; those that run keep the former one")
+            except HostError as exc:
+                _LOG.error("reload: %s; nothing was changed", exc)
+                await supervisor.refuse_reload([str(exc)])
                 continue
             notes = [_RUNTIME_CHANGED] if loaded.runtime != self._resources.runtime else []
             for note in notes:

@@ -9,11 +9,11 @@ from pyroute2 import IPRoute
 
 from clrk.core.errors import HostError
 from clrk.core.gateway_config import GatewayConfig
-from clrk.runtime.ca import HostCa
+from clrk.runtime.ca import Authorities
 from clrk.runtime.config.declared import Resources
 
 
-def build_gateway_config(resources: Resources, authority: HostCa) -> GatewayConfig:
+def build_gateway_config(resources: Resources, authorities: Authorities) -> GatewayConfig:
     """Select what the gateway may know: of the Secrets those that go out in calls, not those that agents are given."""
     return GatewayConfig(
         runtime=resources.runtime,
@@ -25,8 +25,9 @@ def build_gateway_config(resources: Resources, authority: HostCa) -> GatewayConf
         mcp_routes=list(resources.mcp_routes.values()),
         credential_policies=list(resources.credential_policies.values()),
         secrets=_outgoing_secrets(resources),
-        ca_cert_pem=authority.cert_pem,
-        ca_key_pem=authority.key_pem,
+        ca_cert_pem=authorities.current.cert_pem,
+        ca_key_pem=authorities.current.key_pem,
+        former_cas=authorities.former(),
         upstream_ca_pem=dict(resources.upstream_ca_pem),
         jwks_files=dict(resources.jwks_files),
         host_addresses=list_host_addresses(),

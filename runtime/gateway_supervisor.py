@@ -55,6 +55,7 @@ class GatewaySupervisor:
         flows_fd: int,
         counters: Callable[[], Counters],
         resources: Resources,
+        trust: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.resources = resources
         self.runs: Runs | None = None  # set before run(); both need the other
@@ -65,8 +66,9 @@ class GatewaySupervisor:
         self._listeners = listeners
         self._flows_fd = flows_fd
         self._counters = counters
+        self._trust = trust  # called with the CA, as PEM text, for which the gateway is ready
         self._generation = 0
-        self._announced: dict[int, Resources] = {}  # configured, not yet confirmed by Ready
+        self._announced: dict[int, tuple[Resources, str]] = {}  # configured, not yet confirmed by Ready
         self._live: ControlChannel | None = None
         self._draining = False
 
@@ -177,7 +179,9 @@ class GatewaySupervisor:
             case Ready(version=version, generation=generation):
                 if version != PROTOCOL_VERSION or generation not in self._announced:
                     raise ProtocolError("control_ready", f"Ready for version {version}, generation {generation}")
-                runs.resources = self._announced[generation]
+                resources, ca_cert_pem = self._announced[generation]
+                self._trust(ca_cert_pem)
+                runs.resources = resources
                 self._announced = {key: value for key, value in self._announced.items() if key >= generation}
                 self.ready.set()
             case Drained():
@@ -187,13 +191,14 @@ class GatewaySupervisor:
 
     async def _configure(self, channel: ControlChannel, *, first: bool, notes: Sequence[str] = ()) -> None:
         self._generation += 1
-        self._announced[self._generation] = self.resources
-        resources = self.resources
-        memfd = await asyncio.to_thread(lambda: open_memfd(self._build_config(resources)))
+        generation, resources = self._generation, self.resources
+        config = await asyncio.to_thread(self._build_config, resources)
+        self._announced[generation] = (resources, config.ca_cert_pem)
+        memfd = await asyncio.to_thread(open_memfd, config)
         sockets = self._listeners
         rest = (self._flows_fd, sockets.ingress.fileno(), sockets.admin_unix.fileno(), sockets.admin_tcp.fileno())
         try:
-            message = Configure(PROTOCOL_VERSION, self._generation, list(notes))
+            message = Configure(PROTOCOL_VERSION, generation, list(notes))
             await channel.send(message, (memfd, *(rest if first else ())))
         finally:
             os.close(memfd)

@@ -103,6 +103,19 @@ class SandboxPool:
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
 
+    def trust(self, ca_cert_pem: str) -> None:
+        """Put this CA into the bundles of sandboxes that no agent's view was built in; prepared ones are replaced."""
+        if ca_cert_pem == self._view.ca_cert_pem:
+            return
+        self._view = self._view.with_ca(ca_cert_pem)
+        for sandbox in self._ready:
+            sandbox.use_view(self._view)
+        self._warm.empty()
+
+    def trusted(self) -> set[str]:
+        """Return the ids of the CAs that sandboxes have."""
+        return {sandbox.ca_id for sandbox in self._live.values()}
+
     def counts(self) -> dict[str, int]:
         """Return the number of sandboxes by state: made ahead, prepared for one agent, and in use."""
         return {"ready": len(self._ready), "warm": sum(self.warm_agents().values()), "running": len(self._in_use)}

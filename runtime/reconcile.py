@@ -56,6 +56,19 @@ class InstanceLock:
         os.close(self._fd)
 
 
+def find_runtime(layout: HostLayout) -> int | None:
+    """Return the pid of the instance's runtime, None when there is none."""
+    try:
+        with (layout.run_dir / LOCK_NAME).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read(32))
+    except (FileNotFoundError, ValueError):
+        pass  # none, or one that is starting: it will read what it finds
+    return None
+
+
 def _lock(fd: int, layout: HostLayout) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

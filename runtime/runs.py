@@ -248,6 +248,7 @@ class Runs:
             warm=sandbox.warm,
             acquire_start_ns=acquire_start_ns,
             acquire_end_ns=time.time_ns(),
+            ca_id=sandbox.ca_id,
         )
         stdio = sandbox.open_stdio()
         try:

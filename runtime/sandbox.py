@@ -115,6 +115,16 @@ class Sandbox:
         self._claim: StateClaim | None = None
         self._removal: asyncio.Task[None] | None = None
 
+    @property
+    def ca_id(self) -> str:
+        """Return the name of the CA that it trusts."""
+        return self._view.ca_id
+
+    def use_view(self, view: HostView) -> None:
+        """Take another view before the agent's is built; afterwards it stays what it is."""
+        if self._prepared_for is None:
+            self._view = view
+
     def register_stamp(self, header_v4: bytes, header_v6: bytes) -> None:
         """Tell the kernel what to stamp; taken back by `remove`. Call before `spawn`."""
         self._undo.push("stamp", lambda: self._stamp.unregister(self.netns_cookie))

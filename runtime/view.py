@@ -6,16 +6,20 @@ binds parts of it into sandboxes.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import shutil
 import stat
 import subprocess
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from clrk.core.errors import HostError
+from clrk.core.gateway_config import ca_id
 from clrk.core.layout import HostLayout
 
 HOSTNAME: Final = "sandbox"
@@ -68,6 +72,7 @@ class HostView:
     state_point: Path
     hidden: tuple[PurePosixPath, ...]
     ca_cert_pem: str = field(repr=False)
+    _numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)  # of the folders, for every CA
     _etc: dict[str, Path] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -96,6 +101,15 @@ class HostView:
             raise HostError(f"prepare {directory}: {exc}") from exc
         return view
 
+    @property
+    def ca_id(self) -> str:
+        """Return the name of the CA in the bundles."""
+        return ca_id(self.ca_cert_pem)
+
+    def with_ca(self, ca_cert_pem: str) -> HostView:
+        """Return this view with another CA in its bundles; sandboxes with files of this one keep them."""
+        return dataclasses.replace(self, ca_cert_pem=ca_cert_pem, _etc={}, _lock=threading.Lock())
+
     def etc_for(self, rootfs: str) -> Path:
         """Return the sanitised copy of this rootfs's /etc, made at the first call. Blocks; safe in threads.
 
@@ -103,7 +117,7 @@ class HostView:
         """
         with self._lock:
             if (known := self._etc.get(rootfs)) is None:
-                target = self.directory / f"etc-{len(self._etc)}"
+                target = self.directory / f"etc-{next(self._numbers)}"
                 try:
                     _write_etc(Path(rootfs), target, self.ca_cert_pem)
                 except OSError as exc:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from clrk.core.errors import ClrkError
@@ -89,6 +89,13 @@ class WarmSandboxes:
                 self._sets[agent.key] = _AgentSet(agent, revision, self._clock(), running)
         for gone in old.values():
             self._empty(gone)
+        self._wake()
+
+    def empty(self) -> None:
+        """Give up all that is prepared; the background loop prepares them anew."""
+        for key, prepared in list(self._sets.items()):
+            self._sets[key] = replace(prepared, sandboxes=deque())  # another object: what is under way goes too
+            self._empty(prepared)
         self._wake()
 
     async def take(self, agent: Agent) -> Sandbox | None:

@@ -15,7 +15,7 @@ from clrk.core.errors import ConfigError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway._aio import spawn
 from clrk.gateway.budget_ledger import BudgetLedger
-from clrk.gateway.ca import LeafIssuer
+from clrk.gateway.ca import Issuers
 from clrk.gateway.credential_hosts import compile_credentials, update_values
 from clrk.gateway.dns import SandboxResolver
 from clrk.gateway.egress.accept import Acceptor, EgressCounters
@@ -79,6 +79,7 @@ class EgressService:
         self._runs: set[RunEgress] = set()
         self._contexts: dict[str | None, ssl.SSLContext] = {}
         self.counters = EgressCounters()
+        self._issuers = Issuers()
         self._secret_values = SecretValues()
         self._governance = Governance(config, ledger)
         self._apply(config)
@@ -98,7 +99,7 @@ class EgressService:
             run=run,
             flows=self._flows,
             names=NameTable(),
-            issuer=self._issuer,
+            issuer=self._issuers.of(run.ca_id),
             way_out=way_out,
             counters=self.counters,
         )
@@ -168,7 +169,7 @@ class EgressService:
                 raise ConfigError(
                     (f"EgressGateway/{name}: spec.upstreamTLS.caFile: no usable certificate: {exc}",)
                 ) from exc
-        self._issuer = LeafIssuer(config.ca_cert_pem, config.ca_key_pem)
+        self._issuers.reconfigure(config)
         self._contexts = contexts
         self._config = config
         self._governance.reconfigure(config)

@@ -49,7 +49,7 @@ def test_the_key_is_not_in_its_repr(tmp_path):
 def test_what_others_could_have_read_is_refused(tmp_path, name):
     ca.load_or_create(tmp_path)
     os.chmod(tmp_path / "ca" / name, 0o755)
-    with pytest.raises(HostError, match=r"others may have read the key; to mend it, remove .*/ca and start again"):
+    with pytest.raises(HostError, match=r"others may have read the key; to mend it, `clrk-runtime ca rotate`"):
         ca.load_or_create(tmp_path)
 
 
@@ -124,3 +124,76 @@ def test_a_state_folder_that_can_not_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="Not a directory"):
         ca.load_or_create(tmp_path / "file" / "state")
+
+
+# --- rotation -------------------------------------------------------------------------------------------------------
+
+
+def test_rotation_leaves_one_new_authority_and_nothing_of_the_old_one(tmp_path):
+    old = ca.load_or_create(tmp_path)
+    (tmp_path / ".ca-crashed").mkdir()  # what a crash of an earlier rotation left
+    (tmp_path / ".ca-crashed" / "ca.key").write_text(old.key_pem)
+    new = ca.rotate(tmp_path)
+    assert new.id != old.id
+    assert ca.load_or_create(tmp_path) == ca.load(tmp_path) == new
+    assert os.listdir(tmp_path) == ["ca"]
+    assert stat.S_IMODE((tmp_path / "ca").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "ca").iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("spoil", ["mode", "garbage", "missing"])
+def test_rotation_mends_an_authority_that_can_not_be_used(tmp_path, spoil):
+    ca.load_or_create(tmp_path)
+    key = tmp_path / "ca" / "ca.key"
+    if spoil == "mode":
+        key.chmod(0o644)
+    elif spoil == "garbage":
+        key.write_text("x")
+    else:
+        key.unlink()
+    with pytest.raises(HostError):
+        ca.load_or_create(tmp_path)
+    new = ca.rotate(tmp_path)
+    assert ca.load_or_create(tmp_path) == new
+
+
+def test_a_crash_between_the_renames_is_mended_by_the_next_start(tmp_path, monkeypatch):
+    old = ca.load_or_create(tmp_path)
+    rename = Path.rename
+
+    def crash(self, target):
+        if Path(target) == tmp_path / "ca":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        ca.rotate(tmp_path)
+    monkeypatch.undo()
+    assert ca.load_or_create(tmp_path).id != old.id
+
+
+def test_without_state_there_is_nothing_to_rotate(tmp_path):
+    with pytest.raises(HostError, match="the first start of clrk-runtime makes it"):
+        ca.rotate(tmp_path / "nowhere")
+    with pytest.raises(HostError, match="No such file"):
+        ca.load(tmp_path)
+
+
+def test_former_authorities_are_kept_while_a_sandbox_trusts_them(tmp_path):
+    made = [ca.load_or_create(tmp_path / str(number)) for number in range(6)]
+    held = ca.Authorities(made[0])
+    assert not held.replace(made[0], ())
+    for one in made[1:]:
+        assert held.replace(one, {made[0].id})
+    assert held.current == made[5]
+    kept = [former.cert_pem for former in held.former()]
+    assert kept == [made[number].cert_pem for number in (0, 3, 4)]  # trusted, and the last two
+    assert not held.replace(made[5], ())
+    assert [former.cert_pem for former in held.former()] == kept[1:]
+
+
+def test_the_former_keys_are_not_in_a_repr(tmp_path):
+    held = ca.Authorities(ca.load_or_create(tmp_path / "a"))
+    held.replace(ca.load_or_create(tmp_path / "b"), ())
+    assert "PRIVATE" not in repr(held.former())

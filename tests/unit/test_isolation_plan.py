@@ -237,3 +237,15 @@ def test_nul_in_the_environment_is_refused() -> None:
 def test_a_rootfs_that_is_not_there_is_named(view: HostView) -> None:
     with pytest.raises(HostError, match="rootfs /no/such"):
         plan(view, TemplateSpec(command=["x"], rootfs="/no/such"))
+
+
+def test_another_ca_comes_into_new_bundles_only(view: HostView, image: Path) -> None:
+    old = view.etc_for(str(image)) / "ssl/certs/ca-certificates.crt"
+    renewed = view.with_ca("another\n")
+    new = renewed.etc_for(str(image)) / "ssl/certs/ca-certificates.crt"
+    assert view.ca_id != renewed.ca_id
+    assert (old.read_text().endswith(CA), new.read_text().endswith("another\n")) == (True, True)
+    assert view.with_ca(CA).etc_for(str(image)) not in (
+        old.parents[2],
+        new.parents[2],
+    )  # back again: a folder of its own

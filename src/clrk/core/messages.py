@@ -81,7 +81,8 @@ class Started(msgspec.Struct, frozen=True, tag=True):
     """A sandbox belongs to the run from now on; sent before the agent's first instruction.
 
     Shape: run_id, here and in every message, is the invocation id for a TaskAgent, and a UUID of its own for a daemon.
-    warm says that the sandbox was prepared for this very agent (warmPoolSize).
+    warm says that the sandbox was prepared for this very agent (warmPoolSize). ca_id names the CA in its bundle
+    (core.gateway_config.ca_id), which a rotation does not change.
 
     Units: *_ns are CLOCK_REALTIME nanoseconds. header_v4/v6 are the templates registered with the kernel.
     """
@@ -96,6 +97,7 @@ class Started(msgspec.Struct, frozen=True, tag=True):
     warm: bool
     acquire_start_ns: int
     acquire_end_ns: int
+    ca_id: _Text = ""
 
 
 class Spawned(msgspec.Struct, frozen=True, tag=True):

@@ -238,6 +238,12 @@ class Lab:
             )
         self.egress: RunEgress | None = None
 
+    def renew_sockets(self, ca_id: str) -> None:
+        """Serve another sandbox, one whose bundle has that CA."""
+        self.sockets = _make_sockets()
+        self.run = replace(self.run, sockets=self.sockets, ca_id=ca_id)
+        self.egress = self.service.serve(self.run)
+
     @property
     def spans(self) -> list[Span]:
         return self.recorder.spans

@@ -16,8 +16,9 @@ import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 from tls_material import Authority
 
+from clrk.core.gateway_config import GatewayConfig, IssuingCa, ca_id
 from clrk.gateway import ca as ca_module
-from clrk.gateway.ca import LeafIssuer
+from clrk.gateway.ca import Issuers, LeafIssuer
 from clrk.gateway.egress.handshake import judge_handshake
 
 NAME = "api.example.com"
@@ -424,3 +425,39 @@ async def test_a_name_in_sni_does_not_vouch_for_a_dialled_address_and_binds_the_
         wire = await lab.dial_tls("127.0.0.1", 9443, sni=NAME)
         raw = await wire.ask(b"GET / HTTP/1.1\r\nHost: other.example.com:9443\r\n\r\n")
     assert raw.startswith(b"HTTP/1.1 421 ")
+
+
+# --- rotation of the CA -----------------------------------------------------------------------------------------------
+
+
+async def test_a_run_keeps_the_ca_of_its_bundle_and_later_ones_get_the_new_one():
+    theirs, new = Authority("upstream CA"), Authority("the next clrk CA")
+    async with (
+        upstream(hello, theirs.server_context([NAME])) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        old_ca = {"cert_pem": lab.ca.cert_pem, "key_pem": lab.ca.key_pem}
+        update = {"ca_cert_pem": new.cert_pem, "ca_key_pem": new.key_pem, "former_cas": [IssuingCa(**old_ca)]}
+        lab.service.reconfigure(lab.config.model_copy(update=update))
+        assert (await (await lab.dial_tls(NAME)).ask(GET)).endswith(b"secure")
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await lab.dial_tls(NAME, context=new.client_context())
+
+        for trusted, name in ((lab.ca, ca_id(lab.ca.cert_pem)), (new, ca_id(new.cert_pem)), (new, "")):
+            await lab.egress.close()
+            lab.sockets.close()
+            lab.renew_sockets(name)
+            wire = await lab.dial_tls(NAME, context=trusted.client_context())
+            assert (await wire.ask(GET)).endswith(b"secure")
+
+
+def test_a_ca_that_is_not_known_is_not_replaced_by_one_that_is_trusted(caplog):
+    config = {"runtime": {}, "agents": [], "gateways": [], "routes": []}
+    ca = Authority("clrk test CA")
+    issuers = Issuers()
+    issuers.reconfigure(GatewayConfig(**config, ca_cert_pem=ca.cert_pem, ca_key_pem=ca.key_pem))
+    kept = issuers.of("")
+    assert issuers.of("0badcafe") is kept
+    assert "0badcafe is not known" in caplog.text
+    issuers.reconfigure(GatewayConfig(**config, ca_cert_pem=ca.cert_pem, ca_key_pem=ca.key_pem))
+    assert issuers.of(ca_id(ca.cert_pem)) is kept  # with its leaves

@@ -1,0 +1,116 @@
+"""`clrk-runtime ca rotate` beneath running agents, and who can not read the CA's key."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from stack import BIN, Daemon, StandIn, agent, egress
+
+INSTANCE = f"e2eca{os.getpid() % 10_000}"
+TLS_ONCE = """
+import hashlib, os, socket, ssl
+bundle = hashlib.sha256(open(os.environ["SSL_CERT_FILE"], "rb").read()).hexdigest()[:12]
+def once():
+    context = ssl.create_default_context()  # a context of its own: nothing is resumed
+    with socket.create_connection(("files.internal", 443), 10) as sock:
+        with context.wrap_socket(sock, server_hostname="files.internal"):
+            print("trusted", bundle, flush=True)
+"""
+ONCE = TLS_ONCE + "once()"
+STEADY = TLS_ONCE + "import time\nwhile True: once(); time.sleep(0.3)"
+WATCH_S = 30.0
+
+
+@pytest.fixture
+def own(tmp_path: Path, providers: StandIn) -> Iterator[Daemon]:
+    python = ["/usr/bin/python3", "-I", "-c"]
+    documents = [
+        *egress(providers),
+        agent("once", [*python, ONCE]),
+        agent("steady", [*python, STEADY]),
+        agent("warm", [*python, ONCE], warmPoolSize=1),
+    ]
+    daemon = Daemon(tmp_path, INSTANCE, documents)
+    daemon.start()
+    yield daemon
+    assert daemon.stop() == 0, daemon.log()
+
+
+async def ask(daemon: Daemon, caller: aiohttp.ClientSession, name: str) -> str:
+    async with caller.get(f"{daemon.url}/agents/{name}") as answer:
+        text = await answer.text()
+        assert answer.status == 200, (text, daemon.log())
+        return text
+
+
+async def lines_of(answer: aiohttp.ClientResponse) -> AsyncIterator[str]:
+    async for line in answer.content:
+        yield line.decode().strip()
+
+
+async def test_running_sandboxes_keep_their_ca_and_new_ones_get_the_new_one(
+    own: Daemon, caller: aiohttp.ClientSession
+) -> None:
+    before = await ask(own, caller, "once")
+    assert await ask(own, caller, "warm") == before
+    async with asyncio.timeout(WATCH_S), caller.get(f"{own.url}/agents/steady") as running:
+        steady = lines_of(running)
+        assert await anext(steady) + "\n" == before
+        key = (own.state_dir / "ca/ca.key").read_bytes()
+        arguments = ["ca", "rotate", "--instance", INSTANCE, "-c", str(own.config)]
+        done = await asyncio.to_thread(
+            subprocess.run, [BIN / "clrk-runtime", *arguments], capture_output=True, check=True
+        )
+        assert b"sha256 " in done.stdout
+        while "ready: generation 2" not in own.log():
+            await asyncio.sleep(0.05)
+        after = await ask(own, caller, "once")
+        assert after != before
+        for _ in range(3):
+            assert await ask(own, caller, "warm") == after  # none that was prepared with the former CA
+        for _ in range(3):  # connections that began after the rotation
+            assert await anext(steady) + "\n" == before
+    assert sorted(os.listdir(own.state_dir / "ca")) == ["ca.crt", "ca.key"]
+    secret = key.splitlines()[1]
+    left = [path for path in own.state_dir.rglob("*") if path.is_file() and secret in path.read_bytes()]
+    assert left == []  # of the former key
+
+
+READ = (
+    "import sys\ntry: open(sys.argv[1], 'rb').read(1); print('read')\nexcept OSError as exc: print(type(exc).__name__)"
+)
+
+
+def test_nobody_else_reads_the_key(own: Daemon) -> None:
+    pid = own.gateway_pid()
+    gateway_uid = int(
+        next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "Uid:" in line).split()[1]
+    )
+    for uid in (65_534, gateway_uid):
+        for path in (own.state_dir / "ca/ca.key", f"/proc/{pid}/mem", f"/proc/{pid}/environ", f"/proc/{pid}/root/etc"):
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", READ, str(path)], user=uid, group=uid, extra_groups=[],
+                cwd="/", capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.stdout.strip() == "PermissionError", (uid, path, done)
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    core = next(line for line in limits.splitlines() if line.startswith("Max core file size"))
+    assert core.split()[4:6] == ["0", "0"]
+    assert Path(f"/proc/{pid}/mem").stat().st_uid == 0  # not dumpable: the kernel writes no core, whatever the pattern
+
+
+def test_an_ordinary_user_can_not_rotate(own: Daemon) -> None:
+    certificate = (own.state_dir / "ca/ca.crt").read_bytes()
+    done = subprocess.run(
+        [BIN / "clrk-runtime", "ca", "rotate", "--instance", INSTANCE, "-c", own.config],
+        user=65_534, group=65_534, extra_groups=[], cwd="/", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert (own.state_dir / "ca/ca.crt").read_bytes() == certificate
