@@ -185,7 +185,7 @@ async def test_a_session_with_an_upstream_is_resumed_once_each(version, by_proxy
             for _ in range(3):
                 assert (await (await lab.dial_tls(NAME)).ask(GET)).endswith(b"secure")
                 async with asyncio.timeout(10):
-                    while lab.egress._upstream._idle:  # the upstream closes behind each answer
+                    while lab.egress._acceptor.way_out.upstream._idle:  # the upstream closes behind each answer
                         await asyncio.sleep(0.01)
     assert reused == [False, True, True]
 
@@ -201,13 +201,13 @@ async def test_an_upstream_that_forgot_a_session_gets_a_full_handshake_and_is_ve
     async with upstream(handle, served) as first, upstream(handle, theirs.server_context([NAME])) as second:
         ports = [first]
         async with laboratory(gateway=aliased(first, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab:
-            policy = lab.egress._upstream._policy
+            policy = lab.egress._acceptor.way_out.upstream._policy
             object.__setattr__(policy, "aliases", tuple((host, ip, ports[0]) for host, ip, _ in policy.aliases))
             for port in (first, second):
                 object.__setattr__(policy, "aliases", tuple((host, ip, port) for host, ip, _ in policy.aliases))
                 assert (await (await lab.dial_tls(NAME)).ask(GET)).endswith(b"secure")
                 async with asyncio.timeout(10):
-                    while lab.egress._upstream._idle:
+                    while lab.egress._acceptor.way_out.upstream._idle:
                         await asyncio.sleep(0.01)
     assert reused == [False, False]
 
