@@ -38,7 +38,7 @@ _AZURE: Final = Provider("azure.ai.openai", "azure_openai", "azure")
 _COMPATIBLE: Final = Provider("openai_compatible", "openai", asks_usage=True)
 _GEMINI: Final = Provider("gcp.gemini", "google_genai", "google", asks_usage=True)
 _VERTEX: Final = Provider("gcp.vertex_ai", "google_genai", "google", asks_usage=True)
-_BEDROCK: Final = Provider("aws.bedrock", "aws_bedrock", "aws")  # a signed body can not be asked for usage
+_BEDROCK: Final = Provider("aws.bedrock", "aws_bedrock", "aws", asks_usage=True)
 
 # Who a host is; `.x` stands for any name below x.
 PROVIDERS: Final[dict[str, Provider]] = {

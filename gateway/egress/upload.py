@@ -90,6 +90,12 @@ class Upload:
             self.answer = governor.judge(whole)
             sent = governor.rewrite_request(whole)
             self._plain = governor.wants_plain_response
+            if sent is not whole and self._is_signed_by_agent():
+                text = (
+                    "the agent signed this body, so nothing can be written into it: say in the request how many tokens "
+                    "of output it may have, or let a CredentialInjectionPolicy sign it"
+                )
+                raise RefusedError(400, "signed_body", text)
         if interpreter is not None:
             if self._body.done and interpreter.wants_whole_request:
                 sent = interpreter.rewrite_request(sent)
@@ -98,6 +104,11 @@ class Upload:
         self._length = len(sent) if self.rewritten and not self._body.chunked else None
         self._first = self._frame(sent)
         self._signed = sent if self._signs else b""
+
+    def _is_signed_by_agent(self) -> bool:
+        """Say whether the upstream will look for a signature (AWS SigV4) that is none of the gateway's."""
+        signature = self._admitted.head.header("authorization") or ""
+        return not self._signs and signature.startswith("AWS4-")
 
     def _expects_continue(self) -> bool:
         request = self._admitted.request

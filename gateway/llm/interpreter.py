@@ -43,6 +43,7 @@ class LlmInterpreter:
         self._prices = prices
         self._sure = sure
         self._request_encoding = head.header("content-encoding")
+        self._is_signed = (head.header("authorization") or "").startswith("AWS4-")  # and breaks when a byte changes
         self._request = BoundedBody(allowance)
         self._request_attributes: dict[str, AttributeValue] = {}
         self._asked_usage = False
@@ -64,7 +65,8 @@ class LlmInterpreter:
     @property
     def wants_whole_request(self) -> bool:
         """True where the request may have to ask for usage: whether it streams stands in the body."""
-        return self.provider.asks_usage and self.dialect.takes_include_usage and self._request_encoding is None
+        asks = self.provider.asks_usage and self.dialect.takes_include_usage
+        return asks and self._request_encoding is None and not self._is_signed
 
     def rewrite_request(self, body: bytes) -> bytes:
         """Return the body, asking for usage if it streams and does not ask itself."""

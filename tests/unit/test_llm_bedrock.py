@@ -185,6 +185,17 @@ def test_others_apis_on_bedrock_are_bedrocks(path: str, system: str) -> None:
     assert "clrk.cost.usd" not in facts.attributes
 
 
+@pytest.mark.parametrize(("authorization", "asks"), [("Bearer key", True), ("AWS4-HMAC-SHA256 Credential=x", False)])
+def test_a_signed_body_is_not_asked_for_usage(authorization: str, asks: bool) -> None:
+    head = post(
+        HOST, "/openai/v1/chat/completions", ("Content-Type", "application/json"), ("Authorization", authorization)
+    )
+    request = b'{"model":"openai.gpt-oss-20b-1:0","stream":true}'
+    facts, sent, _ = exchange(head, request, OK, [b"{}"])
+    assert (sent is request) != asks
+    assert ("clrk.body.request_rewritten" in facts.attributes) == asks
+
+
 ARN = "arn:aws:bedrock:us-east-1:123456789012"
 REGIONAL, GLOBAL = 1.1, 1.0  # USD per million input tokens of Haiku 4.5
 

@@ -59,7 +59,7 @@ def test_who_is_asked_for_usage() -> None:
     google = ["generativelanguage.googleapis.com", "aiplatform.googleapis.com"]
     assert [host for host, found in PROVIDERS.items() if found.asks_usage] == ["api.openai.com", *google]
     asked = [name for name, found in BY_OPERATOR.items() if found.asks_usage]
-    assert asked == ["openai", "openai_compatible", "google_genai"]
+    assert asked == ["openai", "openai_compatible", "google_genai", "aws_bedrock"]
     assert not any(api.elsewhere.asks_usage for api in APIS if api.elsewhere is not None)
 
 
