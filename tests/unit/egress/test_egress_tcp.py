@@ -109,6 +109,16 @@ async def test_nobody_is_dialled_for_a_silent_client_that_no_rule_lets_out(impat
     assert (span.name, span.attributes["error.type"]) == ("egress.proxy.malformed", "timeout")
 
 
+@pytest.mark.parametrize("port", [22, 25])
+async def test_what_no_rule_allows_is_reset_also_where_servers_speak_first(port):
+    async with laboratory(gateway=aliased(9, NAME), rules=[{"hostnames": [NAME], "ports": [80]}]) as lab:
+        wire = await lab.dial(NAME, port, stamp=False)
+        with pytest.raises(ConnectionResetError):
+            await wire.reader.read()
+        (span,) = await lab.recorder.wait()
+    assert (span.name, span.attributes["clrk.egress.deny_reason"]) == ("egress.dial.denied", "port_not_allowed")
+
+
 # --- no port is a way around what looks at requests -------------------------------------------------------------------
 
 
