@@ -77,13 +77,14 @@ class RunBudgets:
         find_error_writer: FindErrorWriter,
     ) -> None:
         self._spender, self._rules = spender, rules
+        self._asks_path = any(match.endpoints for rule in rules for match in rule.matches)
         self._find_provider, self._find_error_writer = find_provider, find_error_writer
 
     def govern(self, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
         """Return the governor of an exchange; None when no budget is concerned."""
         host_is = self._find_provider(head.host)
         if isinstance(interpreter, LlmInterpreter):
-            call = LlmCall.of(head.host, head.path, interpreter.provider, recognised=True)
+            call = self._call(head, interpreter.provider, recognised=True)
             rules = tuple(rule for rule in self._rules if rule.may_fit(call))
             if not any(rule.budgets for rule in rules):
                 return None
@@ -91,8 +92,11 @@ class RunBudgets:
             return BudgetGovernor(self._spender, call, rules, interpreter, known=known)
         if head.method != "POST" and carries_nothing(head) and is_harmless(head, b""):
             return None
-        rule = self._covering(LlmCall.of(head.host, head.path, host_is, recognised=False))
+        rule = self._covering(self._call(head, host_is, recognised=False))
         return None if rule is None else Unmetered(head, rule, self._find_error_writer(host_is, head))
+
+    def _call(self, head: RequestHead, provider: Provider | None, *, recognised: bool) -> LlmCall:
+        return LlmCall.of(head.host, head.path if self._asks_path else "", provider, recognised=recognised)
 
     def refuses_tunnel(self, host: str) -> bool:
         """Say whether nobody may tunnel to a host unread: what goes through a tunnel can not be metered."""

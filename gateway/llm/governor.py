@@ -186,9 +186,14 @@ class BudgetGovernor:
         return fitting
 
     def _amount(self, rule: BudgetRule, demand: Demand, output: int) -> Amount:
-        """Return tokens and price, at most. Raises: DeniedError when there is a limit in USD, and no price."""
+        """Return tokens and price, at most. Raises: DeniedError when there is a limit in USD, and no price.
+
+        Where dollars are not limited they are counted afterwards only: a price takes as long as all the rest.
+        """
+        if not rule.limits_usd:
+            return Amount(self._input + output)
         usd = self._dearest(demand, output)
-        if usd is None and rule.limits_usd:
+        if usd is None:
             model = self._dialect.request_model
             text = (
                 f"{rule.label} limits USD, and nobody knows what {model or 'an unnamed model'} costs at "
@@ -274,14 +279,14 @@ class BudgetGovernor:
     def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:
         """See Governor."""
         if self._rule is not None:
-            used = self._used() if sent else NOTHING
+            used = self._used(facts) if sent else NOTHING
             try:
                 self._spender.ledger.settle([charge.account for charge in self._charges], self._reserved, used)
             except LedgerError as exc:  # what was reserved stays so, and is spent with the next gateway
                 _LOG.error("a call was not settled: %s", exc)
         return {attr.CLRK_EGRESS_WOULD_DENY: self._would_deny} if self._would_deny else {}
 
-    def _used(self) -> Amount:
+    def _used(self, facts: Facts | None) -> Amount:
         """Return what the call used: as reported, else as estimated, but at least what was seen."""
         done = self._dialect.completion
         usage = done.usage
@@ -293,7 +298,9 @@ class BudgetGovernor:
             made = min(usage.output_tokens, MAX_TOKENS_PER_CALL)
         else:
             made = max(self._output, self._seen_output())
-        used = Amount(read + made, self._cost(usage, read, made, is_final=is_final))
+        known = facts.attributes.get(attr.CLRK_COST_USD) if is_final and usage.is_whole and facts is not None else None
+        cost = to_nano(known) if isinstance(known, float) else self._cost(usage, read, made, is_final=is_final)
+        used = Amount(read + made, cost)
         self._spender.answers.remember(done.response_id, used.tokens)
         return used
 

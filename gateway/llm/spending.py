@@ -83,7 +83,8 @@ def read_demand(body: bytes) -> Demand:
     Raises: ProtocolError(json | ambiguous): nobody can say what it will be read as.
     Cost:   O(len(body)); it is decoded once, and walked.
     """
-    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS or body.count(b",") > MAX_COMMAS:
+    many = len(body) > MAX_BRACKETS and body.count(b"[") + body.count(b"{") > MAX_BRACKETS
+    if many or (len(body) > MAX_COMMAS and body.count(b",") > MAX_COMMAS):
         raise ProtocolError("json", f"over {MAX_BRACKETS} brackets or {MAX_COMMAS} commas take too long to read")
     try:
         text = body.decode()
@@ -136,11 +137,10 @@ def _put(text: str, first: int, members: dict[str, Member], name: str, raw: str)
 
 def _check_names(members: dict[str, Member]) -> None:
     """Refuse what a lenient parser reads as another name: Go's ignores case, protobuf's takes two spellings."""
-    known = {_plain(name) for name in _KNOWN}
     seen: dict[str, str] = {}
     for name in members:
         plain = _plain(name)
-        if plain in known and (name not in _KNOWN or plain in seen):
+        if plain in _KNOWN_PLAIN and (name not in _KNOWN or plain in seen):
             twin = f", beside {seen[plain]!r}" if plain in seen else ""
             raise ProtocolError("ambiguous", f"{name[:40]!r}{twin}: servers do not agree on what it means")
         seen.setdefault(plain, name)
@@ -154,6 +154,9 @@ def _check_names(members: dict[str, Member]) -> None:
 
 def _plain(name: str) -> str:
     return name.casefold().replace("_", "").replace("-", "")
+
+
+_KNOWN_PLAIN: Final = frozenset(map(_plain, _KNOWN))
 
 
 def _largest(flat: list[tuple[str, object]], names: tuple[str, ...]) -> int | None:

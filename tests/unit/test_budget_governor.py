@@ -93,7 +93,8 @@ def test_without_a_report_the_estimate_stays_spent(ends):
     call = openai_call(office, office.run(), max_tokens=500)
     reserved = office.entry().reserved
     ends(call)
-    assert (office.entry().used, office.entry().reserved) == (reserved, Amount())
+    assert (office.entry().used.tokens, office.entry().reserved) == (reserved.tokens, Amount())
+    assert office.entry().used.nano_usd >= 500 * 10_000  # counted, if not limited
 
 
 def test_a_call_that_never_left_costs_nothing():
