@@ -18,8 +18,11 @@ from typing import Any, Final
 from clrk.core.errors import ClrkError
 from clrk.gateway.interpret import Allowance
 from clrk.gateway.llm.sse import SseEvent, SseSplitter
+from clrk.gateway.mcp.members import MALFORMED, read_items, read_members, write_members
 
 MAX_HELD_BYTES: Final = 16 << 20  # of one event, or of one document
+MAX_LENIENT_BYTES: Final = 1 << 20  # of what has to be built as objects: more would hold up everybody
+_SPACE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
 _ROW: Final = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|$)")
 _MAX_DIGITS: Final = 4000  # Python refuses to read longer integers
@@ -34,11 +37,53 @@ class UnfilterableError(ClrkError):
 def filter_message(raw: bytes, shows: Shows) -> bytes:
     """Return a JSON-RPC message or batch without the tools that shows() hides; the same object if there are none.
 
-    Shape: what comes back has the same values otherwise; its spelling is ours.
+    Shape: what comes back has the same values otherwise.
     Raises: UnfilterableError for JSON that a client may read and we can not.
     """
     if b"tools" not in raw and b"\\" not in raw:  # no spelling of the member's name
         return raw
+    try:
+        shown = _filter_body(raw, shows)
+    except (*MALFORMED, ValueError):
+        return _filter_leniently(raw, shows)
+    return raw if shown is None else shown
+
+
+def _filter_body(raw: bytes, shows: Shows) -> bytes | None:
+    """Return what is shown of well-formed JSON without ambiguous members; None for all of it."""
+    raw.decode("utf-8")
+    if raw.lstrip(_SPACE)[:1] != b"[":
+        return _filter_message(raw, shows)
+    messages = read_items(raw)
+    shown = [_filter_message(message, shows) if message[:1] == b"{" else None for message in messages]
+    if all(message is None for message in shown):
+        return None
+    return b"[" + b",".join(new or old for new, old in zip(shown, messages, strict=True)) + b"]"
+
+
+def _filter_message(raw: bytes, shows: Shows) -> bytes | None:
+    message = read_members(raw)
+    if message.get("result", b"")[:1] != b"{":
+        return None
+    result = read_members(message["result"])
+    if result.get("tools", b"")[:1] != b"[":
+        return None
+    tools = read_items(result["tools"])
+    kept = [tool for tool in tools if tool[:1] == b"{" and _is_shown(_name_of(tool), shows)]
+    if len(kept) == len(tools):
+        return None
+    return write_members(message | {"result": write_members(result | {"tools": b"[" + b",".join(kept) + b"]"})})
+
+
+def _name_of(tool: bytes) -> object:
+    name = read_members(tool).get("name", b"")
+    return json.loads(name) if name[:1] == b'"' else None
+
+
+def _filter_leniently(raw: bytes, shows: Shows) -> bytes:
+    """Filter what some clients read and others do not: bytes that are no UTF-8, NaN, members of one name."""
+    if len(raw) > MAX_LENIENT_BYTES:
+        raise UnfilterableError("an answer that is too large to be filtered, and no clean JSON")
     reader = _Reader()
     try:
         value = reader.read(raw)
@@ -96,15 +141,14 @@ def _filter(message: Any, shows: Shows) -> bool:
     tools = _tools(message)
     if tools is None:
         return False
-    kept = [tool for tool in tools if _is_shown(tool, shows)]
+    kept = [tool for tool in tools if isinstance(tool, dict) and _is_shown(tool.get("name"), shows)]
     if len(kept) == len(tools):
         return False
     tools[:] = kept
     return True
 
 
-def _is_shown(tool: Any, shows: Shows) -> bool:
-    name = tool.get("name") if isinstance(tool, dict) else None
+def _is_shown(name: object, shows: Shows) -> bool:
     return isinstance(name, str) and name.isprintable() and shows(name)
 
 
@@ -170,7 +214,11 @@ class EventFilter:
 
 
 def _with_data(raw: bytes, data: bytes) -> bytes:
-    """Return an event with other data, in one line where its first data line was; all other lines are kept."""
+    """Return an event with other data, in one line where its first data line was; all other lines are kept.
+
+    Shape: data is JSON, in which the ends of lines are no more than space.
+    """
+    data = data.replace(b"\r", b" ").replace(b"\n", b" ")
     rows: list[bytes] = []
     pending: bytes | None = b"data: " + data
     for number, row in enumerate(_ROW.findall(raw)):

@@ -14,11 +14,11 @@ import binascii
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from clrk.core.errors import ClrkError
+from clrk.gateway.mcp.members import MALFORMED, SameNameError, read_items, read_members
 from clrk.gateway.mcp.messages import METHODS
 
 PARSE_ERROR: Final = -32700
@@ -34,6 +34,9 @@ _NAMED_BY: Final = {"tools/call": "name", "prompts/get": "name", "resources/read
 _CHARSET: Final = re.compile(r"""charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 _CHARSETS: Final = frozenset(("utf-8", "utf8", "us-ascii"))
 _BASE64: Final = re.compile(r"=\?base64\?(.*)\?=")
+_MAX_NAME: Final = 256
+_MAX_TEXT: Final = 4096  # of a method, a tool, a URI
+_SPACE: Final = b" \t\r\n"
 _UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 Headers = tuple[tuple[str, str], ...]
@@ -65,10 +68,6 @@ class Post:
     is_batch: bool
 
 
-class _Ambiguous(dict[str, Any]):
-    """An object with two members of one name."""
-
-
 def read_post(headers: Headers, body: bytes) -> Post:
     """Return the messages of a body.
 
@@ -76,16 +75,20 @@ def read_post(headers: Headers, body: bytes) -> Post:
     Cost: O(len(body)); bodies over MAX_POSTED_BYTES are refused unread.
     """
     _check_headers(headers)
-    value = _parse(body)
-    if not isinstance(value, list):
-        post = Post((_message(value),), is_batch=False)
-    elif 0 < len(value) <= MAX_BATCH:
-        post = Post(tuple(map(_message, value)), is_batch=True)
-    else:
+    if len(body) > MAX_POSTED_BYTES:
+        raise UnreadableError(INVALID_REQUEST, f"a body over {MAX_POSTED_BYTES >> 20} MiB can not be judged")
+    try:
+        body.decode("utf-8")
+        is_batch = body.lstrip(_SPACE)[:1] == b"["
+        messages = tuple(_message(headers, raw) for raw in (read_items(body) if is_batch else [body]))
+    except SameNameError as exc:
+        raise UnreadableError(INVALID_REQUEST, "two members of one object have the same name") from exc
+    except (*MALFORMED, ValueError) as exc:
+        what = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)[:120]
+        raise UnreadableError(PARSE_ERROR, f"no JSON-RPC in UTF-8: {what}") from exc
+    if not 0 < len(messages) <= MAX_BATCH:
         raise UnreadableError(INVALID_REQUEST, f"a batch has from 1 to {MAX_BATCH} messages")
-    for message, found in zip(post.messages, value if post.is_batch else [value], strict=True):
-        _check_routing(headers, message, found)
-    return post
+    return Post(messages, is_batch)
 
 
 def _check_headers(headers: Headers) -> None:
@@ -101,64 +104,51 @@ def _check_headers(headers: Headers) -> None:
                 continue
 
 
-def _parse(body: bytes) -> Any:
-    if len(body) > MAX_POSTED_BYTES:
-        raise UnreadableError(INVALID_REQUEST, f"a body over {MAX_POSTED_BYTES >> 20} MiB can not be judged")
-    try:
-        return json.loads(body.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError and JSONDecodeError among them
-        what = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)[:120]
-        raise UnreadableError(PARSE_ERROR, f"no JSON in UTF-8: {what}") from exc
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else _Ambiguous(found)
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _message(value: Any) -> Message:
-    if not isinstance(value, dict):
-        raise UnreadableError(INVALID_REQUEST, "a message is a JSON object")
-    _check_names(value, _ENVELOPE)
-    if value.get("jsonrpc") != "2.0":
+def _message(headers: Headers, raw: bytes) -> Message:
+    found = read_members(raw)
+    _check_names(found, _ENVELOPE)
+    if _value(found, "jsonrpc") != "2.0":
         raise UnreadableError(INVALID_REQUEST, 'not a JSON-RPC 2.0 message: "jsonrpc" is not "2.0"')
-    id_ = _id(value)
-    if "method" not in value:
-        if id_ is None or ("result" in value) == ("error" in value):
+    id_ = _id(found)
+    if "method" not in found:
+        if id_ is None or ("result" in found) == ("error" in found):
             raise UnreadableError(INVALID_REQUEST, "neither a request, a notification nor a response")
         return Message("", id_)
-    if "result" in value or "error" in value:
+    if "result" in found or "error" in found:
         raise UnreadableError(INVALID_REQUEST, "both a request and a response")
-    method, params = _text(value["method"], "method"), value.get("params")
+    method = _text(_value(found, "method"), "method")
     if method not in METHODS and (meant := _fold(method)) in METHODS:
         raise UnreadableError(INVALID_REQUEST, f"method {method[:60]!r} may be taken for {meant!r}")
-    if isinstance(params, dict):
-        _check_names(params, _PARAMETERS)
+    params = read_members(found["params"]) if found.get("params", b"")[:1] == b"{" else {}
+    _check_names(params, _PARAMETERS)
     tool = uri = None
     if method == TOOLS_CALL:
-        tool = _text(params.get("name") if isinstance(params, dict) else None, "params.name")
-    elif method.startswith("resources/") and isinstance(params, dict) and "uri" in params:
-        uri = _text(params["uri"], "params.uri")
+        tool = _text(_value(params, "name"), "params.name")
+    elif method.startswith("resources/") and "uri" in params:
+        uri = _text(_value(params, "uri"), "params.uri")
+    _check_routing(headers, method, params)
     return Message(method, id_, tool, uri)
 
 
-def _check_names(found: dict[str, Any], names: frozenset[str]) -> None:
-    """Refuse two members of one name, and names that a parser that ignores case may take for another one."""
-    if isinstance(found, _Ambiguous):
-        raise UnreadableError(INVALID_REQUEST, "two members of one object have the same name")
+def _value(found: dict[str, bytes], name: str) -> object:
+    """Return a member's value if it is none that has members: those mean nothing where this is asked."""
+    raw = found.get(name, b"null")
+    return None if raw[:1] in b"[{" else json.loads(raw)
+
+
+def _check_names(found: dict[str, bytes], names: frozenset[str]) -> None:
+    """Refuse names that a parser that ignores case may take for another one."""
     for name in found:
+        if len(name) > _MAX_NAME:
+            raise UnreadableError(INVALID_REQUEST, f"a member's name of over {_MAX_NAME} characters")
         if name not in names and _fold(name) in names:
             raise UnreadableError(INVALID_REQUEST, f"member {name[:60]!r} may be taken for {_fold(name)!r}")
 
 
-def _id(value: dict[str, Any]) -> str | int | None:
-    if "id" not in value:
+def _id(members: dict[str, bytes]) -> str | int | None:
+    if "id" not in members:
         return None
-    found = value["id"]
+    found = _value(members, "id")
     if isinstance(found, float) and found.is_integer():
         found = int(found)
     if isinstance(found, bool) or not isinstance(found, str | int):
@@ -167,7 +157,7 @@ def _id(value: dict[str, Any]) -> str | int | None:
 
 
 def _text(value: object, what: str) -> str:
-    if not isinstance(value, str) or not value or _UNPRINTABLE.search(value) is not None:
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or _UNPRINTABLE.search(value) is not None:
         raise UnreadableError(INVALID_REQUEST, f"{what} is not a string that everybody reads alike")
     return value
 
@@ -178,20 +168,18 @@ def _fold(text: str) -> str:
     return "".join(char for char in plain if unicodedata.category(char)[0] not in "CZM")
 
 
-def _check_routing(headers: Headers, message: Message, found: dict[str, Any]) -> None:
+def _check_routing(headers: Headers, method: str, params: dict[str, bytes]) -> None:
     """Servers and proxies may act on these headers instead of the body, so that they have to say the same."""
-    params = found.get("params")
-    for wanted, header in _routing(message, params if isinstance(params, dict) else {}):
-        for name, value in headers:
-            if name.lower() == header and _header_text(value) != wanted:
-                raise UnreadableError(INVALID_REQUEST, f"the header {header} and the body do not agree")
-
-
-def _routing(message: Message, params: dict[str, Any]) -> Iterator[tuple[object, str]]:
-    if message.method:
-        yield message.method, "mcp-method"
-        if (key := _NAMED_BY.get(message.method)) is not None:
-            yield params.get(key), "mcp-name"
+    for name, value in headers:
+        lower = name.lower()
+        if lower == "mcp-method":
+            wanted: object = method
+        elif lower == "mcp-name" and method in _NAMED_BY:
+            wanted = _value(params, _NAMED_BY[method])
+        else:
+            continue
+        if _header_text(value) != wanted:
+            raise UnreadableError(INVALID_REQUEST, f"the header {lower} and the body do not agree")
 
 
 def _header_text(value: str) -> str:

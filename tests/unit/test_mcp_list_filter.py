@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_what_is_no_list_or_hides_nothing_passes_to_the_letter(body: bytes) -> N
 def test_no_spelling_brings_a_hidden_tool_through(body: bytes) -> None:
     for shown in (document(body), stream(b"data: " + body + b"\r\n\r\n")[6:]):
         assert b"rm" not in shown
-        json.loads(shown, parse_constant=pytest.fail)
+        json.loads(shown, parse_constant=pytest.fail, parse_int=float)
 
 
 def test_what_only_we_can_not_read_ends_the_answer() -> None:
@@ -136,8 +137,9 @@ def test_streams(eol: str) -> None:
 def test_data_in_several_lines_becomes_one() -> None:
     lines = json.dumps(listing("rm", "get_a"), indent=1).split("\n")
     body = "id: 1\n" + "".join(f"data:{line}\n" for line in lines) + "x: y\ndata\n\n"
-    less = json.dumps(listing("get_a"), separators=(",", ":"))
-    assert stream(body.encode()) == f"id: 1\ndata: {less}\nx: y\n\n".encode()
+    before, data, *after = stream(body.encode()).split(b"\n")
+    assert (before, after) == (b"id: 1", [b"x: y", b"", b""])
+    assert json.loads(data.removeprefix(b"data: ")) == listing("get_a")
     assert stream(b"\xef\xbb\xbf" + event(listing("rm"))).endswith(event(json.dumps(listing(), separators=(",", ":"))))
 
 
@@ -160,3 +162,19 @@ def test_what_is_held_goes_back_to_the_run() -> None:
         one.close()
         other.close()
     assert allowance.left == 100
+
+
+@pytest.mark.parametrize("body", [b"[" + b"[]," * 700_000 + b"{}]", b'{"a":[' + b"1," * 1_000_000 + b"1]}"])
+def test_what_is_sent_to_cost_time_is_not_built(body: bytes) -> None:
+    body = body.replace(b"[]", b'["tools"]', 1)
+    began = time.process_time()
+    assert filter_message(body, shows) == body
+    assert time.process_time() - began < 0.3  # as Python objects: over a second
+    with pytest.raises(UnfilterableError, match="no clean JSON"):
+        filter_message(body + b'"tools"\xff', shows)
+
+
+def test_what_is_kept_is_kept_to_the_letter() -> None:
+    kept = '{ "name" : "get_a", "x": [1.50, 1E400, 12345678901234567890123, "\\u00e9"] }'
+    body = '{"jsonrpc":"2.0","id":1.0,"result":{"tools":[{"name":"rm"},' + kept + '],"nextCursor":"c"},"x":-0}'
+    assert document(body.encode()) == body.replace('{"name":"rm"},', "").encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from typing import Any
 
 import pytest
@@ -153,3 +154,25 @@ def test_headers_that_agree() -> None:
 def test_the_type_that_a_body_is_said_to_have_does_not_matter() -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data; boundary=x"):
         assert read_post((("Content-Type", kind),), raw(call())).messages[0].tool == "x"
+
+
+@pytest.mark.parametrize("unit", [b'{"a":0},', b"[],", b'{"name":"y"},'])
+def test_what_is_sent_to_cost_time_is_not_built(unit: bytes) -> None:
+    many = unit * ((MAX_POSTED_BYTES - 200) // len(unit))
+    body = raw(call()).replace(b'"arguments": {}', b'"arguments": [' + many + b"0]")
+    began = time.process_time()
+    assert read_post(JSON, body).messages[0].tool == "x"
+    assert time.process_time() - began < 0.4  # as Python objects: over a second
+
+
+def test_objects_with_endless_members_and_names_are_refused() -> None:
+    members = ",".join(f'"m{at}":0' for at in range(5000))
+    for body in (
+        raw(call())[:-1] + b"," + members.encode() + b"}",
+        raw(call()).replace(b'{"name"', b"{" + members.encode() + b',"name"'),
+        raw(call() | {"m" + "\u200b" * 300 + "ethod": "ping"}),
+        raw(call("x" * 5000)),
+        raw(call(method="m" * 5000)),
+    ):
+        with pytest.raises(UnreadableError):
+            read_post(JSON, body)
