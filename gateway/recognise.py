@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Final
 
 from clrk.core.egress_resources import EgressGateway
@@ -175,6 +176,13 @@ class KnownHosts:
 
 
 _TABLE: Final = KnownHosts()
+_MAX_CACHED_PATH: Final = 256
+
+
+@lru_cache(maxsize=512)
+def _apis_at(path: str) -> tuple[Api, ...]:
+    """Return the APIs that have such a path. Nearly all calls are of few paths, and most are of no API."""
+    return tuple(api for api in APIS if api.path.search(path) is not None)
 
 
 def _no_host(host: str) -> bool:
@@ -210,9 +218,7 @@ def recognise(
     if mcp.is_host(head.host) or mcp.conversations.is_endpoint(head):
         return McpInterpreter(head, allowance, mcp.conversations, sure=True)
     json_body = is_json(head.header("content-type"))
-    for api in APIS:
-        if api.path.search(head.path) is None:
-            continue
+    for api in _apis_at(head.path) if len(head.path) <= _MAX_CACHED_PATH else _apis_at.__wrapped__(head.path):
         known = hosts.provider(head.host)
         provider = api.provider(known)
         if provider is not None and (known is not None or json_body):

@@ -63,8 +63,8 @@ class ResponseBody:
     """One response body, as a document or as events.
 
     framing tells from the media type how events are cut. is_stream: there are events. has_begun: one with data was
-    among them (a comment that keeps the connection alive is no answer). given_up: what came could not be
-    followed to its end (encoding, size, corruption).
+    among them (a comment that keeps the connection alive is no answer). is_plain: events' offsets are offsets in the
+    chunks themselves. given_up: what came could not be followed to its end (encoding, size, corruption).
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class ResponseBody:
         self._decoder: Decoder | None = decoder(
             ",".join(value for name, value in head.headers if name.lower() == "content-encoding")
         )
+        self.is_plain = isinstance(self._decoder, Identity)
         self._document = BoundedBody(allowance)
         self._allowance = allowance
         self._window = 0  # of the decoder, as far as it is filled
@@ -95,34 +96,32 @@ class ResponseBody:
         return self._decoder is None or self._decoder.failed or self._document.overflowed or self._burst
 
     @property
-    def is_plain(self) -> bool:
-        """True when events' offsets are offsets in the chunks themselves."""
-        return isinstance(self._decoder, Identity)
-
-    @property
     def expects_lf(self) -> bool:
         """See SseSplitter.expects_lf."""
         return self._splitter is not None and self._splitter.expects_lf
 
     def feed(self, chunk: bytes) -> Iterator[SseEvent]:
         """Take bytes; yield the events of a stream."""
+        for piece in (chunk,) if self.is_plain else self._decoded(chunk):
+            if self._splitter is None:
+                self._document.add(piece)
+                continue
+            for event in self._splitter.feed(piece):
+                if event.data:
+                    self.has_begun = True
+                yield event
+
+    def _decoded(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield what an encoded chunk holds, until it turns out to be too much."""
         if self._decoder is None or self._burst:
             return
         size = 0
         for piece in self._decoder.feed(chunk):
             size += len(piece)
-            if not self._fits(len(piece)):
-                self._burst = True
+            self._burst = not self._fits(len(piece)) or (self.is_stream and size > MAX_BURST_BYTES)
+            if self._burst or self._document.overflowed:
                 return
-            if self._splitter is None:
-                self._document.add(piece)
-            elif size <= MAX_BURST_BYTES or self.is_plain:
-                for event in self._splitter.feed(piece):
-                    self.has_begun = self.has_begun or bool(event.data)
-                    yield event
-            else:
-                self._burst = True
-                return
+            yield piece
 
     def _fits(self, size: int) -> bool:
         """Take what the decoder keeps of its output from the allowance."""
