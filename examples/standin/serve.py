@@ -102,7 +102,7 @@ def _by_hostname(log: RequestLog, keys: ApiKeys) -> web.Application:
             headers=[(name.decode(), value.decode("latin-1")) for name, value in request.raw_headers],
             body=body,
         )
-        return keys.refusal(request) or await handler(request)
+        return await keys.refusal(request) or await handler(request)
 
     app = web.Application(middlewares=[record], client_max_size=32 * 2**20)
     for hostname, application in APPLICATIONS.items():

@@ -22,6 +22,12 @@ EVENT = {"content-type": "application/json"}
 SOURCE = {"content-type": "text/plain"}
 # Of no shape that redaction knows by itself.
 KEYS = {host: f"real{secrets.token_hex(16)}" for host in ("api.openai.com", "api.anthropic.com")}
+BEDROCK = "bedrock-runtime.us-east-1.amazonaws.com"
+AWS = {
+    "accessKeyId": f"AKID{secrets.token_hex(8).upper()}",
+    "secretAccessKey": secrets.token_urlsafe(30),
+    "sessionToken": f"session{secrets.token_urlsafe(90)}",
+}
 ROTATED = f"rotated{secrets.token_hex(16)}"
 CALL = """
 import urllib.error, urllib.request
@@ -74,17 +80,24 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     given = {"data": {"anthropic": KEYS["api.anthropic.com"]}, "fromFile": {"openai": str(key_file)}}
     header, bearer = {"type": "Header", "headerName": "x-api-key"}, {"type": "Header", "prefix": "Bearer "}
     placeholders = {"ANTHROPIC_API_KEY": "placeholder", "OPENAI_API_KEY": "placeholder"}
-    with stand_in(folder / "standin", KEYS) as providers:
+    demanded = KEYS | {BEDROCK: f"{AWS['accessKeyId']}:{AWS['secretAccessKey']}"}
+    with stand_in(folder / "standin", demanded) as providers:
         gateway, route = egress(providers)
         gateway["spec"]["otlp"] = {"endpoint": "http://127.0.0.1:9", "captureBody": {"maxBytes": 65536}}
         documents = [
             gateway, route, secret | given,
             policy("anthropic", "api.anthropic.com", "providers", "anthropic", header),
             policy("openai", "api.openai.com", "providers", "openai", bearer),
+            secret | {"metadata": {"name": "aws"}, "data": AWS},
+            policy("aws", BEDROCK, "aws", "token", {"type": "AwsSigV4"}),
             policy("gone", "files.internal", "nobody-declared-it", "token", bearer),
             agent(
                 "sdk", ["/agent/venv/bin/python", "-I", "/agent/code/sdk_agent.py"],
                 mounts={"/agent/venv": ROOT / ".venv", "/agent/code": ROOT / "examples/agents"}, env=placeholders,
+            ),
+            agent(
+                "boto", ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON], mounts={"/agent/venv": ROOT / ".venv"},
+                env={"AWS_ACCESS_KEY_ID": "placeholder", "AWS_SECRET_ACCESS_KEY": "placeholder", "HOME": "/tmp"},
             ),
             agent("python", ["/usr/bin/python3", "-I", "-c", RUN_PYTHON], env=placeholders),
         ]  # fmt: skip
@@ -92,7 +105,9 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
         running.start()
         yield Keyed(running, providers, key_file)
         assert running.stop() == 0, running.log()
-        assert places_of(running, *KEYS.values(), ROTATED) == []  # also in what is written at the very end
+        assert (
+            places_of(running, *KEYS.values(), *AWS.values(), ROTATED) == []
+        )  # also in what is written at the very end
 
 
 def policy(name: str, host: str, secret: str, key: str, target: dict[str, str]) -> dict[str, object]:
@@ -107,8 +122,8 @@ def places_of(daemon: Daemon, *values: str) -> list[str]:
     return [f"{path}: {value[:4]}…" for path in files for value in values if value.encode() in path.read_bytes()]
 
 
-async def ask(caller: aiohttp.ClientSession, keyed: Keyed, source: str) -> tuple[str, str]:
-    async with caller.post(f"{keyed.daemon.url}/agents/python", data=source, headers=SOURCE) as answer:
+async def ask(caller: aiohttp.ClientSession, keyed: Keyed, source: str, name: str = "python") -> tuple[str, str]:
+    async with caller.post(f"{keyed.daemon.url}/agents/{name}", data=source, headers=SOURCE) as answer:
         text = await answer.text()
         assert answer.status == 200, text + keyed.daemon.log()
         return text, answer.headers["X-Clrk-Invocation-ID"]
@@ -133,6 +148,32 @@ async def test_official_sdks_with_placeholder_keys_reach_providers_that_demand_t
     shown = [event["attributes"].get("http.request.header.authorization") for event in captured]
     assert ["[redacted]"] in shown
     assert places_of(keyed.daemon, *KEYS.values()) == []
+
+
+BOTO = """
+import boto3
+client = boto3.client('bedrock-runtime', region_name='us-east-1')
+messages = [{'role': 'user', 'content': [{'text': 'hello'}]}]
+model = 'us.anthropic.claude-haiku-4-5-20251001-v1:0'
+print(client.converse(modelId=model, messages=messages)['ResponseMetadata']['HTTPStatusCode'])
+events = client.converse_stream(modelId=model, messages=messages)['stream']
+print(any('messageStop' in event for event in events))
+"""
+
+
+async def test_boto3_with_placeholder_keys_reaches_a_bedrock_that_checks_signatures(
+    keyed: Keyed, caller: aiohttp.ClientSession
+) -> None:
+    text, invocation = await ask(caller, keyed, BOTO, "boto")
+    assert text.split() == ["200", "True"]
+    seen = [one["headers"] for one in keyed.providers.seen() if one["host"] == BEDROCK]
+    assert [headers["x-amz-security-token"] for headers in seen] == [[AWS["sessionToken"]]] * 2
+    assert all(f"Credential={AWS['accessKeyId']}/" in headers["authorization"][0] for headers in seen)
+    assert "placeholder" not in json.dumps(seen)
+    calls = [span for span in keyed.daemon.spans_when_complete(invocation) if span["kind"] == "SPAN_KIND_CLIENT"]
+    assert [span["attributes"]["clrk.credential.policies"] for span in calls] == [["default/aws"]] * 2
+    assert [span["attributes"]["gen_ai.system"] for span in calls] == ["aws_bedrock"] * 2
+    assert places_of(keyed.daemon, *AWS.values()) == []
 
 
 async def test_a_key_is_nowhere_in_the_sandbox(keyed: Keyed, caller: aiohttp.ClientSession) -> None:
