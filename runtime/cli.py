@@ -15,6 +15,7 @@ from clrk import __version__
 from clrk.core.errors import ClrkError, ConfigError
 from clrk.core.layout import HostLayout
 from clrk.core.resources import RuntimeSpec
+from clrk.core.route_resources import AIProviderRoute, MCPRoute
 from clrk.runtime.config.credentials import missing_credentials
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.config.load import DEFAULT_PATH, load
@@ -145,9 +146,24 @@ def _summarise(resources: Resources) -> list[str]:
         egress = f"egress by {agent.gateway_name}" if known else "no egress: everything is denied"
         lines.append(f"  {agent.kind} {namespace}/{name}: revision {agent.revision}, {egress}")
     for (namespace, name), gateway in sorted(resources.gateways.items()):
-        routes = [route for (space, _), route in resources.routes.items() if space == namespace]
-        rules = sum(len(route.spec.rules) for route in routes if route.spec.gateway_ref.name == name)
-        lines.append(f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {_count(rules, 'rule')}")
+        routes = [one for (space, _), one in resources.routes.items() if space == namespace]
+        rules = sum(len(one.spec.rules) for one in routes if one.spec.gateway_ref.name == name)
+        mode = (
+            ""
+            if gateway.spec.mode == "Enforce"
+            else f", mode {gateway.spec.mode}: nothing is denied for lack of a rule"
+        )
+        lines.append(
+            f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {_count(rules, 'rule')}{mode}"
+        )
+    governing: list[AIProviderRoute | MCPRoute] = [*resources.ai_routes.values(), *resources.mcp_routes.values()]
+    for route in sorted(governing, key=lambda route: (route.kind, route.metadata.namespace, route.metadata.name)):
+        where = f"{route.kind} {route.metadata.namespace}/{route.metadata.name}"
+        lines.append(f"  {where}: {_count(len(route.spec.rules), 'rule')} of {route.spec.gateway_ref.name}")
+    for (namespace, name), policy in sorted(resources.credential_policies.items()):
+        lines.append(
+            f"  CredentialInjectionPolicy {namespace}/{name}: Secret {namespace}/{policy.spec.secret_ref.name}"
+        )
     for (namespace, name), values in sorted(resources.secrets.items()):
         lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
     lines += [f"  note: {note}" for note in missing_credentials(resources)]

@@ -30,6 +30,16 @@ apiVersion: clrk/v1alpha1
 kind: Secret
 metadata: {name: s}
 data: {token: hunter2}
+---
+apiVersion: clrk/v1alpha1
+kind: MCPRoute
+metadata: {name: m}
+spec: {rules: [{filters: [{type: ToolPolicy, toolPolicy: {deniedTools: [rm]}}]}]}
+---
+apiVersion: clrk/v1alpha1
+kind: CredentialInjectionPolicy
+metadata: {name: c}
+spec: {hostnames: [api.openai.com], secretRef: {name: s}, target: {type: Header}}
 """
 
 
@@ -39,6 +49,8 @@ def test_check_of_valid_resources_says_what_was_found(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "TaskAgent default/a: revision " in out
     assert "EgressGateway default/default: deny-all, 2 rules" in out
+    assert "MCPRoute default/m: 1 rule of default\n" in out
+    assert "CredentialInjectionPolicy default/c: Secret default/s\n" in out
     assert "Secret default/s: 1 key\n" in out
     assert "hunter2" not in out
     assert err == ""
