@@ -16,6 +16,7 @@ PATHS = (
     "/",
     "/agents",
     "/health",
+    "/budgets",
     "/invocations/x",
     "/find?id=1",
     "/traces/x",

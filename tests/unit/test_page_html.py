@@ -42,6 +42,7 @@ async def test_every_view_is_harmless_with_hostile_content(page, telemetry):
     made = fill(telemetry)
     hostile = made["hostile"].invocation_id
     for address in ("/", "/?errors=true", f"/invocations/{hostile}", "/agents", "/agents/default/watcher", "/health",
+                    "/budgets",
                     "/agents/default/support/logs", f"/traces/{made['hostile'].context.trace_id}",
                     f"/traces/{made['daemon'].context.trace_id}"):  # fmt: skip
         (await page.html(address)).assert_harmless()
