@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from clrk.gateway.llm import values
+from clrk.gateway.llm.reading import ABSENT, MALFORMED, reader
 from clrk.gateway.telemetry import attributes as names
 
 # semconv 1.41.1, registry/attributes/mcp: the well-known values of mcp.method.name.
@@ -32,14 +33,38 @@ class _Message(msgspec.Struct):
     jsonrpc: Any = None
     id: Any = None
     method: Any = None
-    params: Any = None
-    result: Any = None
-    error: Any = None
+    params: msgspec.Raw = ABSENT
+    result: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
 
 
-_ONE: Final = msgspec.json.Decoder(_Message)
+class _Params(msgspec.Struct):
+    """Arguments are skipped unread."""
+
+    name: Any = None
+    uri: Any = None
+    protocolVersion: Any = None
+
+
+class _Result(msgspec.Struct):
+    """Content is skipped unread."""
+
+    isError: Any = None
+    protocolVersion: Any = None
+
+
+class _Error(msgspec.Struct):
+    code: Any = None
+    message: Any = None
+
+
+_NULL: Final = (b"", b"null")
+_MAX_BRACKETS: Final = 100_000  # of a batch: each may begin a message, and all are made at once
 _MANY: Final = msgspec.json.Decoder(list[_Message])
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_read_one = reader(_Message)
+_read_params = reader(_Params)
+_read_result = reader(_Result)
+_read_error = reader(_Error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +104,12 @@ def parse(raw: bytes) -> tuple[Request | Response, ...]:
 
 
 def _messages(raw: bytes) -> list[_Message]:
+    if raw.lstrip()[:1] != b"[":
+        one = _read_one(raw)
+        return [one] if one is not None and one.jsonrpc == "2.0" else []
     try:
-        messages = _MANY.decode(raw) if raw.lstrip()[:1] == b"[" else [_ONE.decode(raw)]
-    except _MALFORMED:
+        messages = _MANY.decode(raw) if raw.count(b"{") + raw.count(b"[") <= _MAX_BRACKETS else []
+    except MALFORMED:
         return []
     return messages[:_MAX_BATCH] if all(message.jsonrpc == "2.0" for message in messages) else []
 
@@ -90,9 +118,10 @@ def _request(message: _Message) -> Request | None:
     method = message.method
     if not isinstance(method, str) or not _METHOD.fullmatch(method):
         return None
-    uri = values.text(values.member(message.params, "uri")) if method.startswith("resources/") else None
-    name = values.text(values.member(message.params, "name"))
-    version = values.member(message.params, "protocolVersion") if method == "initialize" else None
+    params = _read_params(bytes(message.params)) or _Params()
+    uri = values.text(params.uri) if method.startswith("resources/") else None
+    name = values.text(params.name)
+    version = params.protocolVersion if method == "initialize" else None
     return Request(
         method=method,
         id=_id(message.id),
@@ -104,15 +133,16 @@ def _request(message: _Message) -> Request | None:
 
 
 def _response(message: _Message) -> Response:
-    failed = message.error is not None
-    code = values.integer(values.member(message.error, "code"))
-    version = values.member(message.result, "protocolVersion")
+    failed = bytes(message.error) not in _NULL
+    error = _read_error(bytes(message.error)) or _Error()
+    result = _read_result(bytes(message.result)) or _Result()
+    code = values.integer(error.code)
     return Response(
         id=_id(message.id),
         error_code=(0 if code is None else code) if failed else None,
-        message=values.message(values.member(message.error, "message")),
-        is_tool_error=values.member(message.result, "isError") is True,
-        protocol_version=values.text(version, 32),
+        message=values.message(error.message),
+        is_tool_error=result.isError is True,
+        protocol_version=values.text(result.protocolVersion, 32),
     )
 
 

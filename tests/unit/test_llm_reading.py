@@ -147,6 +147,28 @@ def test_enormous_requests_are_soon_read(members: bytes, asked: bool) -> None:
         assert sent is body or facts.attributes["clrk.body.request_rewritten"]
 
 
+CALL = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x","arguments":%b}}'
+MCP_BODIES = {
+    "arguments": (CALL % (b"[" + fill(b"[],") + b"]"), b'{"jsonrpc":"2.0","id":1,"result":{}}', "tools/call x"),
+    "a result": (
+        CALL % b"{}",
+        b'{"jsonrpc":"2.0","id":1,"result":{"content":[' + fill(b"{},") + b"]}}",
+        "tools/call x",
+    ),
+    "a batch": (b"[" + fill((CALL % b"{}") + b",") + b"]", b"[" + fill(b"{},") + b"]", ""),
+    "an id": (b'[{"jsonrpc":"2.0","method":"ping","id":[' + fill(b"[],") + b"]}]", b"[]", ""),
+}
+
+
+@pytest.mark.parametrize(("request_body", "answer", "name"), MCP_BODIES.values(), ids=MCP_BODIES)
+def test_enormous_messages_of_mcp_are_soon_read(request_body: bytes, answer: bytes, name: str) -> None:
+    head = post("mcp.internal", "/mcp", *JSON, ("Mcp-Session-Id", "s"))
+    start = time.process_time()
+    facts, _, received = exchange(head, request_body, OK, [answer])
+    assert time.process_time() - start < 2 * MAX_S
+    assert (facts.name, received) == (name, answer)
+
+
 JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text('ab"\\[]{},:\n', max_size=8)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
