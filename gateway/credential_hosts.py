@@ -132,18 +132,15 @@ def compile_credentials(gateway: EgressGateway | None, config: GatewayConfig, va
     }
     entries = tuple((_reach(policy, there), Credential.compile(policy)) for policy in policies)
     names = frozenset(name for _, credential in entries for name in credential.header_names)
-    if any(credential.signs for _, credential in entries):
-        sigv4.load()
     return Credentials(values, entries, names)
 
 
 def update_values(values: SecretValues, config: GatewayConfig) -> None:
     """Bring the values of a new configuration: from now on, requests of every run go out with them."""
-    used = [
-        (credential.secret, key)
-        for credential in map(Credential.compile, config.credential_policies)
-        for key in (*credential.keys, *credential.optional_keys)
-    ]
+    credentials = [Credential.compile(policy) for policy in config.credential_policies]
+    if any(credential.signs for credential in credentials):
+        sigv4.load()  # now, and not while a call waits
+    used = [(one.secret, key) for one in credentials for key in (*one.keys, *one.optional_keys)]
     proxies = [(gateway.metadata.namespace, gateway.spec.upstream_proxy) for gateway in config.gateways]
     used += [(f"{space}/{proxy.secret_ref.name}", "password") for space, proxy in proxies if proxy and proxy.secret_ref]
     values.replace(config.secrets, used)
