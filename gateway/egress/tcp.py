@@ -15,6 +15,7 @@ from clrk.gateway._aio import spawn
 from clrk.gateway.egress.admission import admit_tunnel, allows_tunnel
 from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
+from clrk.gateway.egress.hidden_http import FirstLine, HiddenHttpError
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call
 
@@ -65,10 +66,12 @@ async def carry_tunnel(
     way_out.spans.begin_tcp(call)
     error, message = None, ""
     try:
-        carried = tunnel(agent, upstream, admission)
+        carried = tunnel(agent, upstream, admission, FirstLine())
         await way_out.tunnels.carry(lambda now: allows_tunnel(now, origin, sni), carried)
     except AgentResetError:
         pass  # how it ends is the agent's affair, and nothing that failed: a client that leaves TLS early is one
+    except HiddenHttpError as exc:
+        error, message = "http_in_tunnel", f"{call.destination.host}:{call.destination.port}: {exc}"
     except OSError as exc:
         error, message = error_type_of(exc), f"{call.destination.host}:{call.destination.port}: {exc}"
         agent.reset()
@@ -103,15 +106,18 @@ async def is_client_first(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def tunnel(agent: Channel, upstream: Channel, admission: Admission | None = None) -> None:
+async def tunnel(
+    agent: Channel, upstream: Channel, admission: Admission | None = None, first: FirstLine | None = None
+) -> None:
     """Carry bytes until both directions have ended.
 
-    Shape: admission, if given, is awaited before the agent's first byte goes up; what it raises ends the tunnel.
+    Shape: admission, if given, is awaited before the agent's first byte goes up; what it raises ends the tunnel. first
+        watches what the agent says.
     Raises: OSError of the side that broke, or admission's ClrkError; both sides have then been reset.
     Side effects: the upstream is closed; the agent's side stays the caller's.
     """
     broken: list[tuple[Channel, OSError | ClrkError]] = []
-    up = spawn(_pump(agent, upstream, broken, admission), name="tunnel-up")
+    up = spawn(_pump(agent, upstream, broken, admission, first), name="tunnel-up")
     down = spawn(_pump(upstream, agent, broken, None), name="tunnel-down")
     try:
         await asyncio.wait((up, down))
@@ -153,7 +159,11 @@ async def _cut(agent: Channel, upstream: Channel, up: _Pump, down: _Pump) -> Non
 
 
 async def _pump(
-    source: Channel, sink: Channel, broken: list[tuple[Channel, OSError | ClrkError]], admission: Admission | None
+    source: Channel,
+    sink: Channel,
+    broken: list[tuple[Channel, OSError | ClrkError]],
+    admission: Admission | None,
+    first: FirstLine | None = None,
 ) -> bool:
     """Carry one direction to its end. An error of either side is noted, and ends both directions."""
     side = source
@@ -162,6 +172,8 @@ async def _pump(
             await admission()
         while data := await source.read():
             side = sink
+            if first is not None and not first.goes_on(data):
+                first = None
             await sink.write(data)
             side = source
     except (OSError, ClrkError) as exc:

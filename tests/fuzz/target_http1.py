@@ -6,6 +6,7 @@ import h11
 from splits import ways_to_arrive
 
 from clrk.core.errors import ProtocolError
+from clrk.gateway.egress.hidden_http import FirstLine, HiddenHttpError
 from clrk.gateway.egress.http1 import (
     ChunkedBody,
     HeadReader,
@@ -127,4 +128,28 @@ def _read_chunks(pieces: list[bytes], *, of_request: bool) -> Verdict:
     return read, framed, body.trailers, rest
 
 
-TARGETS = {"http1_request": http1_request, "http1_response": http1_response, "http1_chunked": http1_chunked}
+def hidden_http(data: bytes) -> None:
+    """A request line in a tunnel is found however it arrives, before its end goes up; what HeadReader reads is one."""
+    verdicts = {_is_hidden_http(pieces) for pieces in ways_to_arrive(data)}
+    assert len(verdicts) == 1, verdicts
+    if _read_request([data])[0] == "message":
+        assert verdicts == {True}
+
+
+def _is_hidden_http(pieces: list[bytes]) -> bool:
+    watch = FirstLine()
+    try:
+        for piece in pieces:
+            if not watch.goes_on(piece):
+                return False
+    except HiddenHttpError:
+        return True
+    return False
+
+
+TARGETS = {
+    "http1_request": http1_request,
+    "http1_response": http1_response,
+    "http1_chunked": http1_chunked,
+    "hidden_http": hidden_http,
+}
