@@ -29,6 +29,8 @@ _PRELUDE: Final = struct.Struct("!III")
 _CRC: Final = struct.Struct("!I")
 _OVERHEAD: Final = _PRELUDE.size + _CRC.size
 _U16: Final = struct.Struct("!H")
+_MAX_BLOCKS: Final = 16  # of headers that are kept read
+_MAX_BLOCK_BYTES: Final = 256
 _STRING: Final = 7
 _BYTES: Final = 6
 _FIXED_SIZES: Final = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # by type: booleans, integers, time, UUID
@@ -50,6 +52,7 @@ class EventStreamSplitter:
         self._headers_size = 0
         self._wanted = _PRELUDE.size  # bytes of the message that have to be there before the next step
         self._skip = 0
+        self._blocks: dict[bytes, dict[str, str] | None] = {}  # what headers say: each kind of event has its own
 
     def feed(self, chunk: bytes) -> Iterator[SseEvent]:
         """Yield the messages that end in this chunk; nothing any more once failed."""
@@ -98,7 +101,7 @@ class EventStreamSplitter:
             self._fail()
             return None
         payload_at = _PRELUDE.size + self._headers_size
-        headers = _read_headers(message[_PRELUDE.size : payload_at])
+        headers = self._headers(message[_PRELUDE.size : payload_at])
         if headers is None:
             self._fail()
             return None
@@ -108,6 +111,14 @@ class EventStreamSplitter:
             payload = msgspec.json.encode({"message": headers.get(":error-message", "")})
         name = headers.get({"exception": ":exception-type", "error": ":error-code"}.get(kind, ":event-type"), "")
         return SseEvent(f"{kind}/{name}".encode(), payload, end)
+
+    def _headers(self, block: bytes) -> dict[str, str] | None:
+        if block in self._blocks:
+            return self._blocks[block]
+        found = _read_headers(block)
+        if len(self._blocks) < _MAX_BLOCKS and len(block) <= _MAX_BLOCK_BYTES:
+            self._blocks[block] = found
+        return found
 
     def _fail(self) -> None:
         self.failed = True

@@ -14,8 +14,11 @@ from clrk.gateway.llm.sse import MAX_EVENT_BYTES, SseEvent, SseSplitter
 
 EVENT_STREAM: Final = "text/event-stream"
 JSON_LINES: Final = frozenset(f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines"))
-_STRUCTURE: Final = re.compile(rb'["\[\]{}]')
-_IN_STRING: Final = re.compile(rb'["\\]')
+# The next bracket, over what is no structure and whole strings; a quote where none follows, or a string does not end.
+# Unrolled, so that it takes linear time; without possessive quantifiers, which Python 3.11.2 gets wrong.
+_STRUCTURE: Final = re.compile(rb'(?s)[^"\[\]{}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"\[\]{}]*)*(["\[\]{}])')
+_IN_STRING: Final = re.compile(rb'(?s)[^"\\]*(?:\\.[^"\\]*)*')  # up to a quote, or to half an escape
+_QUOTE: Final = ord('"')
 _SPACE: Final = b" \t\r\n"
 
 
@@ -96,11 +99,11 @@ class ArraySplitter:
             if self._in_string:
                 at = self._string(chunk, at)
                 continue
-            mark = _STRUCTURE.search(chunk, at)
+            mark = _STRUCTURE.match(chunk, at)
             if mark is None:
                 break
             at = mark.end()
-            byte = mark.group()
+            byte = mark[1]
             if byte == b'"':
                 self._in_string = True
             elif byte in b"[{":
@@ -132,14 +135,13 @@ class ArraySplitter:
         if self._escaped:
             self._escaped = False
             return at + 1
-        mark = _IN_STRING.search(chunk, at)
-        if mark is None:
-            return len(chunk)
-        if mark.group() == b'"':
-            self._in_string = False
-        else:
-            self._escaped = True
-        return mark.end()
+        mark = _IN_STRING.match(chunk, at)
+        end = mark.end() if mark is not None else at
+        if end == len(chunk):
+            return end
+        self._in_string = chunk[end] != _QUOTE
+        self._escaped = self._in_string
+        return end + 1
 
     def _keep(self, chunk: bytes, start: int, end: int) -> None:
         if self._depth == 0:

@@ -21,7 +21,8 @@ def text(value: object, limit: int = MAX_TEXT) -> str | None:
     """Return a non-empty string, bounded, with runs of control characters as one space."""
     if not isinstance(value, str) or not value:
         return None
-    return _CONTROL.sub(" ", value[:limit]).strip() or None
+    found = value[:limit]
+    return (found if found.isprintable() else _CONTROL.sub(" ", found)).strip() or None
 
 
 def message(value: object) -> str:
