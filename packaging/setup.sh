@@ -71,6 +71,9 @@ test_packages() {
 		postgresql-client|command -v psql
 		redis-server|command -v redis-server
 		redis-tools|command -v redis-cli
+		tinyproxy-bin|command -v tinyproxy
+		git|command -v git
+		wget|command -v wget
 	LIST
 }
 TEST_UNITS=(ssh.service ssh.socket mariadb.service postgresql.service redis-server.service)

@@ -24,9 +24,11 @@ from clrk.gateway.policy_names import HostPattern
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_WRONG: Final = ("proxy_authentication_required", "check username and password in the Secret that secretRef names")
 _REFUSALS: Final = {
+    401: _WRONG,  # tinyproxy, when they are wrong
     403: ("proxy_forbidden", "its rules do not allow the destination"),
-    407: ("proxy_authentication_required", "check username and password in the Secret that secretRef names"),
+    407: _WRONG,
     502: ("proxy_bad_gateway", "it could not reach the destination either"),
     503: ("proxy_bad_gateway", "it could not reach the destination either"),
     504: ("proxy_bad_gateway", "it could not reach the destination either"),
