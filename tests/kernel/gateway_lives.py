@@ -12,6 +12,7 @@ from typing import Any
 from control_desk import AGENTS, DEADLINE_S, LAYOUT, SPEC, Host, Peer, make_pair, make_resources, open_pool
 
 from clrk.core.messages import PROTOCOL_VERSION, Configure, Counters, Ready
+from clrk.runtime.ca import Authorities
 from clrk.runtime.gateway_config import build_gateway_config
 from clrk.runtime.gateway_process import GatewayProcess
 from clrk.runtime.gateway_supervisor import GatewaySupervisor
@@ -58,7 +59,7 @@ async def open_lives(host: Host) -> AsyncIterator[Lives]:
         async with open_pool(host) as pool:
             supervisor = GatewaySupervisor(
                 start_process=start,
-                build_config=lambda resources: build_gateway_config(resources, host.authority),
+                build_config=lambda resources: build_gateway_config(resources, Authorities(host.authority)),
                 listeners=listeners,
                 flows_fd=host.stamp.flows_fd,
                 counters=lambda: Counters(host.stamp.counters(), pool.counts(), pool.warm_agents()),
