@@ -122,6 +122,7 @@ APIS: Final = (
     Api(re.compile(r"/api/chat/?$"), OllamaChat, None, _SPEAK_OLLAMA),
     Api(re.compile(r"/api/generate/?$"), OllamaGenerate, None, _SPEAK_OLLAMA),
     Api(gemini.PATH, gemini.GeminiContent, Provider("gcp.gen_ai", "google_genai"), frozenset(("google_genai",))),
+    Api(gemini.PREDICT_PATH, gemini.GeminiContent, None, frozenset(("google_genai",))),
     Api(
         vertex.ANTHROPIC_PATH,
         vertex.VertexAnthropic,
@@ -135,12 +136,7 @@ APIS: Final = (
         Provider("aws.bedrock", "aws_bedrock"),
         frozenset(("aws_bedrock",)),
     ),
-    Api(
-        bedrock_invoke.PATH,
-        bedrock_invoke.BedrockInvoke,
-        Provider("aws.bedrock", "aws_bedrock"),
-        frozenset(("aws_bedrock",)),
-    ),
+    Api(bedrock_invoke.PATH, bedrock_invoke.BedrockInvoke, None, frozenset(("aws_bedrock",))),
 )
 
 

@@ -26,10 +26,11 @@ from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
 
+_CALL: Final = r"/(models|tunedModels|endpoints)/((?:[^/:%]|%(?!3[Aa]))+)(?::|%3[Aa])"
 PATH: Final = re.compile(
-    r"/(models|tunedModels|endpoints)/((?:[^/:%]|%(?!3[Aa]))+)(?::|%3[Aa])"
-    r"(generateContent|streamGenerateContent|countTokens|embedContent|batchEmbedContents|predict)/?$"
+    _CALL + r"(generateContent|streamGenerateContent|countTokens|embedContent|batchEmbedContents)/?$"
 )
+PREDICT_PATH: Final = re.compile(_CALL + r"(predict)/?$")  # TensorFlow Serving and others have it too
 _OPERATIONS: Final = {
     "countTokens": names.OPERATION_COUNT_TOKENS,
     "embedContent": names.OPERATION_EMBEDDINGS,
@@ -99,7 +100,7 @@ _PREDICTIONS: Final = msgspec.json.Decoder(_Predictions)
 
 def path_model(path: str) -> tuple[str | None, str]:
     """Return model and method of a request path; tuned models and endpoints keep the word in front."""
-    found = PATH.search(path)
+    found = PATH.search(path) or PREDICT_PATH.search(path)
     if found is None:
         return None, ""
     kind, model, method = found.groups()

@@ -73,6 +73,11 @@ def test_a_tier_has_no_price(header: str) -> None:
     assert "clrk.cost.usd" not in facts.attributes
 
 
+def test_a_path_that_others_may_have_too_is_bedrocks_on_its_hosts_only() -> None:
+    assert recognise(call("invoke", "m", host="models.internal")) is None
+    assert recognise(call("invoke", "m")) is not None
+
+
 def test_claude_streamed() -> None:
     body = (
         chunk({"type": "message_start", "message": CLAUDE | {"stop_reason": None}})

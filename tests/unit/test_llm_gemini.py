@@ -280,6 +280,12 @@ def test_other_paths_are_plain_http(path: str) -> None:
     assert recognise(post(HOST, path)) is None
 
 
+def test_a_path_that_others_have_too_is_googles_on_its_hosts_only() -> None:
+    path = "/v1/models/half_plus_two:predict"  # TensorFlow Serving
+    assert recognise(post("tensorflow.internal", path)) is None
+    assert recognise(post(HOST, path)) is not None
+
+
 def test_googles_openai_api_is_read_as_openais() -> None:
     answer = {"model": "gemini-2.5-flash", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
     head = post(HOST, "/v1beta/openai/chat/completions")
