@@ -150,9 +150,8 @@ class GeminiContent(JsonDialect):
 
     def splitter(self, media_type: str) -> framing.Splitter | None:
         """See Dialect: a stream without alt=sse is an array in a document's clothes."""
-        if self._as_array and media_type == "application/json":
-            return framing.ArraySplitter()
-        return super().splitter(media_type)
+        self._as_array &= media_type == "application/json"  # there are other spellings of alt=sse
+        return framing.ArraySplitter() if self._as_array else super().splitter(media_type)
 
     def document(self, body: bytes) -> None:
         """Take a whole JSON response."""

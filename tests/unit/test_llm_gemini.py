@@ -317,6 +317,7 @@ def test_nonsense_is_survived(method: str, body: bytes) -> None:
     ("query", "response", "first", "rest"),
     [
         ("alt=sse", STREAMED, event({"candidates": []}, eol="\r\n"), b""),
+        ("$alt=sse", STREAMED, event({"candidates": []}, eol="\r\n"), b""),
         ("", OK, b"[" + raw({"candidates": []}), b",\r\n"),
     ],
 )
@@ -329,7 +330,7 @@ def test_a_stream_can_be_cut_with_googles_error(query: str, response: ResponseHe
     last = interpreter.dialect.error_event("budget_exceeded", 'No "more".')
     facts = facts_of(first + last, call("streamGenerateContent", query=query), response=response)
     assert (facts.error_type, facts.status_message) == ("RESOURCE_EXHAUSTED", 'No "more".')
-    if not query:
+    if response is OK:
         assert json.loads(first + last)[1]["error"]["code"] == 429
     kind, body = interpreter.dialect.error_body(429, "budget_exceeded", "No.")
     assert kind == "application/json; charset=UTF-8"
