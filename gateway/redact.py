@@ -21,8 +21,8 @@ from typing import Final
 import re2
 
 from clrk.gateway.redact_escapes import View, layers
-from clrk.gateway.redact_names import find_named
-from clrk.gateway.redact_shapes import KEY_END, KEY_MARK, Budget, Span, find_shapes
+from clrk.gateway.redact_names import NAME_MARKS, find_named
+from clrk.gateway.redact_shapes import KEY_END, KEY_MARK, MARKS, PREFIXES, Budget, Span, find_shapes
 from clrk.gateway.redact_values import EDGE_BYTES, HiddenValues
 from clrk.gateway.telemetry.spans import AttributeValue
 
@@ -30,6 +30,8 @@ REDACTED: Final = "[redacted]"
 REDACTED_IN_URL: Final = "REDACTED"  # semconv 1.41.1, url.full
 _MAX_SCANNED: Final = 64 << 20  # bytes that one pattern may run over in one text, matches and all: some ten ms
 _MIN_MATCHES: Final = 64
+_MAX_REMEMBERED: Final = 512
+_MAX_REMEMBERED_CHARS: Final = 128
 
 # --- headers --------------------------------------------------------------------------------------------------------
 
@@ -46,10 +48,24 @@ _WHOLE_AGAIN: Final = re.compile(rb"(?<!:)\n|(?<!\\)[\"'\]}]\s{0,64}[,}]")
 _EDGE_RUN: Final = re.compile(rb"[^\s\"'<>,{}\[\]()]*")
 
 
+def _gate() -> re2._Regexp:
+    """Return what finds out in one pass whether there is anything to look for."""
+    options = re2.Options()
+    options.encoding, options.never_capture = re2.Options.Encoding.LATIN1, True
+    prefixes, marks, names = (b"|".join(map(re2.escape, words)) for words in (PREFIXES, MARKS, NAME_MARKS))
+    return re2.compile(rb"(?:\A|[^A-Za-z0-9])(?:" + prefixes + b")|" + marks + b"|(?i:" + names + b")", options)
+
+
+_GATE: Final = _gate()
+
+
 def is_secret_header(name: str) -> bool:
     """Say whether a header's value is never to be shown; name in any case."""
     lower = name.lower()
     return lower in _SECRET_HEADERS or _SECRET_HEADER.search(lower) is not None
+
+
+_NO_VALUES: Final = HiddenValues()
 
 
 class Redactor:
@@ -62,13 +78,17 @@ class Redactor:
     def __init__(
         self,
         patterns: Iterable[str] = (),
-        values: Callable[[], HiddenValues] = HiddenValues,
+        values: Callable[[], HiddenValues] = lambda: _NO_VALUES,
         headers: frozenset[str] = frozenset(),
     ) -> None:
         options = re2.Options()
         options.log_errors, options.never_capture = False, True
         self._patterns = tuple(re2.compile(pattern, options) for pattern in patterns)
         self._values, self._headers = values, headers
+        self._clean: set[str] = (
+            set()
+        )  # short texts that were looked through: hosts, methods, models come again and again
+        self._clean_of = values()
 
     def headers(self, headers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
         """Return the values of each header by its lower-case name, in order, without secrets."""
@@ -81,8 +101,13 @@ class Redactor:
 
     def url(self, url: str) -> str:
         """Return a URL, or the path and query of one, without credentials, as semconv asks for url.full."""
+        if self._is_clean(url):
+            return url
         raw = url.encode("utf-8", "replace")
-        return _replace(raw, spans, REDACTED_IN_URL) if (spans := self._find(raw)) else url
+        if spans := self._find(raw):
+            return _replace(raw, spans, REDACTED_IN_URL)
+        self._remember(url)
+        return url
 
     def text(self, text: str, *, cut_start: bool = False, cut_end: bool = False) -> str:
         """Return text without what looks like a secret.
@@ -90,8 +115,14 @@ class Redactor:
         Shape: cut_start and cut_end say that there was more before and behind it.
         Cost: about 1 ms for 64 KiB, some ten ms for what is made to be slow; of that the end may not be shown.
         """
+        is_cut = cut_start or cut_end
+        if not is_cut and self._is_clean(text):
+            return text
         raw = text.encode("utf-8", "replace")
         spans = self._find(raw)
+        if not spans and not is_cut:
+            self._remember(text)
+            return text
         if cut_start:
             spans.append((0, max(_start_edge(raw), self._values().rest_at_start(raw))))
         if cut_end:
@@ -103,12 +134,37 @@ class Redactor:
     ) -> dict[str, AttributeValue]:
         """Return attributes without secrets in their texts; `but` names those that stay as they are."""
         found = dict(attributes)
-        texts = {name: value for name, value in found.items() if not isinstance(value, int | float) and name not in but}
-        together = "\n".join(value if isinstance(value, str) else "\n".join(value) for value in texts.values())
-        if self._find(together.encode("utf-8", "replace")):  # rare: then one by one
-            for name, value in texts.items():
-                found[name] = self.text(value) if isinstance(value, str) else [self.text(one) for one in value]
+        texts: list[str] = []
+        for name, value in found.items():
+            if isinstance(value, str):
+                texts += (value,) if name not in but else ()
+            elif not isinstance(value, int | float):
+                texts += value
+        unknown = [text for text in texts if not self._is_clean(text)]
+        if not unknown:
+            return found
+        if not self._find("\n".join(unknown).encode("utf-8", "replace")):
+            for text in unknown:
+                self._remember(text)
+            return found
+        for name, value in found.items():  # rare: one by one
+            if isinstance(value, str) and name not in but:
+                found[name] = self.text(value)
+            elif not isinstance(value, str | int | float):
+                found[name] = [self.text(one) for one in value]
         return found
+
+    def _is_clean(self, text: str) -> bool:
+        """Say whether a text was looked through before, and nothing found; for the values of now."""
+        if self._values() is not self._clean_of:
+            self._clean, self._clean_of = set(), self._values()
+        return text in self._clean
+
+    def _remember(self, text: str) -> None:
+        if len(text) <= _MAX_REMEMBERED_CHARS:
+            if len(self._clean) >= _MAX_REMEMBERED:
+                self._clean.clear()
+            self._clean.add(text)
 
     def _find(self, raw: bytes) -> list[Span]:
         spans = [*_find_known(raw), *self._find_own(raw)]
@@ -134,8 +190,7 @@ class Redactor:
                     yield found.start(), found.end()
 
 
-_NO_VALUES: Final = HiddenValues()
-KNOWN_SECRETS: Final = Redactor(values=lambda: _NO_VALUES)
+KNOWN_SECRETS: Final = Redactor()
 
 
 def redact_headers(headers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -176,6 +231,8 @@ def _unseen(way: Sequence[View]) -> int | None:
 
 
 def _find_known(raw: bytes) -> list[Span]:
+    if _GATE.search(raw) is None:
+        return []  # as with most URLs and headers
     budget = Budget(len(raw))
     spans = [*find_shapes(raw, budget), *find_named(raw, budget)]
     if budget.unseen < len(raw):

@@ -63,7 +63,8 @@ _SCHEMES: Final = (b"bearer", b"basic")
 _CREDENTIALS: Final = re.compile(rb"(?:\s|%20|\+){1,4}([A-Za-z0-9._~+/=-]{8,})")
 _USERINFO: Final = re.compile(rb"[^\s/?#@\"'<>\\]{1,512}(?=@)")
 _USERINFO_MARK: Final = b"://"
-_MARKS: Final = any_of((*_WORDS, *_SCHEMES, *_URL_WORDS, _USERINFO_MARK), any_case=True)
+NAME_MARKS: Final = (*_WORDS, *_SCHEMES, *_URL_WORDS, _USERINFO_MARK)  # in any case
+_MARKS: Final = any_of(NAME_MARKS, any_case=True)
 
 
 def find_named(raw: bytes, budget: Budget) -> Iterator[Span]:

@@ -180,6 +180,8 @@ def any_of(words: Iterable[bytes], before: bytes = b"", *, any_case: bool = Fals
     return re2.compile(before + b"(" + b"|".join(re2.escape(word) for word in ordered) + b")", options)
 
 
+PREFIXES: Final = tuple(_SHAPES)  # where a word begins
+MARKS: Final = (KEY_MARK, _PUTTY_MARK, _TOKEN_MARK, _TELEGRAM_MARK, _AZURE_MARK)  # anywhere
 _PREFIXES: Final = any_of(_SHAPES, rb"(?:\A|[^A-Za-z0-9])")  # only where a word begins
 
 

@@ -241,3 +241,23 @@ def test_what_stands_beside_a_secret_does_not_show_it(around: str, name: str) ->
     secret = SHAPES[name]
     shown = redact_text(f"{around} {secret} {around}")
     assert secret[-12:] not in shown
+
+
+def test_a_text_that_was_clean_is_looked_through_again_when_the_values_change() -> None:
+    known = [HiddenValues(["first-value"])]
+    own = Redactor(values=lambda: known[0])
+    assert own.text("second-value") == own.url("second-value") == "second-value"
+    assert own.attributes({"a": "second-value"}) == {"a": "second-value"}
+    known[0] = HiddenValues(["second-value"])
+    assert own.text("second-value") == REDACTED
+    assert own.url("second-value") == "REDACTED"
+    assert own.attributes({"a": "second-value"}) == {"a": REDACTED}
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    own = Redactor()
+    for number in range(5000):
+        own.text(f"plain {number}")
+    own.text("x" * 5000)
+    assert len(own._clean) <= 512
+    assert max(map(len, own._clean)) <= 128
