@@ -38,7 +38,11 @@ async def use(asked: dict[str, Any]) -> dict[str, Any]:
     url = asked["url"]
     server = sse_client(url) if asked["sse"] else url
     async with Client(
-        server, mode="legacy", sampling_callback=sample, elicitation_callback=elicit, list_roots_callback=roots
+        server,
+        mode=asked.get("mode", "legacy"),
+        sampling_callback=sample,
+        elicitation_callback=elicit,
+        list_roots_callback=roots,
     ) as client:
         found["version"] = client.protocol_version
         found["tools"] = sorted(tool.name for tool in (await client.list_tools()).tools)

@@ -169,6 +169,23 @@ async def test_the_python_server(
     assert b"open_ticket" not in json.dumps(providers.seen()[before:]).encode()
 
 
+async def test_the_protocol_without_sessions(running: Daemon, caller: aiohttp.ClientSession) -> None:
+    """MCP 2026-07-28: no initialize, and headers that repeat what the body says."""
+    asked = {
+        "url": f"https://{PYTHON}/mcp", "sse": False, "mode": "auto",
+        "calls": [["refund_policy", {"country": "DE"}], ["open_ticket", {"order": "1", "reason": "r"}]],
+    }  # fmt: skip
+    found, spans = await use(running, caller, "py", asked)
+    assert found["version"] == "2026-07-28"
+    assert "refund_policy" in found["tools"]
+    assert "open_ticket" not in found["tools"]
+    assert found["calls"]["refund_policy"]["text"] == "30 days, free return"
+    assert found["calls"]["open_ticket"]["code"] == -32010
+    by_name = calls(spans)
+    assert by_name.keys() == {"server/discover", "tools/list", "tools/call refund_policy", "tools/call open_ticket"}
+    assert by_name["tools/list"]["attributes"]["mcp.protocol.version"] == "2026-07-28"
+
+
 @pytest.mark.parametrize("client", ["py", "node"])
 async def test_calls_are_counted_for_each_execution(
     running: Daemon, caller: aiohttp.ClientSession, client: str
