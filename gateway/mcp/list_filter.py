@@ -21,6 +21,7 @@ from clrk.gateway.llm.sse import SseEvent, SseSplitter
 from clrk.gateway.mcp.members import MALFORMED, read_items, read_members, write_members
 
 MAX_HELD_BYTES: Final = 16 << 20  # of one event, or of one document
+MAX_ITEMS: Final = 10_000  # tools of a list, messages of a batch
 MAX_LENIENT_BYTES: Final = 1 << 20  # of what has to be built as objects: more would hold up everybody
 _SPACE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
@@ -54,7 +55,7 @@ def _filter_body(raw: bytes, shows: Shows) -> bytes | None:
     raw.decode("utf-8")
     if raw.lstrip(_SPACE)[:1] != b"[":
         return _filter_message(raw, shows)
-    messages = read_items(raw)
+    messages = read_items(raw, MAX_ITEMS)
     shown = [_filter_message(message, shows) if message[:1] == b"{" else None for message in messages]
     if all(message is None for message in shown):
         return None
@@ -68,7 +69,7 @@ def _filter_message(raw: bytes, shows: Shows) -> bytes | None:
     result = read_members(message["result"])
     if result.get("tools", b"")[:1] != b"[":
         return None
-    tools = read_items(result["tools"])
+    tools = read_items(result["tools"], MAX_ITEMS)
     kept = [tool for tool in tools if tool[:1] == b"{" and _is_shown(_name_of(tool), shows)]
     if len(kept) == len(tools):
         return None

@@ -13,6 +13,8 @@ from typing import Final
 import msgspec
 
 MAX_MEMBERS: Final = 4096  # of an object that is read member by member
+MAX_NAMES: Final = 500_000  # of all objects in it: to tell them apart takes a quarter of a second
+MAX_ARRAY_BYTES: Final = 2 << 20  # of an array that is read item by item, for the same reason
 MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _OBJECT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ARRAY: Final = msgspec.json.Decoder(list[msgspec.Raw])
@@ -25,16 +27,24 @@ class SameNameError(ValueError):
     """Two members of one object have the same name."""
 
 
-def read_items(raw: bytes) -> list[bytes]:
-    """Return the items of a JSON array. Raises: MALFORMED."""
-    return [bytes(item) for item in _ARRAY.decode(raw)]
+def read_items(raw: bytes, limit: int) -> list[bytes]:
+    """Return the items of a JSON array. Raises: MALFORMED; ValueError for over limit or MAX_ARRAY_BYTES."""
+    if len(raw) > MAX_ARRAY_BYTES:
+        raise ValueError(f"an array of over {MAX_ARRAY_BYTES >> 20} MiB")
+    items = _ARRAY.decode(raw)
+    if len(items) > limit:
+        raise ValueError(f"an array of over {limit} items")
+    return [bytes(item) for item in items]
 
 
 def read_members(raw: bytes) -> dict[str, bytes]:
     """Return the members of a JSON object, in their order.
 
-    Raises: MALFORMED for what is no object of well-formed JSON; SameNameError; ValueError for over MAX_MEMBERS.
+    Raises: MALFORMED for what is no object of well-formed JSON; SameNameError; ValueError for over MAX_MEMBERS or
+        MAX_NAMES.
     """
+    if raw.count(b'":') > MAX_NAMES:
+        raise ValueError(f"an object with over {MAX_NAMES} names in it")
     decoded = _OBJECT.decode(raw)
     if len(decoded) > MAX_MEMBERS:
         raise ValueError(f"an object with over {MAX_MEMBERS} members")

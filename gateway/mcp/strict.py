@@ -80,14 +80,14 @@ def read_post(headers: Headers, body: bytes) -> Post:
     try:
         body.decode("utf-8")
         is_batch = body.lstrip(_SPACE)[:1] == b"["
-        messages = tuple(_message(headers, raw) for raw in (read_items(body) if is_batch else [body]))
+        messages = tuple(_message(headers, raw) for raw in (read_items(body, MAX_BATCH) if is_batch else [body]))
     except SameNameError as exc:
         raise UnreadableError(INVALID_REQUEST, "two members of one object have the same name") from exc
     except (*MALFORMED, ValueError) as exc:
         what = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)[:120]
         raise UnreadableError(PARSE_ERROR, f"no JSON-RPC in UTF-8: {what}") from exc
-    if not 0 < len(messages) <= MAX_BATCH:
-        raise UnreadableError(INVALID_REQUEST, f"a batch has from 1 to {MAX_BATCH} messages")
+    if not messages:
+        raise UnreadableError(INVALID_REQUEST, "an empty batch")
     return Post(messages, is_batch)
 
 

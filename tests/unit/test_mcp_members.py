@@ -16,7 +16,7 @@ def test_values_stand_as_they_were_sent() -> None:
         "a": b"1.50", "b": b'{"a":2,"a":[3]}', "c": b'"\\""',
     }  # fmt: skip
     assert read_members(b" { } ") == {}
-    assert read_items(b" [1, {} ,[2]]") == [b"1", b"{}", b"[2]"]
+    assert read_items(b" [1, {} ,[2]]", 3) == [b"1", b"{}", b"[2]"]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,17 @@ def test_two_members_of_one_name(raw: bytes) -> None:
 def test_what_is_no_object(raw: bytes) -> None:
     with pytest.raises(MALFORMED):
         read_members(raw)
+
+
+def test_more_than_can_be_read_in_time() -> None:
+    with pytest.raises(ValueError, match="over 2 items"):
+        read_items(b"[1,2,3]", 2)
+    with pytest.raises(ValueError, match="over 2 MiB"):
+        read_items(b"[" + b"1," * (1 << 20) + b"1]", 3)
+    with pytest.raises(ValueError, match="over 4096 members"):
+        read_members(json.dumps({str(at): at for at in range(4097)}).encode())
+    with pytest.raises(ValueError, match="names"):
+        read_members(b'{"a":[' + b'{"b":1},' * 500_001 + b"1]}")
 
 
 VALUES = st.recursive(

@@ -156,9 +156,13 @@ def test_the_type_that_a_body_is_said_to_have_does_not_matter() -> None:
         assert read_post((("Content-Type", kind),), raw(call())).messages[0].tool == "x"
 
 
-@pytest.mark.parametrize("unit", [b'{"a":0},', b"[],", b'{"name":"y"},'])
+@pytest.mark.parametrize("unit", [b'{"abc":0},', b"[],", b'{"name":"y"},'])
 def test_what_is_sent_to_cost_time_is_not_built(unit: bytes) -> None:
     many = unit * ((MAX_POSTED_BYTES - 200) // len(unit))
+    began = time.process_time()
+    with pytest.raises(UnreadableError):
+        read_post(JSON, b"[" + many + b"0]")
+    assert time.process_time() - began < 0.4
     body = raw(call()).replace(b'"arguments": {}', b'"arguments": [' + many + b"0]")
     began = time.process_time()
     assert read_post(JSON, body).messages[0].tool == "x"
