@@ -36,7 +36,7 @@ class Download:
 
     def opened(self, inject: Inject) -> None:
         """The answer's head is written; inject puts bytes between what data() returns."""
-        if isinstance(self._governor, Injector):
+        if self._governor is not None and isinstance(self._governor, Injector):  # a protocol: slow to ask
             self._governor.stream_opened(inject)
 
     @property

@@ -9,7 +9,10 @@ import time
 
 import pytest
 
-from clrk.gateway.redact import REDACTED, is_secret_header, redact_headers, redact_text, redact_url
+from clrk.gateway.redact import REDACTED, Redactor, is_secret_header, redact_headers, redact_text, redact_url
+from clrk.gateway.redact_values import HiddenValues
+
+_NONE = HiddenValues()
 
 PEM = "-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEA7bq1\n" * 20 + "-----END RSA PRIVATE KEY-----"
 JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJlLXNpZ25hdHVyZQ"
@@ -260,3 +263,26 @@ def test_random_text_never_fails():
         shown = redact_text(text, cut_start=source.random() < 0.5, cut_end=source.random() < 0.5)
         assert SHAPES["GitHub"][4:] not in shown
         assert redact_text(shown).encode()
+
+
+def test_a_text_that_was_clean_is_looked_at_again_when_there_are_new_secrets():
+    """What is known to be clean is not searched again; but only against the values that it was held against."""
+    now = [HiddenValues()]
+    redactor = Redactor(values=lambda: now[0])
+    seen = {"name": "tools.internal", "url.full": "http://x/hunter2-hunter2"}
+    for _ in range(2):
+        assert redactor.attributes(seen) == seen
+        assert redactor.url(seen["url.full"]) == seen["url.full"]
+    now[0] = HiddenValues(["hunter2-hunter2"])
+    for _ in range(2):
+        assert redactor.attributes(seen) == {"name": "tools.internal", "url.full": "http://x/[redacted]"}
+        assert "hunter2" not in redactor.url(seen["url.full"])
+
+
+def test_what_is_known_to_be_clean_is_bounded():
+    redactor = Redactor(values=lambda: _NONE)
+    for number in range(10_000):
+        redactor.attributes({"a": f"value {number}"})
+    assert len(redactor._clean) <= 4096
+    redactor.attributes({"a": "long " * 1000})
+    assert all(len(text) <= 256 for text in redactor._clean)
