@@ -31,6 +31,8 @@ def normalise_name(name: str) -> str | None:
 
 def parse_ip(text: str) -> IPAddress | None:
     """Return the address that a name spells out, `[::1]` included; v4-mapped becomes IPv4."""
+    if ":" not in text and not text.rstrip(".]")[-1:].isdigit():
+        return None  # as almost every name
     try:
         address = ip_address(text.removeprefix("[").removesuffix("]").removesuffix("."))
     except ValueError:

@@ -50,6 +50,8 @@ _LOOK_ALIKE: Final = re.compile("|".join(map(re.escape, sorted(_PLAIN, key=len, 
 _MAX_DECODINGS: Final = 8
 _SEPARATORS: Final = re.compile(r"[/\\;?#]")
 _AMBIGUOUS: Final = re.compile(r"[%;\\]|//")
+# Unreserved characters, no empty segment, and none that begins with a dot: what most paths are.
+_ONE_MEANING: Final = re.compile(r"/|(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+/?")
 _ASCII: Final = "".join(map(chr, range(128)))
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -57,6 +59,8 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 def path_readings(path: str) -> tuple[str, ...]:
     """Return the readings of a path, or nothing when no reading can be trusted: then no pattern fits."""
     plain = path.partition("?")[0].partition("#")[0]
+    if _ONE_MEANING.fullmatch(plain):
+        return plain, plain, plain
     plain = plain if plain.isascii() else quote(plain.encode("utf-8", "surrogateescape"), safe=_ASCII)
     generous = _decode_all(plain)
     if generous is None or _CONTROL.search(generous) or not plain.startswith("/"):

@@ -223,3 +223,13 @@ def _serve(path: str, decodings: int, backslash: bool, parameters: bool, merge: 
         elif plain != "." and not (merge and plain == ""):
             kept.append(plain)
     return kept
+
+
+@given(st.from_regex(r"(/[A-Za-z0-9._~-]{0,6}){1,6}/?", fullmatch=True))
+def test_the_short_way_for_plain_paths_is_the_long_way(path: str) -> None:
+    """An escaped unreserved character takes the long way, and means the same."""
+    at = next((at for at, char in enumerate(path) if char.isalnum()), None)
+    if at is not None and ".." not in path:
+        escaped = f"{path[:at]}%{ord(path[at]):02x}{path[at + 1 :]}"
+        assert path_readings(escaped)[0] == path_readings(path)[0]
+        assert path_readings(escaped)[2] == path_readings(path)[2]
