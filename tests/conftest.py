@@ -1,8 +1,22 @@
-"""For every test: hypothesis judges what the code does, not how busy the machine is."""
+"""For every test: hypothesis judges what the code does, not how busy the machine is; with CLRK_MUST_WORK none skips."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("clrk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("clrk")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where everything has to work, a test that could not be run has failed."""
+    report = yield
+    if report.skipped and os.environ.get("CLRK_MUST_WORK") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and CLRK_MUST_WORK=1: {report.longrepr}"
+    return report
