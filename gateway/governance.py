@@ -5,6 +5,7 @@ What one run has used up so far is the run's own (`RunGovernance`); what is shar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from clrk.core.gateway_config import GatewayConfig
@@ -13,7 +14,8 @@ from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.joint import JointGovernor
 from clrk.gateway.llm.budgets import Budgets
-from clrk.gateway.mcp.governance import McpRun
+from clrk.gateway.mcp.governance import McpRun, named_host
+from clrk.gateway.mcp.governor import McpRunState
 from clrk.gateway.recognise import KnownHosts, find_error_writer
 from clrk.gateway.run import Run
 
@@ -37,25 +39,34 @@ class Governance:
         """Return what the budgets of the present configuration have spent. Raises: LedgerError."""
         return self.budgets.report(self._config.gateways, self._config.ai_routes, day)
 
-    def of_run(self, run: Run) -> RunGovernance:
-        """Return what governs one run."""
-        return RunGovernance(self._config, run, self.budgets)
+    def of_run(self, run: Run, mcp_state: McpRunState | None = None) -> RunGovernance:
+        """Return what governs one run; mcp_state is what the run keeps when its rules change."""
+        return RunGovernance(self._config, run, self.budgets, mcp_state)
 
 
 class RunGovernance:
     """Finds the governor of each exchange of one run."""
 
-    def __init__(self, config: GatewayConfig, run: Run, budgets: Budgets) -> None:
-        self.mcp = McpRun.of(config, run)
+    def __init__(self, config: GatewayConfig, run: Run, budgets: Budgets, mcp_state: McpRunState | None = None) -> None:
+        self.mcp = McpRun.of(config, run, mcp_state)
         self.budgets = budgets.of_run(run, config.ai_routes, KnownHosts(run.gateway, config.ai_routes).provider)
 
     def govern(self, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
         """Return the governor of an exchange; None when nothing governs it. interpreter is what understands it."""
-        spends = self.budgets.govern(head, interpreter) if self.budgets is not None else None
+        spends = self._spends(head, interpreter)
         calls_tools = self.mcp.govern(head, interpreter)
         if spends is not None and calls_tools is not None:
             return JointGovernor(calls_tools, spends)
         return spends if spends is not None else calls_tools
+
+    def _spends(self, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
+        """Ask the budgets. A plain connection to an address is served by the name in its Host header, so by both."""
+        if self.budgets is None:
+            return None
+        found = self.budgets.govern(head, interpreter)
+        if found is not None or head.scheme == "https" or (named := named_host(head)) in (None, head.host):
+            return found
+        return self.budgets.govern(replace(head, host=named or ""), interpreter)
 
     def is_mcp_host(self, host: str) -> bool:
         """Say whether an MCPRoute names a host: what is posted there is read as MCP, whatever its headers say."""

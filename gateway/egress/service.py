@@ -33,6 +33,7 @@ from clrk.gateway.governance import Governance
 from clrk.gateway.interpret import Allowance
 from clrk.gateway.llm.cost import BUNDLED, PriceList
 from clrk.gateway.mcp.conversations import Conversations
+from clrk.gateway.mcp.governor import McpRunState
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.recognise import KnownHosts, KnownMcp, recognise
@@ -51,6 +52,7 @@ class _Kept:
     allowance: Allowance = field(default_factory=Allowance)
     captured: Allowance = field(default_factory=lambda: Allowance(MAX_KEPT_BYTES))
     conversations: Conversations = field(default_factory=Conversations)
+    mcp: McpRunState = field(default_factory=McpRunState)
     tunnels: OpenTunnels = field(default_factory=OpenTunnels)
 
 
@@ -129,7 +131,7 @@ class EgressService:
         credentials = compile_credentials(gateway, self._config, self._secret_values)
         patterns = gateway.spec.redact.patterns if gateway is not None else ()
         redactor = Redactor(patterns, lambda: self._secret_values.known, credentials.secret_headers)
-        governing = self._governance.of_run(replace(run, gateway=gateway))
+        governing = self._governance.of_run(replace(run, gateway=gateway), kept.mcp)
         known = partial(
             recognise,
             allowance=kept.allowance,

@@ -56,7 +56,7 @@ class _Match:
         return cls(
             match.provider,
             tuple(HostPattern.compile(host) for host in match.hostnames),
-            tuple(match.endpoints),
+            tuple(endpoint.casefold() for endpoint in match.endpoints),  # Azure's paths know no case
             tuple(model.casefold() for model in match.models),
         )
 
@@ -85,7 +85,7 @@ class _Match:
     def _fits_endpoint(self, call: LlmCall) -> bool:
         if not self.endpoints or not call.readings:
             return True
-        return any(fits_glob(glob, path) for glob in self.endpoints for path in call.readings)
+        return any(fits_glob(glob, path.casefold()) for glob in self.endpoints for path in call.readings)
 
 
 _ANY: Final = (_Match(None, (), (), ()),)

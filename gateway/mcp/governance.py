@@ -23,16 +23,17 @@ class McpRun:
     state: McpRunState = field(default_factory=McpRunState)
 
     @classmethod
-    def of(cls, config: GatewayConfig, run: Run) -> McpRun:
-        """Compile what holds for a run."""
+    def of(cls, config: GatewayConfig, run: Run, state: McpRunState | None = None) -> McpRun:
+        """Compile what holds for a run; state is what it keeps when its rules change."""
         policy = McpPolicy.compile(run.gateway, config.mcp_routes)
-        return cls(policy, run.gateway is not None and run.gateway.spec.mode == "Enforce")
+        enforces = run.gateway is not None and run.gateway.spec.mode == "Enforce"
+        return cls(policy, enforces, state or McpRunState())
 
     def govern(self, head: RequestHead, interpreter: Interpreter | None) -> McpGovernor | None:
         """Return the governor of an exchange, None when no MCPRoute governs it."""
         if not self.policy.routes:
             return None
-        found = self.policy.of_host((head.host, _host(head)), is_mcp=isinstance(interpreter, McpInterpreter))
+        found = self.policy.of_host((head.host, named_host(head)), is_mcp=isinstance(interpreter, McpInterpreter))
         return None if found is None else McpGovernor(found, self.state, head, enforces=self.enforces)
 
     def names_host(self, *names: str | None) -> bool:
@@ -40,7 +41,7 @@ class McpRun:
         return bool(self.policy.routes) and self.policy.of_host(names, is_mcp=False) is not None
 
 
-def _host(head: RequestHead) -> str | None:
+def named_host(head: RequestHead) -> str | None:
     """Return the name in the Host header: a plain connection to an address is served by it."""
     try:
         return split_host(head.header("host") or "")[0]

@@ -233,7 +233,7 @@ class Lab:
             config=self.config, flows_fd=-1, recorder=self.recorder, flows=self.flows, ledger=ledger, **options
         )
         if govern is not None:
-            self.service._governance.of_run = lambda _: SimpleNamespace(
+            self.service._governance.of_run = lambda *_: SimpleNamespace(
                 govern=govern, http_only=lambda *_: False, is_mcp_host=lambda _: False
             )
         self.egress: RunEgress | None = None
