@@ -37,7 +37,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """End the answer here: last is what the agent still gets, in the protocol's own words, before a clean end."""
+    """End the answer here: last is what the agent still gets, in the protocol's own words, before a clean end.
+
+    Shape: an empty last has nothing to say, so the end is visibly none: half an answer would look like a whole one.
+    """
 
     last: bytes
     reason: str
@@ -77,7 +80,7 @@ class Governor(Protocol):
     def response_data(self, chunk: bytes) -> bytes | Cut:
         """Take what the agent would get next, after the interpreter has seen it; return what it gets."""
 
-    def response_end(self, *, complete: bool) -> bytes:
+    def response_end(self, *, complete: bool) -> bytes | Cut:
         """The response ended (complete=False: aborted). Return withheld bytes that the agent still has to get."""
 
     def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:

@@ -56,11 +56,14 @@ class JointGovernor:
         shown = self._first.response_data(chunk)
         return self._second.response_data(shown) if isinstance(shown, bytes) and shown else shown
 
-    def response_end(self, *, complete: bool) -> bytes:
-        """See Governor. What the second would cut at the very end is left out."""
+    def response_end(self, *, complete: bool) -> bytes | Cut:
+        """See Governor."""
         held = self._first.response_end(complete=complete)
-        shown = self._second.response_data(held) if held else b""
-        return shown.last if isinstance(shown, Cut) else shown + self._second.response_end(complete=complete)
+        shown = self._second.response_data(held) if isinstance(held, bytes) and held else held
+        if isinstance(shown, Cut):
+            return shown
+        last = self._second.response_end(complete=complete)
+        return last if isinstance(last, Cut) else shown + last
 
     def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:
         """See Governor."""

@@ -27,7 +27,11 @@ from clrk.gateway.trace_context import parse_trace_context
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that may go out. context is what the upstream continues: our span. upgrade: "" for none."""
+    """A request that may go out.
+
+    Shape: context is what the upstream continues: our span. upgrade: "" for none. enforces False: what the governor
+        says is noted, and the request goes out.
+    """
 
     request: Request
     head: RequestHead
@@ -38,6 +42,7 @@ class Admitted:
     context: TraceContext
     upgrade: str
     credentials: tuple[Credential, ...] = ()
+    enforces: bool = True
 
 
 def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitted:
@@ -59,16 +64,20 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     server_name = verified if origin.is_tls else None
     target = Target(destination.name, destination.address, destination.port, server_name)
     interpreter = recognise_guarded(way_out.recognise, head)
+    governor = govern_guarded(way_out.govern, head, interpreter, enforces=way_out.policy.enforces)
+    # What is judged stays HTTP: behind a change of protocol nobody counts.
+    may_change = governor is None or not way_out.policy.enforces
     return Admitted(
         request=request,
         head=head,
         target=target,
         body=body,
         interpreter=interpreter,
-        governor=govern_guarded(way_out.govern, head, interpreter),
+        governor=governor,
         context=_continue_trace(way_out, request, call),
-        upgrade=forward.asked_upgrade(request, is_open=is_open),
+        upgrade=forward.asked_upgrade(request, is_open=is_open) if may_change else "",
         credentials=_credentials(way_out, target, request, call),
+        enforces=way_out.policy.enforces,
     )
 
 

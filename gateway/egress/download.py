@@ -64,13 +64,15 @@ class Download:
         rest = self._interpreter.response_end(complete=True) if self._interpreter is not None else b""
         rest = self._governed(rest)
         if self._governor is not None and self.cut is None:
-            rest += self._governor.response_end(complete=True)
+            rest += self._shown(self._governor.response_end(complete=True))
         return rest
 
     def _governed(self, piece: bytes) -> bytes:
         if self._governor is None or not piece:
             return piece
-        found = self._governor.response_data(piece)
+        return self._shown(self._governor.response_data(piece))
+
+    def _shown(self, found: bytes | Cut) -> bytes:
         if not isinstance(found, Cut):
             return found
         self.cut = found

@@ -43,6 +43,7 @@ from clrk.gateway.interpret import Facts, RequestHead
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import SpanEvent
 
+_BUG: Final = "internal_error", "the gateway failed in this call; its log says why"
 _REPEATABLE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
@@ -85,14 +86,10 @@ class Exchange:
                 self._answer_instead(admitted, upload.answer)
                 return self._continues
             await self._carry(admitted, upload)
-        except RefusedError as exc:
+        except (RefusedError, DialDeniedError) as exc:
             self._settle(None)
             spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
             self._answer(exc.status, exc.reason, str(exc), exc.hint)
-        except DialDeniedError as exc:
-            self._settle(None)
-            spans.denied(call, exc.reason, str(exc), exc.rule, exc.hint)
-            self._answer(403, exc.reason, str(exc), exc.hint)
         except DialFailedError as exc:
             self._settle(None)
             spans.failed(call, exc.error_type, str(exc), self._events())
@@ -130,7 +127,8 @@ class Exchange:
         sending: asyncio.Task[None] | None = None
         reusable = False
         try:
-            response = None
+            if self._agent.is_broken:  # it left while the upstream was dialled: on_lost comes once
+                raise AgentGoneError("the agent closed the connection")
             try:
                 self._sent_at = self._loop.time()
                 self._exit.spans.begin_http(self._call, admitted.head)
@@ -182,8 +180,7 @@ class Exchange:
         framing = self._framing(admitted, body, response, rewrites=upload.rewritten or download.rewrites)
         self._open_ended = body.until_close or framing is Framing.DECODED
         ends = response.minor == 0 or "close" in response.tokens("connection")
-        asked_close = self._request.minor == 0 or "close" in self._request.tokens("connection")
-        self._continues = not (self._open_ended or asked_close or ends)
+        self._continues = not (self._open_ended or self._asks_close() or ends)
         headers = forward.response_headers(
             response, framing=framing, drop_coding=download.decodes, close=not self._continues
         )
@@ -217,8 +214,7 @@ class Exchange:
             data = upstream.read_nowait()
             if not data:
                 await self._flush(pending, upstream)
-                data = await upstream.read()
-                if not data:
+                if not (data := await upstream.read()):
                     body.eof()
                     break
             piece = body.feed(data)
@@ -235,10 +231,11 @@ class Exchange:
                 await self._flush(pending, upstream)
         if download.cut is None:
             self._push(pending, download.end(), framing)
-        if chunked:
+        clean = chunked and (download.cut is None or bool(download.cut.last))
+        if clean:
             pending.append(render_last_chunk(body.trailers))
         await self._flush(pending, upstream)
-        if download.cut is not None and not chunked:
+        if download.cut is not None and not clean:
             self._cut()
 
     def _push(self, pending: list[bytes], piece: bytes, framing: Framing) -> None:
@@ -291,6 +288,12 @@ class Exchange:
         return not (self._open_ended or self._switched or self._cut_short is not None)
 
     # --- how it ends ------------------------------------------------------------------------------------------------
+
+    def broke(self) -> None:
+        """A bug of ours ended it: record it if nobody has, and tell the agent what can still be told."""
+        if not self._call.recorded:
+            self._exit.spans.failed(self._call, *_BUG)
+        self._answer(500, *_BUG)
 
     def _asks_close(self) -> bool:
         return self._request.minor == 0 or "close" in self._request.tokens("connection")

@@ -57,6 +57,8 @@ class DialDeniedError(ClrkError):
     Shape: reason is stable; rule decided; hint is a rule that would allow it.
     """
 
+    status: Final = 403
+
     def __init__(self, reason: str, message: str, hint: str = "", rule: str = "") -> None:
         super().__init__(message)
         self.reason = reason

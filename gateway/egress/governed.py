@@ -17,25 +17,28 @@ _REASON: Final = "governor_failed"
 _MESSAGE: Final = "the gateway could not judge this call, so it did not go out; its log says why"
 
 
-def govern_guarded(govern: Govern, head: RequestHead, interpreter: Interpreter | None) -> Governor | None:
+def govern_guarded(
+    govern: Govern, head: RequestHead, interpreter: Interpreter | None, *, enforces: bool = True
+) -> Governor | None:
     """Return the governor of a request, guarded; None for a call that nothing governs."""
     inner = interpreter.inner if isinstance(interpreter, GuardedInterpreter) else interpreter
     try:
         governor = govern(head, inner)
     except Exception:  # a bug of ours, met in somebody's call: nobody knows what would have been decided
         _LOG.exception("finding the governor of a %s failed: it is denied", head.method)
-        return GuardedGovernor(None)
-    return None if governor is None else GuardedGovernor(governor)
+        return GuardedGovernor(None, enforces=enforces)
+    return None if governor is None else GuardedGovernor(governor, enforces=enforces)
 
 
 class GuardedGovernor:
     """Implements Governor over another one; after that one's first exception everything is denied.
 
-    It also keeps the order that Governor promises: who was never asked to judge has nothing to settle.
+    It also keeps the order that Governor promises: who was never asked to judge has nothing to settle. enforces False:
+    the gateway only watches, so a bug changes nothing.
     """
 
-    def __init__(self, inner: Governor | None) -> None:
-        self._inner = inner
+    def __init__(self, inner: Governor | None, *, enforces: bool = True) -> None:
+        self._inner, self._enforces = inner, enforces
         self._judged = False
 
     @property
@@ -71,6 +74,8 @@ class GuardedGovernor:
             return self._inner.rewrite_request(body)
         except Exception as exc:  # as above
             self._failed("rewriting a request")
+            if not self._enforces:
+                return body
             raise RefusedError(503, _REASON, _MESSAGE) from exc
 
     def response_head(self, head: ResponseHead) -> None:
@@ -96,16 +101,16 @@ class GuardedGovernor:
                 return self._inner.response_data(chunk)
             except Exception:  # as above
                 self._failed("following an answer")
-        return Cut(b"", _REASON, _MESSAGE)
+        return Cut(b"", _REASON, _MESSAGE) if self._enforces else chunk
 
-    def response_end(self, *, complete: bool) -> bytes:
+    def response_end(self, *, complete: bool) -> bytes | Cut:
         """See Governor."""
         if self._inner is not None:
             try:
                 return self._inner.response_end(complete=complete)
             except Exception:  # as above
                 self._failed("ending an answer")
-        return b""
+        return Cut(b"", _REASON, _MESSAGE) if self._enforces else b""
 
     def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:
         """See Governor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Final
@@ -14,6 +15,7 @@ from clrk.gateway.egress.http1 import HeadReader, Request, parse_request
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.refusal import render_problem, status_of
 
+_LOG: Final = logging.getLogger(__name__)
 KEEP_ALIVE_S: Final = 300.0
 HEAD_TIMEOUT_S: Final = 60.0  # from a head's first byte to its last
 LINGER_S: Final = 2.0
@@ -30,7 +32,15 @@ async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel
         while (request := await _next_request(way_out, origin, agent, start_ns)) is not None:
             call = origin.call(start_ns or time.time_ns())
             start_ns = 0
-            if not await Exchange(way_out(), origin, agent, request, call).run():
+            exchange = Exchange(way_out(), origin, agent, request, call)
+            try:
+                if not await exchange.run():
+                    break
+            except OSError:
+                raise
+            except Exception:  # a bug of ours, met in somebody's call: that has a span, and the agent an answer
+                _LOG.exception("a %s of sandbox %s failed", request.method, way_out().spans.identity.sandbox_id)
+                exchange.broke()
                 break
         await _linger(agent)
     except OSError:

@@ -69,6 +69,7 @@ class Call:
     parent_span_id: str | None = None
     trace_id: TraceId | None = None
     begun: bool = False
+    recorded: bool = False
     peer: tuple[str, int] | None = None
     request_bytes: int = 0
     response_bytes: int = 0
@@ -250,6 +251,7 @@ class EgressSpans:
         *,
         events: Sequence[SpanEvent] = (),
     ) -> None:
+        call.recorded = True
         if call.trace_id is None:  # refused before anybody asked where it belongs
             self.place(call)
         attributes = _attributes(call, found)

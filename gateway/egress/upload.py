@@ -85,8 +85,10 @@ class Upload:
         if as_a_whole and not self._body.done:
             why = "governed" if governor is not None else "signed by the gateway"
             text = f"the call is {why}, and its body over {MAX_GOVERNED_BYTES >> 20} MiB, or what one run may hold"
-            raise RefusedError(413, "body_too_large", text)
-        if governor is not None:
+            if self._signs or self._admitted.enforces:
+                raise RefusedError(413, "body_too_large", text)
+            self.answer = Answer(413, "text/plain", b"", "body_too_large", text)
+        elif governor is not None:
             self.answer = governor.judge(whole)
             sent = governor.rewrite_request(whole)
             self._plain = governor.wants_plain_response

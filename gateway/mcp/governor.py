@@ -152,12 +152,15 @@ class McpGovernor:
             return Cut(b"", UNFILTERABLE, str(exc))
         return Cut(b"", UNFILTERABLE, "an answer whose coding is broken") if self._decoder.failed else shown
 
-    def response_end(self, *, complete: bool) -> bytes:
+    def response_end(self, *, complete: bool) -> bytes | Cut:
         """Return what was held, if it is whole."""
         self._close_stream()
-        if self._answer is None:
+        if self._answer is None or not complete:
             return b""
-        return self._answer.finish() if complete else b""
+        try:
+            return self._answer.finish()
+        except UnfilterableError as exc:
+            return Cut(b"", UNFILTERABLE, str(exc))
 
     def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:
         """Give back what is held, and calls that never went out."""

@@ -73,7 +73,9 @@ def test_the_second_sees_what_the_first_lets_through() -> None:
 
 def test_what_was_held_is_seen_by_the_second_too() -> None:
     assert JointGovernor(Judge(b"1", held=b"h"), Judge(b"2", held=b"t")).response_end(complete=True) == b"h2t"
-    assert JointGovernor(Judge(b"1", held=b"h"), Judge(b"2", cuts=b"h")).response_end(complete=True) == b"<cut>"
+    assert JointGovernor(Judge(b"1", held=b"h"), Judge(b"2", cuts=b"h")).response_end(complete=True) == Cut(
+        b"<cut>", "r", "m"
+    )
     assert JointGovernor(Judge(b"1"), Judge(b"2", held=b"t")).response_end(complete=False) == b"t"
 
 

@@ -396,9 +396,11 @@ async def test_lists_in_streams_are_filtered() -> None:
 async def test_a_list_that_can_not_be_read_is_not_shown(coding: str) -> None:
     server = Server(answer(raw(PAGE), headers=JSON + f"Content-Encoding: {coding}\r\n"))
     async with lab(server, {"deniedTools": ["rm"]}) as one:
-        found = await whole(one, post(LIST))
+        wire = await one.dial(NAME, 80)
+        head, _, body = (await wire.ask(post(LIST))).partition(b"\r\n\r\n")
         (span,) = await one.recorder.wait()
-    assert found == b""
+    assert b"ransfer-Encoding: chunked" in head
+    assert body == b""  # not even the chunk that ends it: it is no empty answer
     assert span.attributes["error.type"] == "mcp_unfilterable"
 
 
