@@ -135,9 +135,15 @@ class BudgetGovernor:
                 )
                 raise DeniedError(Denial(429, "budget_output_limit", text, rule))
             written = write_limit(demand, name, given)
+        is_sure = given is not None
         if given is None:
             given = DEFAULT_OUTPUT_TOKENS
         self._output = min(given * choices, MAX_TOKENS_PER_CALL)
+        if not is_sure and (later := demand.members.get("background")) is not None and later.value:
+            text = (
+                f"{rule.label} has a budget, and a call in the background ends before it is counted: limit its output"
+            )
+            raise DeniedError(Denial(400, "budget_output_limit", text, rule))
         if cap is not None and self._output > cap:
             text = (
                 f"{rule.label}: maxOutputTokensPerRequest is {cap}, and this request asks for up to {self._output} "

@@ -133,7 +133,7 @@ class McpGovernor:
         else:
             return
         self.rewrites_response = True
-        self._decoder = decoder(head.header("content-encoding"))
+        self._decoder = decoder(",".join(value for name, value in head.headers if name.lower() == "content-encoding"))
         self.decodes_response = not isinstance(self._decoder, Identity)
 
     def stream_opened(self, inject: Inject) -> None:

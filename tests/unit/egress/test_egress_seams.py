@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -187,6 +188,21 @@ async def test_a_governed_call_becomes_no_tunnel() -> None:
     assert b"upgrade: foo" not in provider.requests[0].lower()
 
 
+# --- what hides an answer -------------------------------------------------------------------------------------------
+
+
+async def test_a_coding_in_a_second_header_hides_no_list() -> None:
+    page = {"jsonrpc": "2.0", "id": 1, "result": {"tools": [{"name": "get"}, {"name": "rm"}]}}
+    packed = gzip.compress(raw(page))
+    server = Server(answer(packed, headers=JSON + "Content-Encoding: identity\r\nContent-Encoding: gzip\r\n"))
+    async with mcp_lab(server, {"deniedTools": ["rm"]}) as one:
+        wire = await one.dial(MCP, 80)
+        found = await wire.ask(mcp_post(raw(LIST)).replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+    assert packed not in found
+    assert b'"get"' in found
+    assert b'"rm"' not in found
+
+
 # --- what is charged ------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +225,19 @@ async def test_an_answer_that_nobody_could_keep_is_charged_by_its_size() -> None
         await lab.recorder.wait()
         allowance.give_back(taken)
         assert _taken(lab).used.tokens > 20_000
+
+
+@pytest.mark.parametrize(("limit", "status"), [({}, 400), ({"max_output_tokens": 50}, 200)])
+async def test_what_runs_in_the_background_has_a_limit(limit: dict, status: int) -> None:
+    """Its answer comes before its usage, and is read with a GET that costs nothing."""
+    provider = Provider()
+    queued = {"id": "resp_1", "object": "response", "status": "queued", "model": "gpt-5", "output": [], "usage": None}
+    provider.response = answer(json.dumps(queued).encode(), headers="Content-Type: application/json\r\n")
+    async with _server(provider) as port, _lab(provider, port, _rule(maxTokensPerDay=50_000)) as lab:
+        wire = await lab.dial_tls(HOST)
+        request = _post(background=True, input="hi", **limit).replace(b"/v1/chat/completions", b"/v1/responses")
+        assert (await _ask(wire, request))[0] == status
+    assert len(provider.requests) == (status == 200)
 
 
 async def test_the_case_of_a_path_is_no_way_around_a_budget() -> None:
