@@ -12,14 +12,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from span_contract import violations
-from stack import ROOT, Daemon, StandIn, agent, egress, stand_in
-
-# Run the source that comes as the event's data: most tests want a line or two of hostile agent.
-RUN_PYTHON = "import json,sys; event=json.load(sys.stdin); exec(event['data'])"
-RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"
-FETCH_AND_RUN = (
-    "import os,sys,urllib.request as r; exec(r.urlopen(os.environ['CLRK_METADATA_URL'] + '/v1/event').read().decode())"
-)
+from stack import FETCH_AND_RUN, ROOT, RUN_PYTHON, RUN_SHELL, Daemon, StandIn, agent, egress, stand_in
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import RUN_PYTHON
 from span_contract import violations
-from stack import ROOT, Daemon, StandIn, agent, document
+from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document
 
 AZURE, SELF_HOSTED = "standin.openai.azure.com", "llm.internal"
 HOSTS = ["api.anthropic.com", "api.openai.com", AZURE, SELF_HOSTED]

@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
+# Run the source that comes as the event's data: most tests want a line or two of hostile agent.
+RUN_PYTHON = "import json,sys; event=json.load(sys.stdin); exec(event['data'])"
+RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"
+FETCH_AND_RUN = (
+    "import os,sys,urllib.request as r; exec(r.urlopen(os.environ['CLRK_METADATA_URL'] + '/v1/event').read().decode())"
+)
 
 
 def free_port() -> int:

@@ -16,8 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 import real_servers
-from conftest import RUN_PYTHON, RUN_SHELL
-from stack import Daemon, agent, document, free_port
+from stack import RUN_PYTHON, RUN_SHELL, Daemon, agent, document, free_port
 from tls_material import Authority
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(300)]

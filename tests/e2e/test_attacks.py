@@ -16,8 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import RUN_PYTHON, RUN_SHELL
-from stack import ROOT, Daemon, StandIn, agent, egress
+from stack import ROOT, RUN_PYTHON, RUN_SHELL, Daemon, StandIn, agent, egress
 
 from clrk.core import wire
 from clrk.ebpf.header import HeaderFields, build_headers

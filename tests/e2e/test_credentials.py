@@ -13,8 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from conftest import RUN_PYTHON
-from stack import ROOT, Daemon, StandIn, agent, document, egress, stand_in
+from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, stand_in
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 

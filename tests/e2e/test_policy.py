@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import aiohttp
 import pytest
 import yaml
-from conftest import RUN_PYTHON
 from span_contract import violations
-from stack import Daemon, StandIn, agent, document, egress
+from stack import RUN_PYTHON, Daemon, StandIn, agent, document, egress
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 

@@ -13,8 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 import websockets.asyncio.server
-from conftest import RUN_PYTHON
-from stack import ROOT, Daemon, agent, document, free_port
+from stack import ROOT, RUN_PYTHON, Daemon, agent, document, free_port
 from tls_material import Authority
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(180)]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 
 import pytest
 from aiohttp import web
@@ -169,10 +170,13 @@ async def test_interrupt_cancels_the_invocation(daemon):
             raise
 
     daemon.answer = answer
-    process = await asyncio.create_subprocess_exec(*COMMAND, "--socket", daemon.path, "agents", "run-task", "support")
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "--socket", daemon.path, "agents", "run-task", "support",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored below `make test &`
+    )  # fmt: skip
     async with asyncio.timeout(30):
         await started.wait()
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         assert await process.wait() == 130
         await cancelled.wait()
 

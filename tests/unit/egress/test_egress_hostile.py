@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from functools import partial
 
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
+from clrk.gateway.egress import service
 from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 
 NAME = "tools.internal"
@@ -139,8 +141,8 @@ async def test_an_endless_row_of_interim_answers_is_no_answer():
 @pytest.mark.parametrize("name", ["api.openai.com", NAME])
 async def test_one_run_keeps_no_more_than_its_allowance(name, monkeypatch):
     """Requests that never end, from many connections at once: collected for rewriting, or suspected to be MCP."""
-    kept: list[Allowance] = []
-    monkeypatch.setattr("clrk.gateway.egress.service.Allowance", lambda: kept.append(Allowance(600_000)) or kept[0])
+    allowance = Allowance(600_000)
+    monkeypatch.setattr(service, "_Kept", partial(service._Kept, allowance=allowance))
     arrived = asyncio.Queue()
 
     async def swallow(reader, writer):
@@ -159,9 +161,9 @@ async def test_one_run_keeps_no_more_than_its_allowance(name, monkeypatch):
         async with asyncio.timeout(10):
             while total < 800_000:  # two do not fit any more: they pass without being kept
                 total += await arrived.get()
-        assert 0 <= kept[0].left < 600_000
+        assert 0 <= allowance.left < 600_000
         for wire in wires:
             wire.close()
         await lab.recorder.wait(3)
     gc.collect()
-    assert kept[0].left == 600_000
+    assert allowance.left == 600_000
