@@ -50,6 +50,7 @@ async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel
 async def _next_request(way_out: Callable[[], Exit], origin: Origin, agent: Channel, start_ns: int) -> Request | None:
     """Return the next request; None when there is none or it was refused. Raises: OSError between two requests."""
     agent.set_idle_timeout(KEEP_ALIVE_S)
+    await agent.drain()  # who does not read what was denied is not read on
     data = await agent.read()
     agent.set_idle_timeout(0)
     if not data:

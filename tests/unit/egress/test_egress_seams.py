@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
+import socket
 
 import pytest
 from budget_runs import ai_route
@@ -248,3 +250,24 @@ async def test_the_case_of_a_path_is_no_way_around_a_budget() -> None:
         for path in (b"/v1/chat/completions", b"/V1/Chat/Completions"):
             assert (await _ask(wire, _post().replace(b"/v1/chat/completions", path)))[0] in (403, 429)
     assert provider.requests == []
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+async def test_denials_that_nobody_reads_take_no_memory() -> None:
+    """An agent that pipelines what is denied, and never reads, is not read on."""
+    async with mcp_lab(Server(), {"deniedTools": ["rm"]}) as one:
+        wire = await one.dial(MCP, 80)
+        wire.writer.transport.pause_reading()
+        with socket.socket(fileno=os.dup(wire.writer.get_extra_info("socket").fileno())) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(1)
+            request = mcp_post(raw(call("rm", "x" * 10_000)))  # an id that is answered
+
+            def send() -> None:
+                for _ in range(3_000):  # 30 MB: several times what sockets hold
+                    sock.sendall(request)
+
+            with pytest.raises(TimeoutError):
+                await asyncio.to_thread(send)
