@@ -271,3 +271,16 @@ async def test_denials_that_nobody_reads_take_no_memory() -> None:
 
             with pytest.raises(TimeoutError):
                 await asyncio.to_thread(send)
+
+
+async def test_pipelined_denials_leave_others_their_turn() -> None:
+    request = b"GET / HTTP/1.1\r\nHost: %b\r\nUpgrade: x\r\n\r\n" % MCP.encode()
+    async with mcp_lab(Server(), {"deniedTools": ["rm"]}) as one:
+        wire = await one.dial(MCP, 80)
+        wire.writer.write(request * 1_000)
+        most = before = 0
+        async with asyncio.timeout(20):
+            while before < 1_000:
+                await asyncio.sleep(0)
+                most, before = max(most, len(one.spans) - before), len(one.spans)
+    assert most < 10
