@@ -62,9 +62,7 @@ class Channel(asyncio.Protocol):
         self.received_bytes += len(data)
         if self._timer is not None:
             self._last = self._loop.time()
-        if self._size > HIGH_WATER and self._reading and self._transport is not None:
-            self._reading = False
-            self._transport.pause_reading()
+        self._pause_if_full()
         self._wake()
 
     def eof_received(self) -> bool:
@@ -130,6 +128,13 @@ class Channel(asyncio.Protocol):
         if data:
             self._chunks.insert(0, data)
             self._size += len(data)
+            self._pause_if_full()  # before anything more can arrive
+
+    def _pause_if_full(self) -> None:
+        transport = self._transport
+        if self._size > HIGH_WATER and self._reading and transport is not None and not transport.is_closing():
+            self._reading = False
+            transport.pause_reading()
 
     def _take(self) -> bytes:
         chunks = self._chunks
@@ -282,6 +287,11 @@ class Channel(asyncio.Protocol):
     def is_idle_and_open(self) -> bool:
         """Say whether the connection can carry a new exchange: open, nothing unread, no end in sight."""
         return not (self._eof or self._tail or self._size or self._error) and self._transport is not None
+
+    @property
+    def has_unread(self) -> bool:
+        """Say whether read() would return at once with bytes."""
+        return self._size > 0
 
     @property
     def is_paused(self) -> bool:

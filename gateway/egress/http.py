@@ -51,10 +51,9 @@ async def _next_request(way_out: Callable[[], Exit], origin: Origin, agent: Chan
     """Return the next request; None when there is none or it was refused. Raises: OSError between two requests."""
     agent.set_idle_timeout(KEEP_ALIVE_S)
     await agent.drain()  # who does not read what was denied is not read on
-    if data := agent.read_nowait():
+    if agent.has_unread:
         await asyncio.sleep(0)  # pipelined: without it, denials would follow each other and nobody else had a turn
-    else:
-        data = await agent.read()
+    data = await agent.read()
     agent.set_idle_timeout(0)
     if not data:
         return None

@@ -21,6 +21,7 @@ from test_egress_mcp import lab as mcp_lab
 from test_egress_mcp import post as mcp_post
 
 from clrk.gateway.egress import upload
+from clrk.gateway.egress.channel import Channel
 from clrk.gateway.govern import Cut
 
 LIST = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
@@ -284,3 +285,34 @@ async def test_pipelined_denials_leave_others_their_turn() -> None:
                 await asyncio.sleep(0)
                 most, before = max(most, len(one.spans) - before), len(one.spans)
     assert most < 10
+
+
+async def test_pipelined_requests_are_read_no_faster_than_they_are_answered(monkeypatch) -> None:
+    """What is taken for one head and put back must not make room for more each time."""
+    sizes = [0]
+    received = Channel.data_received
+
+    def data_received(self: Channel, data: bytes) -> None:
+        received(self, data)
+        sizes.append(self._size)
+
+    monkeypatch.setattr(Channel, "data_received", data_received)
+
+    async def handle(reader, writer) -> None:
+        while True:
+            await read_request(reader)
+            await asyncio.sleep(0.002)
+            writer.write(answer(b"ok"))
+
+    async with upstream(handle) as port, laboratory(gateway=aliased(port, MCP), rules=[{"hostnames": [MCP]}]) as lab:
+        wire = await lab.dial(MCP, 80)
+        flood = asyncio.ensure_future(_flood(wire, b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % MCP.encode() * 10_000))
+        await lab.recorder.wait(100)
+        flood.cancel()
+    assert max(sizes) < 1 << 20
+
+
+async def _flood(wire, data: bytes) -> None:
+    while True:
+        wire.writer.write(data)
+        await wire.writer.drain()
