@@ -75,8 +75,9 @@ class Facts:
     Shape: name is the span's name; "" means that the exchange turned out to be plain HTTP, so keep the HTTP name.
     error_type is set for provider and JSON-RPC errors that the HTTP status does not
     show (also put into attributes as error.type); status_message goes into the span's status. also are other calls
-    that the exchange carried, each with a span of its own. elsewhere says that the answer comes on another exchange, so
-    that the end of this one says nothing about it; later that it has not come yet.
+    that the exchange carried, each with a span of its own. answered says that the agent has what it asked for: many
+    clients leave a stream then. elsewhere says that the answer comes on another exchange, so that the end of this one
+    says nothing about it; later that it has not come yet.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Facts:
     error_type: str | None = None
     status_message: str = ""
     also: tuple[Facts, ...] = ()
+    answered: bool = field(default=False, compare=False)
     elsewhere: bool = False
     later: Later | None = field(default=None, compare=False)
 

@@ -32,7 +32,7 @@ from clrk.gateway.egress.http1 import (
     response_body,
 )
 from clrk.gateway.egress.origin import Exit, Origin
-from clrk.gateway.egress.record import Call
+from clrk.gateway.egress.record import AGENT_DISCONNECTED, Call
 from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem
 from clrk.gateway.egress.reply import read_final_head
 from clrk.gateway.egress.tcp import tunnel
@@ -336,7 +336,7 @@ class Exchange:
             self._answer(400, f"bad_request_{broken.code}", str(broken))
             return
         if isinstance(exc, AgentGoneError | TunnelRevokedError) or self._agent.is_broken:
-            why = error_type_of(exc) if isinstance(exc, TunnelRevokedError) else "agent_disconnected"
+            why = error_type_of(exc) if isinstance(exc, TunnelRevokedError) else AGENT_DISCONNECTED
             self._record(admitted, why, str(exc), complete=False)
             self._agent.abort()
             return

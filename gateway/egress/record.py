@@ -31,6 +31,7 @@ from clrk.gateway.telemetry.spans import (
     TraceContext,
 )
 
+AGENT_DISCONNECTED: Final = "agent_disconnected"  # error.type
 MAX_URL_SIZE: Final = 4096
 MAX_TOLD: Final = 256
 _LOG: Final = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ class EgressSpans:
 
         An exchange whose answer comes on another one is recorded when it has come, or late_s later.
         """
-        if facts is not None and facts.elsewhere:  # some clients do not read to the end that it was accepted
+        left = error == AGENT_DISCONNECTED
+        if facts is not None and (facts.elsewhere or (facts.answered and left)):  # who has it does not read to the end
             error, message = None, ""
         if facts is not None and facts.later is not None and error is None:
             record_late(facts.later, lambda late: self._http(call, head, status, late, events=events), self._late_s)

@@ -131,7 +131,8 @@ class McpInterpreter:
             return _PLAIN_HTTP
         elsewhere = self._expected is not None and self._status == 202
         expected = self._expected_late()
-        facts = replace(self._call_facts(), elsewhere=elsewhere)
+        answered = bool(self._asked) and self._asked <= self._answers.keys()
+        facts = replace(self._call_facts(), answered=answered, elsewhere=elsewhere)
         if expected is None:
             return facts
         return replace(facts, later=lambda record: self._wait(expected, record))

@@ -361,6 +361,50 @@ class StreamableServer:
                 writer.write(answer(b"", "200 OK"))
 
 
+@pytest.mark.parametrize("is_error", [False, True])
+async def test_a_client_that_leaves_its_stream_when_it_has_its_answer(is_error: bool) -> None:
+    gone = asyncio.Event()
+
+    async def server(reader, writer) -> None:
+        await read_request(reader)
+        writer.write(STREAM_HEAD + chunk(message(result(5, content=[], isError=is_error))))
+        await reader.read()
+        gone.set()
+
+    async with lab(server) as one:
+        wire = await one.dial(NAME, 80)
+        body = request("tools/call", 5, name="get")
+        wire.writer.write(
+            f"POST /mcp HTTP/1.1\r\nHost: {NAME}\r\n{JSON}{SESSION}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        )
+        await wire.reader.readuntil(b"\r\n\r\n")
+        await read_event(wire)
+        wire.reset()
+        async with asyncio.timeout(10):
+            await gone.wait()
+        (span,) = await one.recorder.wait()
+    assert span.name == "tools/call get"
+    assert span.attributes.get("error.type") == ("tool_error" if is_error else None)
+
+
+async def test_a_client_that_leaves_without_its_answer_is_said_to_have_left() -> None:
+    async def server(reader, writer) -> None:
+        await read_request(reader)
+        writer.write(STREAM_HEAD + chunk(b": wait\n\n"))
+        await reader.read()
+
+    async with lab(server) as one:
+        wire = await one.dial(NAME, 80)
+        body = request("tools/call", 5, name="get")
+        wire.writer.write(
+            f"POST /mcp HTTP/1.1\r\nHost: {NAME}\r\n{JSON}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        )
+        await wire.reader.readuntil(b"\r\n\r\n")
+        wire.reset()
+        (span,) = await one.recorder.wait()
+    assert span.attributes["error.type"] == "agent_disconnected"
+
+
 async def test_a_resumed_stream_brings_the_answer_of_its_call() -> None:
     server = StreamableServer()
     async with lab(server) as one:
