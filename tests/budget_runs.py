@@ -136,3 +136,21 @@ def usage(read: int, made: int) -> dict[str, Any]:
         "choices": [{"index": 0, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": read, "completion_tokens": made},
     }
+
+
+def office_of(budget: dict, *matches: dict, **spec) -> Office:
+    return Office(ai_route(budget_rule(budget, *matches)), **spec)
+
+
+def estimate_of(**more) -> int:
+    """What a call's input is taken for."""
+    probe = office_of({"maxTokensPerDay": 10**9})
+    call = openai_call(probe, probe.run(), **more)
+    assert call.answer is None
+    return probe.entry().reserved.tokens - more["max_tokens"]
+
+
+def raw_call(office: Office, body: bytes, *headers: tuple[str, str], path: str = "/v1/chat/completions",
+             host: str = "api.openai.com", method: str = "POST", query: str = "") -> LlmExchange:  # fmt: skip
+    head = RequestHead(method, "https", host, 443, path, query, headers or JSON)
+    return LlmExchange(office, office.run(), body, head)

@@ -12,10 +12,11 @@ import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import ip_address
 from types import SimpleNamespace
 
+from span_list import Span, SpanList
 from tls_material import Authority
 
 from clrk.core import wire
@@ -30,75 +31,11 @@ from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.proxyv2.expect import expected_header
 from clrk.gateway.run import Run, SandboxSockets
 from clrk.gateway.telemetry.spans import (
-    UNSET,
-    Attributes,
-    Component,
     Identity,
-    SpanEvent,
-    SpanKind,
-    Status,
     TraceContext,
 )
 
 NETNS_COOKIE = 77
-
-
-@dataclass(frozen=True)
-class Span:
-    """One recorded span."""
-
-    name: str
-    kind: SpanKind
-    component: Component
-    start_ns: int
-    end_ns: int
-    attributes: Attributes
-    status: Status
-    span_id: str | None
-    parent_span_id: str | None
-    events: Sequence[SpanEvent] = ()
-    trace_id: str | None = None
-
-
-class SpanList:
-    """A Recorder that keeps spans and wakes who waits for them."""
-
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self.begun: list[dict] = []
-        self._news = asyncio.Event()
-
-    def record(
-        self, identity: Identity, *, component: Component, name: str, kind: SpanKind, start_ns: int, end_ns: int,
-        attributes: Attributes, status: Status = UNSET, events: Sequence[SpanEvent] = (), span_id=None,
-        parent_span_id=None, trace_id=None,
-    ) -> None:  # fmt: skip
-        self.spans.append(
-            Span(
-                name,
-                kind,
-                component,
-                start_ns,
-                end_ns,
-                dict(attributes),
-                status,
-                span_id,
-                parent_span_id,
-                list(events),
-                trace_id,
-            )
-        )
-        self._news.set()
-
-    def begin(self, identity: Identity, **facts) -> None:
-        self.begun.append(facts)
-
-    async def wait(self, count: int = 1) -> list[Span]:
-        async with asyncio.timeout(15):
-            while len(self.spans) < count:
-                self._news.clear()
-                await self._news.wait()
-        return self.spans
 
 
 class FlowTable:

@@ -5,72 +5,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
-from egress_lab import Lab, aliased, answer, laboratory, read_request, upstream
-
-NAME = "mcp.example.com"
-ALLOW = [{"hostnames": [NAME, "other.example.com"]}]
-JSON = "Content-Type: application/json\r\n"
-BOTH = JSON + "Accept: application/json, text/event-stream\r\n"
-RULE = "MCPRoute default/mcp-0 rules[0]"
-
-
-def call(tool: str, id_: Any = 1) -> dict[str, Any]:
-    return {"jsonrpc": "2.0", "id": id_, "method": "tools/call", "params": {"name": tool, "arguments": {}}}
-
-
-def raw(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
-
-def post(body: bytes, headers: str = BOTH, target: str = "/mcp", method: str = "POST") -> bytes:
-    head = f"{method} {target} HTTP/1.1\r\nHost: {NAME}\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-def routes(**policy: Any) -> dict[str, Any]:
-    spec = {"hostnames": [NAME], "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
-    return {"mcp_routes": [{"kind": "MCPRoute", "metadata": {"name": "mcp-0"}, "spec": spec}]}
-
-
-class Server:
-    """Writes down what reaches it; answers with reply."""
-
-    def __init__(self, reply: bytes = answer(b'{"jsonrpc":"2.0","id":1,"result":{}}', headers=JSON)) -> None:
-        self.reply = reply
-        self.heads: list[bytes] = []
-        self.bodies: list[bytes] = []
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            head, body = await read_request(reader)
-            self.heads.append(head)
-            self.bodies.append(body)
-            writer.write(self.reply)
-
-
-@asynccontextmanager
-async def lab(server, policy: dict[str, Any], mode: str = "Enforce", **gateway: Any):
-    async with (
-        upstream(server) as port,
-        laboratory(
-            gateway=aliased(port, NAME, "other.example.com") | {"mode": mode} | gateway,
-            rules=ALLOW,
-            recognise="real",
-            config=routes(**policy),
-        ) as one,
-    ):
-        yield one
-
-
-async def ask(one: Lab, request: bytes, destination: str = NAME) -> tuple[bytes, bytes]:
-    wire = await one.dial(destination, 80)
-    wire.writer.write(request)
-    return await wire.response()
-
+from egress_lab import aliased, answer, laboratory, read_request, upstream
+from mcp_lab import ALLOW, BOTH, JSON, LIST, NAME, PAGE, RULE, Server, ask, call, lab, post, raw, routes
 
 # --- what is denied -------------------------------------------------------------------------------------------------
 
@@ -341,75 +279,6 @@ async def test_a_call_that_never_went_out_does_not_count() -> None:
         for _ in range(2):
             head, _ = await ask(one, post(raw(call("get"))))
             assert head.startswith(b"HTTP/1.1 502 ")
-
-
-# --- lists ----------------------------------------------------------------------------------------------------------
-
-LIST = raw({"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}})
-PAGE = {"jsonrpc": "2.0", "id": 1, "result": {"tools": [{"name": "get"}, {"name": "rm"}], "nextCursor": "n"}}
-SHOWN = {"jsonrpc": "2.0", "id": 1, "result": {"tools": [{"name": "get"}], "nextCursor": "n"}}
-
-
-async def whole(one: Lab, request: bytes) -> bytes:
-    """Send a request that closes; return the body without its chunks."""
-    wire = await one.dial(NAME, 80)
-    reply = await wire.ask(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
-    head, _, body = reply.partition(b"\r\n\r\n")
-    assert b"ontent-Encoding" not in head
-    if b"ransfer-Encoding: chunked" not in head:
-        return body
-    out = b""
-    while size := int(body.partition(b"\r\n")[0], 16):
-        out += (body := body.partition(b"\r\n")[2])[:size]
-        body = body[size + 2 :]
-    return out
-
-
-@pytest.mark.parametrize("coding", ["", "gzip", "Gzip"])
-async def test_lists_are_filtered(coding: str) -> None:
-    packed = gzip.compress(raw(PAGE)) if coding else raw(PAGE)
-    server = Server(answer(packed, headers=JSON + (f"Content-Encoding: {coding}\r\n" if coding else "")))
-    async with lab(server, {"deniedTools": ["rm"]}) as one:
-        found = await whole(one, post(LIST, BOTH + "Accept-Encoding: gzip, br\r\n"))
-        (span,) = await one.recorder.wait()
-    assert json.loads(found) == SHOWN
-    assert b"accept-encoding: identity\r\n" in server.heads[0].lower()
-    assert span.attributes["clrk.resp.bytes"] == len(found)
-    assert span.name == "tools/list"
-
-
-async def test_lists_in_streams_are_filtered() -> None:
-    events = b"id: 1\ndata: \n\nevent: message\nid: 2\ndata: " + raw(PAGE) + b"\n\n: bye\n\n"
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
-    async with lab(Server(head + events), {"deniedTools": ["rm"]}) as one:
-        wire = await one.dial(NAME, 80)
-        wire.writer.write(post(LIST))
-        async with asyncio.timeout(10):
-            await wire.reader.readuntil(b"\r\n\r\n")
-            found = await wire.reader.readuntil(b": bye\n\n")
-    before, shown, after = found.partition(b"id: 2\ndata: ")[0], *found.partition(b"id: 2\ndata: ")[2].split(b"\n", 1)
-    assert (before, after) == (b"id: 1\ndata: \n\nevent: message\n", b"\n: bye\n\n")
-    assert json.loads(shown) == SHOWN
-
-
-@pytest.mark.parametrize("coding", ["zpaq", "gzip"])
-async def test_a_list_that_can_not_be_read_is_not_shown(coding: str) -> None:
-    server = Server(answer(raw(PAGE), headers=JSON + f"Content-Encoding: {coding}\r\n"))
-    async with lab(server, {"deniedTools": ["rm"]}) as one:
-        wire = await one.dial(NAME, 80)
-        head, _, body = (await wire.ask(post(LIST))).partition(b"\r\n\r\n")
-        (span,) = await one.recorder.wait()
-    assert b"ransfer-Encoding: chunked" in head
-    assert body == b""  # not even the chunk that ends it: it is no empty answer
-    assert span.attributes["error.type"] == "mcp_unfilterable"
-
-
-async def test_all_else_passes_to_the_letter() -> None:
-    body = b' {"jsonrpc":"2.0", "id":1, "result":{"content":[{"type":"text","text":"rm"}],"tools":[{"name":"rm"}]}}\n'
-    reply = answer(body, headers=JSON + "ETag: x\r\n")
-    async with lab(Server(reply), {"deniedTools": ["rm"]}) as one:
-        head, found = await ask(one, post(raw(call("get"))))
-    assert head + found == reply
 
 
 # --- only watching --------------------------------------------------------------------------------------------------

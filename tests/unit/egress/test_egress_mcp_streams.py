@@ -1,118 +1,29 @@
-"""MCP exchanges that belong together: HTTP+SSE, resumed streams, servers' questions; governed and not."""
+"""MCP over HTTP+SSE: answers that come on the stream of another exchange; governed and not."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
-from egress_lab import Lab, Wire, aliased, answer, laboratory, read_request, upstream
-
-NAME = "mcp.example.com"
-JSON = "Content-Type: application/json\r\n"
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-ENDPOINT = b"event: endpoint\ndata: /messages/?session_id=7\n\n"
-SESSION = "Mcp-Session-Id: s-1\r\nMCP-Protocol-Version: 2025-06-18\r\n"
-
-
-def raw(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
-
-def request(method: str, id_: Any = 1, **params: Any) -> bytes:
-    return raw({"jsonrpc": "2.0", "id": id_, "method": method, "params": params})
-
-
-def message(value: bytes) -> bytes:
-    return b"event: message\r\ndata: " + value + b"\r\n\r\n"
-
-
-def result(id_: Any, **found: Any) -> bytes:
-    return raw({"jsonrpc": "2.0", "id": id_, "result": found})
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-class SseServer:
-    """HTTP+SSE: GET is the stream, POSTs are accepted. `send` puts bytes on the stream."""
-
-    def __init__(self, first: bytes = ENDPOINT) -> None:
-        self.first = first
-        self.bodies: list[bytes] = []
-        self.streams: list[asyncio.StreamWriter] = []
-        self.more = asyncio.Event()
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            head, body = await read_request(reader)
-            if head.startswith(b"GET"):
-                writer.write(STREAM_HEAD + chunk(self.first))
-                self.streams.append(writer)
-            else:
-                self.bodies.append(body)
-                writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 8\r\n\r\nAccepted")
-            self.more.set()
-
-    def send(self, data: bytes) -> None:
-        self.streams[-1].write(chunk(data))
-
-    def end(self) -> None:
-        self.streams[-1].write(b"0\r\n\r\n")
-
-
-def routes(**policy: Any) -> dict[str, Any]:
-    spec = {"hostnames": [NAME], "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
-    return {"mcp_routes": [{"kind": "MCPRoute", "metadata": {"name": "r"}, "spec": spec}]}
-
-
-@asynccontextmanager
-async def lab(server, policy: dict[str, Any] | None = None, **gateway: Any):
-    async with (
-        upstream(server) as port,
-        laboratory(
-            gateway=aliased(port, NAME) | gateway,
-            rules=[{"hostnames": [NAME]}],
-            recognise="real",
-            config=routes(**policy) if policy else {},
-        ) as one,
-    ):
-        yield one
-
-
-async def listen(one: Lab, path: str = "/sse", headers: str = "") -> Wire:
-    wire = await one.dial(NAME, 80)
-    head = f"GET {path} HTTP/1.1\r\nHost: {NAME}\r\nAccept: text/event-stream\r\n{headers}\r\n"
-    wire.writer.write(head.encode())
-    async with asyncio.timeout(10):
-        assert b" 200 OK" in await wire.reader.readuntil(b"\r\n\r\n")
-    return wire
-
-
-async def read_event(wire: Wire) -> bytes:
-    """Return the next chunk's data: the gateway's own chunks hold whole events."""
-    async with asyncio.timeout(10):
-        size = int(await wire.reader.readuntil(b"\r\n"), 16)
-        return (await wire.reader.readexactly(size + 2))[:-2]
-
-
-async def post(
-    one: Lab, body: bytes, target: str = "/messages/?session_id=7", headers: str = ""
-) -> tuple[bytes, bytes]:
-    wire = await one.dial(NAME, 80)
-    head = f"POST {target} HTTP/1.1\r\nHost: {NAME}\r\n{JSON}{headers}Content-Length: {len(body)}\r\n\r\n"
-    wire.writer.write(head.encode() + body)
-    return await wire.response()
-
-
-def named(one: Lab, name: str) -> list[dict[str, Any]]:
-    return [dict(span.attributes) for span in one.spans if span.name == name]
-
-
-# --- HTTP+SSE -------------------------------------------------------------------------------------------------------
+from egress_lab import read_request
+from mcp_streams_lab import (
+    ENDPOINT,
+    JSON,
+    NAME,
+    STREAM_HEAD,
+    SseServer,
+    chunk,
+    lab,
+    listen,
+    message,
+    named,
+    post,
+    raw,
+    read_event,
+    request,
+    result,
+)
 
 
 async def test_an_answer_on_the_stream_ends_the_span_of_its_post() -> None:
@@ -338,106 +249,3 @@ async def test_a_client_that_reads_nothing_takes_no_memory() -> None:
                 break
     assert kinds == {b"202", b"200"}  # at last the POST itself is answered
     assert server.bodies == []
-
-
-# --- Streamable HTTP ------------------------------------------------------------------------------------------------
-
-
-class StreamableServer:
-    """Closes the stream of a call early; its answer comes on the GET that resumes it."""
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            head, body = await read_request(reader)
-            self.head = head
-            if head.startswith(b"POST") and b"result" in body:
-                writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
-            elif head.startswith(b"POST"):
-                question = message(request("elicitation/create", "q", message="sure?"))
-                writer.write(STREAM_HEAD + chunk(b"id: 1\r\ndata: \r\n\r\n" + question) + b"0\r\n\r\n")
-            elif head.startswith(b"GET"):
-                writer.write(STREAM_HEAD + chunk(b"id: 2\r\n" + message(result(4, content=[]))) + b"0\r\n\r\n")
-            else:
-                writer.write(answer(b"", "200 OK"))
-
-
-@pytest.mark.parametrize("is_error", [False, True])
-async def test_a_client_that_leaves_its_stream_when_it_has_its_answer(is_error: bool) -> None:
-    gone = asyncio.Event()
-
-    async def server(reader, writer) -> None:
-        await read_request(reader)
-        writer.write(STREAM_HEAD + chunk(message(result(5, content=[], isError=is_error))))
-        await reader.read()
-        gone.set()
-
-    async with lab(server) as one:
-        wire = await one.dial(NAME, 80)
-        body = request("tools/call", 5, name="get")
-        wire.writer.write(
-            f"POST /mcp HTTP/1.1\r\nHost: {NAME}\r\n{JSON}{SESSION}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        )
-        await wire.reader.readuntil(b"\r\n\r\n")
-        await read_event(wire)
-        wire.reset()
-        async with asyncio.timeout(10):
-            await gone.wait()
-        (span,) = await one.recorder.wait()
-    assert span.name == "tools/call get"
-    assert span.attributes.get("error.type") == ("tool_error" if is_error else None)
-
-
-async def test_a_client_that_leaves_without_its_answer_is_said_to_have_left() -> None:
-    async def server(reader, writer) -> None:
-        await read_request(reader)
-        writer.write(STREAM_HEAD + chunk(b": wait\n\n"))
-        await reader.read()
-
-    async with lab(server) as one:
-        wire = await one.dial(NAME, 80)
-        body = request("tools/call", 5, name="get")
-        wire.writer.write(
-            f"POST /mcp HTTP/1.1\r\nHost: {NAME}\r\n{JSON}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        )
-        await wire.reader.readuntil(b"\r\n\r\n")
-        wire.reset()
-        (span,) = await one.recorder.wait()
-    assert span.attributes["error.type"] == "agent_disconnected"
-
-
-async def test_a_resumed_stream_brings_the_answer_of_its_call() -> None:
-    server = StreamableServer()
-    async with lab(server) as one:
-        await post(one, request("tools/call", 4, name="slow"), "/mcp", SESSION)
-        await post(one, result("q", action="accept"), "/mcp", SESSION)
-        (reply,) = await one.recorder.wait(1)
-        wire = await listen(one, "/mcp", SESSION + "Last-Event-ID: 1\r\n")
-        assert b'"content"' in await read_event(wire)
-        assert b"last-event-id: 1" in server.head.lower()
-        await one.recorder.wait(3)
-    assert (reply.name, reply.attributes["mcp.session.id"]) == ("elicitation/create", "s-1")
-    (call,) = named(one, "tools/call slow")
-    assert "clrk.body.usage_visible" not in call
-    assert "error.type" not in call
-    (stream,) = named(one, f"GET {NAME}")
-    assert (stream["mcp.session.id"], stream["mcp.protocol.version"]) == ("s-1", "2025-06-18")
-
-
-async def test_another_sessions_stream_answers_nobody() -> None:
-    async with lab(StreamableServer()) as one:
-        await post(one, request("tools/call", 4, name="slow"), "/mcp", SESSION)
-        await read_event(await listen(one, "/mcp", "Mcp-Session-Id: another\r\nLast-Event-ID: 1\r\n"))
-        await one.recorder.wait(1)
-        assert named(one, "tools/call slow") == []
-    (call,) = named(one, "tools/call slow")
-    assert call["clrk.body.usage_visible"] is False
-
-
-async def test_the_end_of_a_session_is_a_plain_call_that_names_it() -> None:
-    async with lab(StreamableServer(), {"deniedTools": ["rm"]}) as one:
-        wire = await one.dial(NAME, 80)
-        wire.writer.write(f"DELETE /mcp HTTP/1.1\r\nHost: {NAME}\r\n{SESSION}\r\n".encode())
-        assert b" 200 " in (await wire.response())[0]
-        (span,) = await one.recorder.wait()
-    assert (span.name, span.attributes["mcp.session.id"]) == (f"DELETE {NAME}", "s-1")
-    assert "clrk.egress.deny_reason" not in span.attributes

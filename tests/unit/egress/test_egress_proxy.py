@@ -3,60 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import shutil
 import socket
 from ipaddress import ip_address
 
 import pytest
 from connect_proxy import connect_proxy
 from egress_lab import aliased, answer, laboratory, read_request, upstream
+from proxied_lab import ALLOW, GET, NAME, PROXY, SECRET, ask, failure, hello, only_the_proxy, signed_in, through
 from tls_material import Authority
 
 from clrk.gateway.egress import upstream as upstream_module
-
-NAME = "api.example.com"
-PROXY = "proxy.corp.example"
-ALLOW = [{"hostnames": [NAME, "other.example.com"]}, {"cidrs": ["203.0.113.0/24"]}]
-GET = f"GET /v1 HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\n\r\n".encode()
-SECRET = {"default/proxy": {"username": "corp-user", "password": "S3cret:pass word"}}
-
-
-async def hello(reader, writer):
-    await read_request(reader)
-    writer.write(answer(b"secure"))
-
-
-async def only_the_proxy(name, port):
-    """What a host behind a corporate proxy can resolve."""
-    if name == PROXY:
-        return [ip_address("127.0.0.1")]
-    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-
-def through(proxy, **spec) -> dict:
-    return {"upstreamProxy": {"url": f"http://{PROXY}:{proxy.port}"} | spec}
-
-
-def signed_in(proxy, **spec) -> dict:
-    return through(proxy, secretRef={"name": "proxy"}, **spec)
-
-
-async def ask(lab, request: bytes = GET, name: str = NAME) -> tuple[bytes, object]:
-    wire = await lab.dial_tls(name)
-    raw = await wire.ask(request)
-    return raw, (await lab.recorder.wait())[0]
-
-
-async def failure(lab) -> tuple[str, str]:
-    """The reason of the 502, and its detail; the span says the same."""
-    raw, span = await ask(lab)
-    assert raw.startswith(b"HTTP/1.1 502 "), raw
-    body = json.loads(raw.partition(b"\r\n\r\n")[2])
-    assert (span.name, span.attributes["error.type"]) == ("egress.dial.failed", body["reason"])
-    assert span.status.message == body["detail"]
-    return body["reason"], body["detail"]
 
 
 async def test_https_goes_through_the_proxy_with_its_name_and_credentials():
@@ -372,43 +328,3 @@ async def test_a_proxy_that_refuses_resets_a_tunnel():
             await wire.reader.read()
         span = (await lab.recorder.wait())[0]
     assert (span.name, span.attributes["error.type"]) == ("egress.dial.failed", "proxy_forbidden")
-
-
-@contextlib.asynccontextmanager
-async def tinyproxy(folder):
-    """Debian's tinyproxy on a free port; yields the port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    lines = (f"Port {port}", "Listen 127.0.0.1", "Timeout 20", "MaxClients 10", "BasicAuth corp-user S3cret-word")
-    (folder / "tinyproxy.conf").write_text("\n".join(lines) + "\n")
-    process = await asyncio.create_subprocess_exec("tinyproxy", "-d", "-c", folder / "tinyproxy.conf", stdout=-3)
-    try:
-        async with asyncio.timeout(10):
-            while True:
-                with contextlib.suppress(ConnectionRefusedError):
-                    socket.create_connection(("127.0.0.1", port)).close()
-                    break
-                await asyncio.sleep(0.02)
-        yield port
-    finally:
-        process.terminate()
-        await process.wait()
-
-
-@pytest.mark.skipif(shutil.which("tinyproxy") is None, reason="no tinyproxy: apt-get install tinyproxy-bin")
-async def test_against_tinyproxy(tmp_path):
-    theirs = Authority("upstream CA")
-    rules = [{"cidrs": ["127.0.0.1/32"]}]
-    async with upstream(hello, theirs.server_context(["127.0.0.1"])) as port, tinyproxy(tmp_path) as proxy_port:
-        gateway = {"upstreamProxy": {"url": f"http://{PROXY}:{proxy_port}", "secretRef": {"name": "proxy"}}}
-        for password, status in (("S3cret-word", 200), ("wrong", 502)):
-            secrets = {"default/proxy": {"username": "corp-user", "password": password}}
-            async with laboratory(
-                gateway=gateway, rules=rules, upstream_ca=theirs.cert_pem, resolver=only_the_proxy, secrets=secrets
-            ) as lab:
-                wire = await lab.dial_tls("127.0.0.1", port)
-                request = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
-                raw = await wire.ask(request.encode())
-                assert int(raw.split()[1]) == status
-                span = (await lab.recorder.wait())[0]
-                assert span.attributes.get("error.type") == (None if status == 200 else "proxy_authentication_required")
