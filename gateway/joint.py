@@ -31,8 +31,9 @@ class JointGovernor:
         return self._first.decodes_response or self._second.decodes_response
 
     def judge(self, body: bytes) -> Answer | None:
-        """See Governor. The second is asked about what the first lets go."""
-        return self._first.judge(body) or self._second.judge(body)
+        """See Governor. Both are asked: where the gateway only watches, the second counts what the first would deny."""
+        first, second = self._first.judge(body), self._second.judge(body)
+        return first or second
 
     def rewrite_request(self, body: bytes) -> bytes:
         """See Governor."""

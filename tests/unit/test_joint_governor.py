@@ -55,6 +55,14 @@ def test_what_either_denies_goes_nowhere(one, other) -> None:
     assert JointGovernor(Judge(b"1", verdict=one), Judge(b"2", verdict=other)).judge(b"x") is DENIAL
 
 
+def test_what_the_first_denies_is_judged_by_the_second_too_since_a_gateway_may_only_watch() -> None:
+    first, second = Judge(b"1", verdict=DENIAL), Judge(b"2")
+    joint = JointGovernor(first, second)
+    assert joint.judge(b"x") is DENIAL
+    assert second.asked == [b"x"]
+    assert joint.settle(None, sent=True) == {"1": True, "2": True}
+
+
 def test_both_are_asked_and_both_settle() -> None:
     first, second = Judge(b"1"), Judge(b"2")
     joint = JointGovernor(first, second)
