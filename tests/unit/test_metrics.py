@@ -276,18 +276,3 @@ async def test_prometheus_text_has_the_same(tmp_path):
         if s.name.endswith("_bucket") and s.labels["le"] == "0.01"
     }
     assert spawns == {"default/default": ("support", 1), "default/other": ('od"d\n', 1)}
-
-
-async def test_measuring_costs_little(tmp_path):
-    telemetry = Telemetry.open(tmp_path, config())
-    who = identity()
-    now = time.time_ns()
-    attributes_of_llm = {key.replace("__", "."): value for key, value in LLM.items()} | {
-        "agent.namespace": "default", "agent.name": "support",
-    }  # fmt: skip
-    span = SpanRecord("0" * 32, "0" * 16, "", "chat", SpanKind.CLIENT, now, now + MS, attributes=attributes_of_llm)
-    begin = time.perf_counter()
-    for _ in range(1000):
-        telemetry.metrics.take(span, who.egress_gateway)
-    assert time.perf_counter() - begin < 1.0, "1 ms a span is far over what measuring costs"
-    await telemetry.close()

@@ -6,12 +6,13 @@ from __future__ import annotations
 import base64
 import json
 import random
-import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from urllib.parse import quote
 
 import pytest
+from cost import assert_proportional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,17 +216,14 @@ SLOW = {
 @pytest.mark.parametrize("pattern", SLOW)
 def test_hostile_text_under_the_gateways_patterns_takes_time_in_proportion(pattern: str) -> None:
     text = SLOW[pattern] * (2**19 // len(SLOW[pattern]))
-    began = time.process_time()
-    Redactor([pattern], values("aaaa", "x" * 4096)).text(text, cut_start=True, cut_end=True)
-    assert time.process_time() - began < 2.0
+    redactor = Redactor([pattern], values("aaaa", "x" * 4096))
+    assert_proportional(partial(redactor.text, cut_start=True, cut_end=True), text[: 2**16], text)
 
 
 @pytest.mark.parametrize("unit", ["%41", "\\u0041", "&#65;", "%2541", "%25" * 3, "\\" * 8 + "u0041", "-EAAA", " re_", ":AA", "Q~", "/1//0", "%22token%22%3a"])  # fmt: skip
 def test_hostile_escapes_and_prefixes_take_time_in_proportion(unit: str) -> None:
     text = (unit * (2**20 // len(unit) + 1))[: 2**20]
-    began = time.process_time()
-    redact_text(text, cut_start=True, cut_end=True)
-    assert time.process_time() - began < 2.0
+    assert_proportional(partial(redact_text, cut_start=True, cut_end=True), text[: 2**17], text)
 
 
 def test_behind_too_many_escapes_nothing_is_shown() -> None:

@@ -4,9 +4,9 @@ import base64
 import json
 import os
 import random
-import time
 
 import pytest
+from cost import as_objects, assert_cheap
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,17 +146,17 @@ def test_any_document_has_an_estimate(value):
 
 @pytest.mark.parametrize("body", [b"[]," * MAX_BRACKETS, b"{}," * MAX_BRACKETS, b"1," * MAX_COMMAS, b"[" * 10**7])
 def test_a_body_that_takes_long_to_read_is_refused_at_once(body):
-    began = time.process_time()
-    with pytest.raises(ProtocolError, match="too long to read"):
-        read_demand(b'{"x":[' + body + b"[],1]}")
-    assert time.process_time() - began < 0.2
+    def refused() -> None:
+        with pytest.raises(ProtocolError, match="too long to read"):
+            read_demand(b'{"x":[' + body + b"[],1]}")
+
+    assert_cheap(refused, as_objects, at_most=1)
 
 
 def test_the_largest_body_that_is_read_takes_a_bounded_time():
     body = b'{"x":[' + b"[]," * (MAX_BRACKETS - 2) + b"1]}"
-    began = time.process_time()
     assert read_demand(body).input_tokens > MAX_BRACKETS
-    assert time.process_time() - began < 1
+    assert_cheap(lambda: read_demand(body), lambda: json.loads(body), at_most=10)
 
 
 def test_media_are_looked_for_in_a_bounded_number_of_places():
