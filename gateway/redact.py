@@ -35,11 +35,15 @@ _MAX_REMEMBERED_CHARS: Final = 128
 
 # --- headers --------------------------------------------------------------------------------------------------------
 
-_SECRET_HEADERS: Final = frozenset(("cookie", "set-cookie", "cookie2", "set-cookie2", "authentication-info"))
-# Last words of names. Plural tokens are a count everywhere; an idempotency key or a session opens nothing.
+_SECRET_HEADERS: Final = frozenset(
+    ("cookie", "set-cookie", "cookie2", "set-cookie2", "authentication-info", "x-honeycomb-team")
+)
+# Last words of names, perhaps with a number. Plural tokens are a count everywhere; an idempotency key or a session
+# opens nothing.
 _SECRET_HEADER: Final = re.compile(
     r"(?:^|[-_.])(?:auth|authorization|token|jwt|secret|password|passwd|passphrase|signature|credentials?"
-    r"|(?:api|access|private|secret|auth|subscription|functions|account|client|master|admin)[-_]?key|apikey)$"
+    r"|(?:api|application|access|private|secret|auth|subscription|functions|account|client|master|admin)[-_]?key|apikey)"
+    r"(?:[-_.]?v?[0-9]{1,3})?$"
     r"|^x-.*-(?:key|secret)$"
 )
 
@@ -141,9 +145,7 @@ class Redactor:
             elif not isinstance(value, int | float):
                 texts += value
         unknown = [text for text in texts if not self._is_clean(text)]
-        if not unknown:
-            return found
-        if not self._find("\n".join(unknown).encode("utf-8", "replace")):
+        if not unknown or not self._may_find("\n".join(unknown).encode("utf-8", "replace")):
             for text in unknown:
                 self._remember(text)
             return found
@@ -165,6 +167,12 @@ class Redactor:
             if len(self._clean) >= _MAX_REMEMBERED:
                 self._clean.clear()
             self._clean.add(text)
+
+    def _may_find(self, raw: bytes) -> bool:
+        """Say whether there is anything to look for: the same for a text by itself and for one among others."""
+        if self._patterns or _GATE.search(raw) is not None:
+            return True
+        return self._values().may_stand_in(raw) or next(layers(raw), None) is not None
 
     def _find(self, raw: bytes) -> list[Span]:
         spans = [*_find_known(raw), *self._find_own(raw)]

@@ -19,6 +19,8 @@ _WORDS: Final = (
     b"accountkey", b"account_key", b"account-key", b"signingkey", b"signing_key", b"encryptionkey", b"encryption_key",
 )  # fmt: skip
 _SUFFIX: Final = rb"(?:(?<!token)s|[_-]?(?:key|value|id|hash)){0,2}"  # plural tokens are a count
+# What stands for a member or an item of what is named so: `user[password]=`, `token[]=`.
+_INDEX: Final = rb"(?:\]|\[[\w-]{0,32}\]){0,4}"
 # A quote as it is, in JSON inside JSON, in a form, in HTML.
 _QUOTE: Final = rb"\\{0,8}[\"']|(?:%5c){0,8}%2[27]|&(?:quot|apos|#0?3[49]);"
 _GAP: Final = rb"(?:\s|\+|%20){0,64}"
@@ -36,12 +38,16 @@ _NAMED: Final = re.compile(
     + _NO_SECRET
     + rb"([^\s,}\]\"'\[{]+))"
     # a field of multipart/form-data
-    + rb"|\"(?:;[^\r\n]{0,256})?\r?\n(?:[^\r\n]{1,256}\r?\n){0,4}\r?\n(.*?)(?=\r?\n--|\Z)"
+    + rb"|"
+    + _INDEX
+    + rb"\"(?:;[^\r\n]{0,256})?\r?\n(?:[^\r\n]{1,256}\r?\n){0,4}\r?\n(.*?)(?=\r?\n--|\Z)"
     # `name: "value"`, `name = "value"`, `name=value`, `name: value`
     + rb"|[ \t]{0,8}(?::|=>?)[ \t]{0,8}("
     + _QUOTE
     + rb")([^\r\n]*?)(?:(?<!\\)\6|(?=[\r\n])|\Z)"
-    + rb"|(?:[ \t]{0,8}=[ \t]{0,8}|%3d)([^\s&\"'<>\\;,]+)"
+    + rb"|"
+    + _INDEX
+    + rb"(?:[ \t]{0,8}=[ \t]{0,8}|%3d)([^\s&\"'<>\\;,]+)"
     + rb"|:[ \t]{0,8}([^\s\"'\\,}\]]+))",
     re.IGNORECASE | re.DOTALL,
 )
@@ -57,7 +63,9 @@ _TAG: Final = re.compile(_SUFFIX + rb"(?:\s[^<>]{0,256})?>(\s{0,64}<!\[CDATA\[)?
 _TAG_HEAD: Final = re.compile(rb"<[\w:.-]{0,64}")
 _LINE_WORDS: Final = frozenset((b"authorization", b"cookie"))
 _LINE: Final = re.compile(rb"[ \t]{0,8}:[ \t]{0,8}([^\r\n\"'\\]+)")
-_URL_WORDS: Final = (b"key=", b"sig=", b"code=", b"signature=")  # too common to be secrets elsewhere
+# Parameters whose names are too common to be secrets elsewhere; some also as the last word of a longer name.
+_LAST_WORDS: Final = (b"key=", b"signature=", b"assertion=")
+_URL_WORDS: Final = (*_LAST_WORDS, b"sig=", b"code=", b"auth=", b"hmac=", b"jwt=", b"pass=", b"pw=", b"samlresponse=")
 _URL_VALUE: Final = re.compile(rb"[^\s&\"'<>\\#;]+")
 _SCHEMES: Final = (b"bearer", b"basic")
 _CREDENTIALS: Final = re.compile(rb"(?:\s|%20|\+){1,4}([A-Za-z0-9._~+/=-]{8,})")
@@ -149,5 +157,5 @@ def _in_query(lower: bytes, start: int) -> bool:
     """Say whether a parameter begins here, or ends with this word; `&` may be escaped for HTML or JSON."""
     before = lower[max(0, start - 1) : start]
     if before in (b"-", b"_"):
-        return lower.startswith((b"key=", b"signature="), start)  # a country_code is no secret
+        return lower.startswith(_LAST_WORDS, start)  # a country_code is no secret
     return before in (b"?", b"&", b";") or lower[max(0, start - 6) : start] == b"\\u0026"

@@ -29,11 +29,13 @@ class HiddenValues:
         except re2.error:  # too much for one automaton: each form is looked for by itself
             self._gate = None
 
+    def may_stand_in(self, raw: bytes) -> bool:
+        """Say whether it is worth looking for them: in one pass, whatever their number."""
+        return bool(self._forms) and (self._gate is None or self._gate.search(raw) is not None)
+
     def find(self, raw: bytes) -> Iterator[Span]:
         """Yield where values stand."""
-        if self._gate is not None and self._gate.search(raw) is None:
-            return
-        for form in self._forms:
+        for form in self._forms if self.may_stand_in(raw) else ():
             yield from ((at, at + len(form)) for at in _places(raw, form, len(form)))
 
     def rest_at_start(self, raw: bytes) -> int:

@@ -208,6 +208,14 @@ def test_attributes_lose_their_secrets_and_nothing_else() -> None:
     assert found == {**kept, "list": ["a", REDACTED], "uri": f"file:///{REDACTED}"}
 
 
+def test_attributes_are_looked_through_one_by_one() -> None:
+    """What holds for the beginning or the end of a text holds for that of each attribute."""
+    own = Redactor(["^EMP-[0-9]+$"])
+    assert own.attributes({"a": "EMP-1", "b": "plain"}) == {"a": REDACTED, "b": "plain"}
+    found = Redactor().attributes({"a": "<Secret>hunter2", "b": "<x"})
+    assert found == {"a": f"<Secret>{REDACTED}", "b": "<x"}
+
+
 SLOW = {
     "(a*)*b": "a", "(?s)x(.*y)?": "x", "EMP-[0-9]{6}": "EMP-123456", "(a|aa)+$": "a", "[a-z]+": "a ",
 }  # fmt: skip
