@@ -24,7 +24,13 @@ from clrk.gateway.ca import LeafIssuer
 from clrk.gateway.egress.admission import allows_tunnel
 from clrk.gateway.egress.channel import LINGER_RESET, Channel
 from clrk.gateway.egress.flows import FlowSource
-from clrk.gateway.egress.handshake import NO_APPLICATION_PROTOCOL, judge_handshake, passthrough
+from clrk.gateway.egress.handshake import (
+    NO_APPLICATION_PROTOCOL,
+    HandshakeFailure,
+    judge_early_end,
+    judge_handshake,
+    passthrough,
+)
 from clrk.gateway.egress.http import relay_http
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import Call, Destination, connect_time_ns
@@ -223,7 +229,7 @@ class Acceptor:
         try:
             agent = await _open(sock, self._issuer.context(sni or origin.destination.host))
         except OSError as exc:
-            self._handshake_failed(call, exc)
+            self._handshake_failed(call, judge_handshake(exc, call.destination.host))
             return
         await self._end_with(agent, self._serve_inside(agent, secure, call))
 
@@ -242,20 +248,19 @@ class Acceptor:
         if kind is not None:
             await self._speak(agent, origin, kind)
         elif isinstance(problem, ssl.SSLError) or (not resumed and loop.time() - opened_s < LEFT_AT_ONCE_S):
-            self._handshake_failed(call, problem or ConnectionResetError("closed without a word"))
+            self._handshake_failed(call, judge_early_end(problem, call.destination.host))
         else:
             self._counters.closed_unused += 1
 
-    def _handshake_failed(self, call: Call, exc: OSError) -> None:
+    def _handshake_failed(self, call: Call, failure: HandshakeFailure) -> None:
         """The agent did not take our certificate, or left."""
         host = call.destination.host
-        failure = judge_handshake(exc, host)
         if failure.rejected_ca:
             call.attributes[attr.CLRK_TLS_CLIENT_REJECTED_CA] = True
-            if host not in self._advised and len(self._advised) < MAX_ADVISED:
-                self._advised.add(host)
-                extra = {"sandbox_id": self._run.identity.sandbox_id}
-                _LOG.warning("agent %s: %s", self._run.identity.agent_name, failure.message, extra=extra)
+        if failure.rejected_ca is not False and host not in self._advised and len(self._advised) < MAX_ADVISED:
+            self._advised.add(host)
+            extra = {"sandbox_id": self._run.identity.sandbox_id}
+            _LOG.warning("agent %s: %s", self._run.identity.agent_name, failure.message, extra=extra)
         self._exit.spans.failed(call, failure.error_type, failure.message)
 
     async def _refuse_http2(self, sock: socket.socket, call: Call) -> None:

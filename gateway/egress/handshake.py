@@ -15,16 +15,17 @@ _REJECTIONS: Final = (
     "UNKNOWN_CA", "CERTIFICATE_UNKNOWN", "BAD_CERTIFICATE", "UNSUPPORTED_CERTIFICATE", "CERTIFICATE_EXPIRED",
     "CERTIFICATE_REVOKED", "ACCESS_DENIED",
 )  # fmt: skip
+_LEFT: Final = (ConnectionResetError, BrokenPipeError, ssl.SSLZeroReturnError, ssl.SSLEOFError)
 _OUTDATED: Final = ("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW")
 
 
 @dataclass(frozen=True, slots=True)
 class HandshakeFailure:
-    """error_type is stable; rejected_ca: the client does not trust us, or left as clients do that do not."""
+    """error_type is stable. rejected_ca: the client does not trust us; None: perhaps it does not, and did not say."""
 
     error_type: str
     message: str
-    rejected_ca: bool = False
+    rejected_ca: bool | None = False
 
 
 def passthrough(host: str) -> str:
@@ -33,24 +34,37 @@ def passthrough(host: str) -> str:
 
 
 def judge_handshake(exc: OSError, host: str) -> HandshakeFailure:
-    """Judge a handshake that failed, or that was over when the client left without a word (ConnectionResetError).
-
-    A client that closes tells no reason: Node.js and GnuTLS (git, wget, apt) do just that when they do not trust a
-    certificate, and hardly any client does it for another reason.
-    """
+    """Judge a handshake that failed. A client that leaves inside it has seen our certificate, and nothing else."""
     reason = getattr(exc, "reason", None) or ""
-    mend = f"have it trust the CA bundle of its sandbox (SSL_CERT_FILE and so on), {passthrough(host)}"
-    if isinstance(exc, ssl.SSLError):
-        if any(word in reason for word in _REJECTIONS):
-            said = reason.partition("ALERT_")[2].replace("_", " ").lower()
-            message = f"TLS for {host}: the client refused our certificate ({said}): {mend}"
-            return HandshakeFailure("tls_client_rejected_ca", message, rejected_ca=True)
-        if any(word in reason for word in _OUTDATED):
-            message = f"TLS for {host}: the client speaks no TLS 1.2 or 1.3; clrk and every current upstream do"
-            return HandshakeFailure("tls_client_protocol_version", message)
-    elif isinstance(exc, ConnectionResetError | BrokenPipeError):
-        message = (
-            f"TLS for {host}: the client closed on seeing our certificate, as one does that does not trust it: {mend}"
-        )
-        return HandshakeFailure("tls_client_rejected_ca", message, rejected_ca=True)
+    if isinstance(exc, _LEFT):  # Node.js and apt do not say why
+        return _rejected(host, "the client left the handshake on seeing our certificate, and did not say why")
+    if any(word in reason for word in _REJECTIONS):
+        said = reason.partition("ALERT_")[2].replace("_", " ").lower()
+        return _rejected(host, f"the client refused our certificate ({said})")
+    if any(word in reason for word in _OUTDATED):
+        message = f"TLS for {host}: the client speaks no TLS 1.2 or 1.3; clrk and every current upstream do"
+        return HandshakeFailure("tls_client_protocol_version", message)
     return HandshakeFailure("tls_client_handshake", f"TLS with the agent for {host}: {exc}")
+
+
+def judge_early_end(problem: OSError | None, host: str) -> HandshakeFailure:
+    """Judge a connection that ended behind its handshake without a word; problem: how, None for an orderly end.
+
+    In TLS 1.3 a client's alert about our certificate comes here. git and wget (GnuTLS) look at a certificate when the
+    handshake is over, and then just close; but so does whoever only wanted to know whether somebody listens.
+    """
+    if isinstance(problem, ssl.SSLError):
+        return judge_handshake(problem, host)
+    message = (
+        f"TLS for {host}: the client closed behind the handshake without a word; if it did not trust our certificate "
+        f"(git and wget do just that): {_mend(host)}"
+    )
+    return HandshakeFailure("tls_client_closed", message, rejected_ca=None)
+
+
+def _rejected(host: str, what: str) -> HandshakeFailure:
+    return HandshakeFailure("tls_client_rejected_ca", f"TLS for {host}: {what}: {_mend(host)}", rejected_ca=True)
+
+
+def _mend(host: str) -> str:
+    return f"have it trust the CA bundle of its sandbox (SSL_CERT_FILE and so on), {passthrough(host)}"

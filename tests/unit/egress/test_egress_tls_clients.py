@@ -13,6 +13,7 @@ import sys
 
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
+from span_list import Span
 from tls_material import Authority
 
 from clrk.core.gateway_config import GatewayConfig, IssuingCa, ca_id
@@ -271,29 +272,51 @@ sock.recv(100)
 sock.close()
 """
 NODE = 'require("https").get("https://localhost:PORT/").on("error", e => console.log(e.code))'
-CLIENTS = {
-    "curl": ["curl", "-sS", "https://localhost:PORT/"],
+HTTPS = "https://localhost:PORT/"
+OPENSSL = ["openssl", "s_client", "-connect", "127.0.0.1:PORT"]
+REJECTING = {
+    "curl": ["curl", "-sS", HTTPS],
     "node": ["node", "-e", NODE],
-    "python": [sys.executable, "-I", "-c", "import urllib.request as r; r.urlopen('https://localhost:PORT/')"],
-    "openssl": ["openssl", "s_client", "-connect", "127.0.0.1:PORT", "-verify_return_error"],
-    "git": ["git", "-c", "http.proxy=", "ls-remote", "https://localhost:PORT/x"],
-    "wget": ["wget", "-qO-", "--tries=1", "https://localhost:PORT/"],
+    "python": [sys.executable, "-I", "-c", f"import urllib.request as r; r.urlopen('{HTTPS}')"],
+    "openssl": [*OPENSSL, "-verify_return_error"],
+    "apt": ["/usr/lib/apt/apt-helper", "-oAcquire::Retries=0", "download-file", HTTPS, "/dev/null"],
     "closes after the certificate": [sys.executable, "-I", "-c", CLOSER],
+}
+CLOSING = {
+    "git": ["git", "-c", "http.proxy=", "ls-remote", f"{HTTPS}x"],
+    "wget": ["wget", "-qO-", "--tries=1", HTTPS],
+    "node of TLS 1.2": ["node", "--tls-max-v1.2", "-e", NODE],
+    "openssl that does not care": OPENSSL,
+    "openssl of TLS 1.2 that does not care": [*OPENSSL, "-tls1_2"],
 }
 
 
-@pytest.mark.parametrize("client", CLIENTS)
-async def test_whoever_rejects_our_ca_gets_a_span_that_says_what_to_do(client, caplog):
-    argv = CLIENTS[client]
+async def _meet_without_trust(argv: list[str]) -> Span:
     if shutil.which(argv[0]) is None:
         pytest.skip(f"no {argv[0]} on this host")
-    caplog.set_level(logging.WARNING)
     async with laboratory(gateway={}, rules=ALLOW) as lab:
         port = await lab.forwarder(NAME, 443)
         await run(*(word.replace("PORT", str(port)) for word in argv))
-        span = (await lab.recorder.wait())[0]
+        return (await lab.recorder.wait())[0]
+
+
+@pytest.mark.parametrize("client", REJECTING)
+async def test_whoever_rejects_our_ca_gets_a_span_that_says_what_to_do(client, caplog):
+    caplog.set_level(logging.WARNING)
+    span = await _meet_without_trust(REJECTING[client])
     assert (span.name, span.attributes["error.type"]) == ("egress.dial.failed", "tls_client_rejected_ca")
     assert span.attributes["clrk.tls.client_rejected_ca"] is True
+    assert f"add {NAME} to tls.passthroughHosts" in span.status.message
+    assert len([record for record in caplog.records if "tls.passthroughHosts" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("client", CLOSING)
+async def test_who_only_closes_behind_the_handshake_is_not_said_to_reject_our_ca(client, caplog):
+    caplog.set_level(logging.WARNING)
+    span = await _meet_without_trust(CLOSING[client])
+    assert (span.name, span.attributes["error.type"]) == ("egress.dial.failed", "tls_client_closed")
+    assert "clrk.tls.client_rejected_ca" not in span.attributes
+    assert "if it did not trust our certificate" in span.status.message
     assert f"add {NAME} to tls.passthroughHosts" in span.status.message
     assert len([record for record in caplog.records if "tls.passthroughHosts" in record.getMessage()]) == 1
 
@@ -313,6 +336,7 @@ async def test_a_client_that_keeps_a_connection_in_advance_and_closes_it_later_i
     ("exc", "error", "rejected"),
     [
         (ConnectionResetError(), "tls_client_rejected_ca", True),
+        (ssl.SSLZeroReturnError(6, "closed"), "tls_client_rejected_ca", True),
         (ConnectionAbortedError("SSL handshake is taking longer than 10 seconds"), "tls_client_handshake", False),
         (TimeoutError(), "tls_client_handshake", False),
         (ssl.SSLError(1, "no shared cipher"), "tls_client_handshake", False),
