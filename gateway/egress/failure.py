@@ -8,6 +8,7 @@ import ssl
 from typing import Final
 
 from clrk.core.errors import ClrkError
+from clrk.gateway.egress.tls import CertificateDemandedError
 from clrk.gateway.egress.tunnels import TunnelRevokedError
 
 # X509_V_ERR_*: openssl/x509_vfy.h
@@ -45,8 +46,7 @@ _ADVICE: Final = {
     "tls_protocol_version": "clrk speaks TLS 1.2 and 1.3",
     "tls_unrecognized_name": "it serves no such name",
     "tls_not_spoken": "what answers on this port is no TLS; dial it without",
-    "tls_handshake": "it accepted none of what TLS 1.2 and 1.3 offer; in TLS 1.2 also when it asks for a client "
-    "certificate: then add the host to tls.passthroughHosts",
+    "tls_handshake": "it accepted none of what TLS 1.2 and 1.3 offer",
     "dns": "this host can not resolve the name",
 }
 
@@ -79,6 +79,8 @@ def error_type_of(exc: BaseException) -> str:
     match exc:
         case ssl.SSLCertVerificationError():
             return _VERIFY_ERRORS.get(exc.verify_code, "tls_certificate_invalid")
+        case CertificateDemandedError():
+            return "tls_client_certificate_required"
         case ssl.SSLError():
             return _TLS_REASONS.get(exc.reason or "", "tls_handshake")
         case socket.gaierror() | UnicodeError():  # what can not be written as a DNS name

@@ -8,10 +8,11 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from clrk.core.errors import ProtocolError
 from clrk.gateway.egress.client_hello import MAX_HELLO_SIZE, ClientHello, parse_client_hello
+from clrk.gateway.egress.server_flight import MAX_FLIGHT_SIZE, asks_for_certificate
 
 T = TypeVar("T")
 
@@ -21,19 +22,49 @@ _PEEK_SIZE: Final = MAX_HELLO_SIZE + 1024
 _SESSION: Final[ContextVar[tuple[str, ssl.SSLSession] | None]] = ContextVar("session to resume", default=None)
 
 
-class _ResumingContext(ssl.SSLContext):
+class CertificateDemandedError(ssl.SSLError):
+    """The upstream asked for a client certificate, and broke the handshake off without one."""
+
+
+class _WatchedObject(ssl.SSLObject):
+    """Keeps what the server says in the handshake: in TLS 1.2 its alert alone does not say what it lacked."""
+
+    incoming: ssl.MemoryBIO
+    _flight = b""
+    _unread = 0
+
+    def do_handshake(self) -> None:
+        """Go on with the handshake. Raises: CertificateDemandedError, ssl.SSLError."""
+        arrived = self.incoming.read()
+        self.incoming.write(arrived)
+        self._flight = (self._flight + arrived[self._unread :])[:MAX_FLIGHT_SIZE]
+        try:
+            super().do_handshake()
+        except ssl.SSLError as exc:
+            self._unread = self.incoming.pending
+            if exc.reason == "SSLV3_ALERT_HANDSHAKE_FAILURE" and asks_for_certificate(self._flight):
+                raise CertificateDemandedError(*exc.args) from exc
+            raise
+        self._flight = b""
+
+
+class _UpstreamContext(ssl.SSLContext):
     """Takes up the session of resume_with: neither asyncio nor uvloop has a parameter for it.
 
     Both call wrap_bio() in the context (contextvars) in which the TCP connection was made, and uvloop takes no other
     name than an exact str, so a context variable is the one way in.
     """
 
-    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+    sslobject_class = _WatchedObject
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, *args: Any, **options: Any) -> ssl.SSLObject:
         """Make the TLS object of a connection."""
         name, session = _SESSION.get() or (None, None)
         if name == options.get("server_hostname"):  # not the handshake with a proxy on the way there
             options["session"] = session
-        return super().wrap_bio(*args, **options)
+        made = cast(_WatchedObject, super().wrap_bio(incoming, *args, **options))
+        made.incoming = incoming
+        return made
 
 
 @contextmanager
@@ -62,7 +93,7 @@ def upstream_context(extra_ca_pem: str | None) -> ssl.SSLContext:
 
     Raises: ssl.SSLError when the PEM text holds no certificate.
     """
-    context = _ResumingContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies chain and name
+    context = _UpstreamContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies chain and name
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])

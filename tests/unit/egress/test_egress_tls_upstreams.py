@@ -51,6 +51,13 @@ def demanding(version: ssl.TLSVersion):
     return make
 
 
+def no_common_cipher(theirs: Authority) -> ssl.SSLContext:
+    """Wants a client certificate as well, and does not come to ask for it."""
+    context = demanding(ssl.TLSVersion.TLSv1_2)(theirs)
+    context.set_ciphers("NULL-SHA256:@SECLEVEL=0")
+    return context
+
+
 def unknown_name(theirs: Authority) -> ssl.SSLContext:
     context = theirs.server_context([NAME])
     context.sni_callback = lambda *_: ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
@@ -97,11 +104,12 @@ CASES = {
     "old TLS": (old, "tls_protocol_version"),
     "unknown name": (unknown_name, "tls_unrecognized_name"),
     "client certificate, TLS 1.3": (demanding(ssl.TLSVersion.TLSv1_3), "tls_client_certificate_required"),
-    "client certificate, TLS 1.2": (demanding(ssl.TLSVersion.TLSv1_2), "tls_handshake"),
+    "client certificate, TLS 1.2": (demanding(ssl.TLSVersion.TLSv1_2), "tls_client_certificate_required"),
+    "no cipher in common": (no_common_cipher, "tls_handshake"),
 }
 ADVICE = {
     "tls_unknown_ca": "upstreamTLS.caFile", "tls_self_signed": "upstreamTLS.caFile",
-    "tls_client_certificate_required": "tls.passthroughHosts", "tls_handshake": "tls.passthroughHosts",
+    "tls_client_certificate_required": "tls.passthroughHosts", "tls_handshake": "none of what TLS 1.2",
     "tls_protocol_version": "TLS 1.2", "tls_certificate_not_yet_valid": "clock",
 }  # fmt: skip
 
