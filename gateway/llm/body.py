@@ -12,6 +12,7 @@ from clrk.gateway.llm.sse import SseEvent
 
 MAX_DOCUMENT_BYTES: Final = 16 << 20
 MAX_BURST_BYTES: Final = 1 << 20  # of events out of one compressed chunk: a bomb would hold the event loop for a minute
+MAX_BURST_EVENTS: Final = 8192  # out of one chunk: each costs some 10 us of the event loop, and none of any use is so small
 
 
 def media_type(content_type: str | None) -> str:
@@ -102,18 +103,25 @@ class ResponseBody:
 
     def feed(self, chunk: bytes) -> Iterator[SseEvent]:
         """Take bytes; yield the events of a stream."""
+        if self._burst:
+            return
+        count = 0
         for piece in (chunk,) if self.is_plain else self._decoded(chunk):
             if self._splitter is None:
                 self._document.add(piece)
                 continue
             for event in self._splitter.feed(piece):
+                count += 1
+                if count > MAX_BURST_EVENTS:
+                    self._burst = True
+                    return
                 if event.data:
                     self.has_begun = True
                 yield event
 
     def _decoded(self, chunk: bytes) -> Iterator[bytes]:
         """Yield what an encoded chunk holds, until it turns out to be too much."""
-        if self._decoder is None or self._burst:
+        if self._decoder is None:
             return
         size = 0
         for piece in self._decoder.feed(chunk):

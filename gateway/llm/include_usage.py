@@ -100,7 +100,8 @@ class UsageChunkFilter:
         """Hold a cut event while it may be the usage chunk, else return it."""
         self._dropped = False
         rest = self._held + tail
-        if not self._leaked and self._dialect.usage_due and _may_be_chunk(rest) and len(rest) <= MAX_EVENT_BYTES:
+        may_hold = self._dialect.usage_due and not self._leaked and not self._body.given_up
+        if may_hold and _may_be_chunk(rest) and len(rest) <= MAX_EVENT_BYTES:
             self._held = rest
             return b""
         self._held, self._leaked = b"", True
