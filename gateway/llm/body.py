@@ -8,11 +8,10 @@ from typing import Final
 from clrk.gateway.interpret import Allowance, ResponseHead
 from clrk.gateway.llm.decompress import Decoder, Identity, decoder
 from clrk.gateway.llm.framing import Splitter, splitter
-from clrk.gateway.llm.sse import SseEvent
+from clrk.gateway.llm.sse import MAX_BURST_EVENTS, SseEvent
 
 MAX_DOCUMENT_BYTES: Final = 16 << 20
 MAX_BURST_BYTES: Final = 1 << 20  # of events out of one compressed chunk: a bomb would hold the event loop for a minute
-MAX_BURST_EVENTS: Final = 8192  # out of one chunk: each costs some 10 us of the event loop, and none of any use is so small
 
 
 def media_type(content_type: str | None) -> str:

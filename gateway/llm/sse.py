@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_EVENT_BYTES: Final = 1 << 20
+MAX_BURST_EVENTS: Final = 8192  # in one read: each costs some 10 us of the event loop, and none of use is so small
 _EOL: Final = re.compile(rb"\r\n|\r|\n")
 _BOM: Final = b"\xef\xbb\xbf"
 

@@ -21,7 +21,7 @@ from clrk.gateway.llm.body import media_type
 from clrk.gateway.llm.decompress import Decoder, Identity, decoder
 from clrk.gateway.llm.framing import EVENT_STREAM
 from clrk.gateway.llm.sse import SseEvent
-from clrk.gateway.mcp.list_filter import DocumentFilter, EventFilter, UnfilterableError
+from clrk.gateway.mcp.list_filter import MAX_HELD_BYTES, DocumentFilter, EventFilter, UnfilterableError
 from clrk.gateway.mcp.strict import TOOLS_LIST, Message, Post, UnreadableError, read_post
 from clrk.gateway.mcp.tool_policy import CallCounts, HostPolicy, Verdict
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -147,7 +147,7 @@ class McpGovernor:
         if self._decoder is None:
             return Cut(b"", UNFILTERABLE, "an answer with a Content-Encoding that can not be undone, so not filtered")
         try:
-            shown = b"".join(self._answer.feed(piece) for piece in self._decoder.feed(chunk))
+            shown = self._answer.feed(_plain(self._decoder, chunk))
         except UnfilterableError as exc:
             return Cut(b"", UNFILTERABLE, str(exc))
         return Cut(b"", UNFILTERABLE, "an answer whose coding is broken") if self._decoder.failed else shown
@@ -183,6 +183,20 @@ class McpGovernor:
     def _close_stream(self) -> None:
         if self._endpoint is not None and self._state.streams.get(self._endpoint) is self._inject:
             del self._state.streams[self._endpoint]
+
+
+def _plain(undo: Decoder, chunk: bytes) -> bytes:
+    """Return what a chunk holds. Raises: UnfilterableError when it is a bomb, which nobody could hold or read in time."""
+    if isinstance(undo, Identity):
+        return chunk
+    pieces: list[bytes] = []
+    size = 0
+    for piece in undo.feed(chunk):
+        size += len(piece)
+        if size > MAX_HELD_BYTES:
+            raise UnfilterableError(f"{len(chunk)} bytes that unpack to more than {MAX_HELD_BYTES}")
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _everything(tool: str) -> bool:

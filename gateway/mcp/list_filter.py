@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from clrk.core.errors import ClrkError
 from clrk.gateway.interpret import Allowance
-from clrk.gateway.llm.sse import SseEvent, SseSplitter
+from clrk.gateway.llm.sse import MAX_BURST_EVENTS, SseEvent, SseSplitter
 from clrk.gateway.mcp.members import MALFORMED, read_items, read_members, write_members
 
 MAX_HELD_BYTES: Final = 16 << 20  # of one event, or of one document
@@ -199,7 +199,9 @@ class EventFilter:
         if self._splitter.expects_lf and chunk.startswith(b"\n") and not self._held.size:
             yield b"\n"  # it ends the event before
             at = 1
-        for event in self._splitter.feed(chunk):
+        for count, event in enumerate(self._splitter.feed(chunk)):
+            if count == MAX_BURST_EVENTS:
+                raise UnfilterableError(f"more than {MAX_BURST_EVENTS} events in one piece of a stream")
             self._held.add(chunk[at : event.end])
             at = event.end
             yield self._show(event, self._held.take())
