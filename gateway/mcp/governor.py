@@ -186,7 +186,7 @@ class McpGovernor:
 
 
 def _plain(undo: Decoder, chunk: bytes) -> bytes:
-    """Return what a chunk holds. Raises: UnfilterableError when it is a bomb, which nobody could hold or read in time."""
+    """Return what a chunk holds. Raises: UnfilterableError when it is a bomb, which nobody could hold in time."""
     if isinstance(undo, Identity):
         return chunk
     pieces: list[bytes] = []
