@@ -25,6 +25,7 @@ from clrk.core.route_resources import (
     QueryParamTarget,
 )
 from clrk.gateway import sigv4
+from clrk.gateway.header_names import fold_header
 from clrk.gateway.secret_values import SecretValues
 
 _CARRIED: Final = re.compile(r"[\x20-\x7e]+")  # what every server reads the same way in a header
@@ -178,11 +179,6 @@ def _region_of(credential: Credential, host: str) -> str:
 
 
 # --- one name, in every spelling ------------------------------------------------------------------------------------
-
-
-def fold_header(name: str) -> str:
-    """Return what two header names have in common that a server may take for one: CGI knows neither case nor `-`."""
-    return name.lower().replace("-", "_")
 
 
 def replace_header(headers: Headers, name: str, value: str) -> Headers:

@@ -20,6 +20,7 @@ from typing import Final
 
 import re2
 
+from clrk.gateway.header_names import fold_header
 from clrk.gateway.redact_escapes import View, layers
 from clrk.gateway.redact_names import NAME_MARKS, find_named
 from clrk.gateway.redact_shapes import KEY_END, KEY_MARK, MARKS, PREFIXES, Budget, Span, find_shapes
@@ -76,7 +77,7 @@ class Redactor:
     """What is secret to one gateway: the shapes and names that everybody knows, its own patterns, its secrets' values.
 
     Shape: patterns are RE2 (core.values.Regex has checked them); values returns those of now; headers are more names of
-        headers that are not shown, in lower case and with `_` for `-`.
+        headers that are not shown, folded.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Redactor:
         """Return the values of each header by its lower-case name, in order, without secrets."""
         found: dict[str, list[str]] = {}
         for name, value in headers:
-            is_secret = is_secret_header(name) or name.lower().replace("-", "_") in self._headers
+            is_secret = is_secret_header(name) or fold_header(name) in self._headers
             shown = REDACTED if is_secret else self.text(value)
             found.setdefault(name.lower(), []).append(shown)
         return found

@@ -12,8 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import urljoin, urlsplit
 
 from clrk.gateway.interpret import RequestHead
+from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.mcp.messages import Response
 
 MAX_WAITING: Final = 1024  # calls of a run; those beyond are recorded as if they had no answer
@@ -32,6 +34,18 @@ def session_key(head: RequestHead, session: str | None) -> Key:
 def endpoint_key(head: RequestHead, path: str, query: str) -> Key:
     """Return the key of a conversation over HTTP+SSE: its endpoint names it."""
     return head.host, head.port, f"endpoint {path}?{query}"[:_MAX_KEY]
+
+
+def named_endpoint(head: RequestHead, event: SseEvent) -> Key | None:
+    """Return the key of the conversation that a GET stream's event begins; None for an event that names no endpoint."""
+    if event.name != b"endpoint":
+        return None
+    base = f"{head.scheme}://{head.host}{head.path}"
+    try:
+        url = urlsplit(urljoin(base, event.data.decode("utf-8", "replace").strip()))
+    except ValueError:
+        return None
+    return endpoint_key(head, url.path, url.query)
 
 
 @dataclass(slots=True, eq=False)

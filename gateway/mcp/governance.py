@@ -9,7 +9,7 @@ from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.egress.forward import split_host
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.mcp.governor import McpGovernor, McpRunState
-from clrk.gateway.mcp.interpreter import McpInterpreter
+from clrk.gateway.mcp.interpreter import McpInterpreter, McpStream
 from clrk.gateway.mcp.tool_policy import McpPolicy
 from clrk.gateway.run import Run
 
@@ -33,7 +33,8 @@ class McpRun:
         """Return the governor of an exchange, None when no MCPRoute governs it."""
         if not self.policy.routes:
             return None
-        found = self.policy.of_host((head.host, named_host(head)), is_mcp=isinstance(interpreter, McpInterpreter))
+        is_mcp = isinstance(interpreter, McpInterpreter | McpStream)
+        found = self.policy.of_host((head.host, named_host(head)), is_mcp=is_mcp)
         return None if found is None else McpGovernor(found, self.state, head, enforces=self.enforces)
 
     def names_host(self, *names: str | None) -> bool:

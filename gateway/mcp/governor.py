@@ -13,7 +13,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import urljoin, urlsplit
 
 from clrk.gateway.govern import Answer, Cut, Inject
 from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
@@ -21,6 +20,7 @@ from clrk.gateway.llm.body import media_type
 from clrk.gateway.llm.decompress import Decoder, Identity, decoder
 from clrk.gateway.llm.framing import EVENT_STREAM
 from clrk.gateway.llm.sse import SseEvent
+from clrk.gateway.mcp.conversations import Key, endpoint_key, named_endpoint
 from clrk.gateway.mcp.list_filter import MAX_HELD_BYTES, DocumentFilter, EventFilter, UnfilterableError
 from clrk.gateway.mcp.strict import TOOLS_LIST, Message, Post, UnreadableError, read_post
 from clrk.gateway.mcp.tool_policy import CallCounts, HostPolicy, Verdict
@@ -34,8 +34,6 @@ BATCH_DENIED: Final = "batch_denied"
 _JSON: Final = "application/json"
 _UPGRADE_TEXT: Final = "a connection that becomes something else than HTTP can not be judged by an MCPRoute"
 
-Endpoint = tuple[str, int, str]
-
 
 @dataclass(slots=True)
 class McpRunState:
@@ -45,7 +43,7 @@ class McpRunState:
     """
 
     counts: CallCounts = field(default_factory=CallCounts)
-    streams: dict[Endpoint, Inject] = field(default_factory=dict)
+    streams: dict[Key, Inject] = field(default_factory=dict)
     allowance: Allowance = field(default_factory=Allowance)
 
 
@@ -63,7 +61,7 @@ class McpGovernor:
         self._answer: DocumentFilter | EventFilter | None = None
         self._decoder: Decoder | None = Identity()
         self._inject: Inject | None = None
-        self._endpoint: Endpoint | None = None
+        self._endpoint: Key | None = None
 
     @property
     def wants_plain_response(self) -> bool:
@@ -114,7 +112,7 @@ class McpGovernor:
 
     def _delivered(self, errors: Sequence[dict[str, Any]]) -> bool:
         """Send errors over the stream that the client reads answers from, if this is HTTP+SSE."""
-        inject = self._state.streams.get(_endpoint(self._head, _target(self._head)))
+        inject = self._state.streams.get(endpoint_key(self._head, self._head.path, self._head.query))
         if inject is None or not self._enforces:
             return False
         return inject(b"".join(_event(json.dumps(error).encode()) for error in errors))
@@ -173,12 +171,11 @@ class McpGovernor:
 
     def _take_endpoint(self, event: SseEvent) -> None:
         """HTTP+SSE: the first event names where this stream's requests are posted."""
-        if event.name != b"endpoint" or self._inject is None or self._endpoint is not None:
+        if self._inject is None or self._endpoint is not None:
             return
-        base = f"{self._head.scheme}://{self._head.host}{self._head.path}"
-        url = urlsplit(urljoin(base, event.data.decode("utf-8", "replace").strip()))
-        self._endpoint = _endpoint(self._head, f"{url.path}?{url.query}")
-        self._state.streams[self._endpoint] = self._inject
+        self._endpoint = named_endpoint(self._head, event)
+        if self._endpoint is not None:
+            self._state.streams[self._endpoint] = self._inject
 
     def _close_stream(self) -> None:
         if self._endpoint is not None and self._state.streams.get(self._endpoint) is self._inject:
@@ -201,14 +198,6 @@ def _plain(undo: Decoder, chunk: bytes) -> bytes:
 
 def _everything(tool: str) -> bool:
     return True
-
-
-def _endpoint(head: RequestHead, target: str) -> Endpoint:
-    return head.host, head.port, target
-
-
-def _target(head: RequestHead) -> str:
-    return f"{head.path}?{head.query}"
 
 
 def _error(message: Message, verdict: Verdict | None, denied: Verdict) -> dict[str, Any]:

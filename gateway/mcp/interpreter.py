@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
-from urllib.parse import urljoin, urlsplit
 
 from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.body import BoundedBody, ResponseBody
 from clrk.gateway.llm.sse import SseEvent
-from clrk.gateway.mcp.conversations import Conversations, Expected, Key, endpoint_key, session_key
+from clrk.gateway.mcp.conversations import Conversations, Expected, Key, endpoint_key, named_endpoint, session_key
 from clrk.gateway.mcp.messages import METHODS, Request, Response, parse
 from clrk.gateway.telemetry import attributes as names
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -293,10 +292,8 @@ class McpStream:
         self._conversations.open_stream(key)
 
     def _take(self, event: SseEvent) -> None:
-        if self._key is None and event.name == b"endpoint":
-            base = f"{self._head.scheme}://{self._head.host}{self._head.path}"
-            url = urlsplit(urljoin(base, event.data.decode("utf-8", "replace").strip()))
-            self._listen(endpoint_key(self._head, url.path, url.query))
+        if self._key is None and (key := named_endpoint(self._head, event)) is not None:
+            self._listen(key)
         elif self._key is None and event.data:
             self._body = None  # HTTP+SSE begins with its endpoint: these are events of something else
         elif self._key is not None and event.data:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from clrk.core.errors import ClrkError
+from clrk.gateway.header_names import fold_header
 from clrk.gateway.mcp.members import MALFORMED, SameNameError, read_items, read_members
 from clrk.gateway.mcp.messages import METHODS
 
@@ -31,7 +32,7 @@ TOOLS_LIST: Final = "tools/list"
 _ENVELOPE: Final = frozenset(("jsonrpc", "id", "method", "params", "result", "error"))
 _PARAMETERS: Final = frozenset(("name", "uri"))
 _NAMED_BY: Final = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
-_CHARSET: Final = re.compile(r"""charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
+_CHARSET: Final = re.compile(r"""charset[\s*0-9]*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 _CHARSETS: Final = frozenset(("utf-8", "utf8", "us-ascii"))
 _BASE64: Final = re.compile(r"=\?base64\?(.*)\?=")
 _MAX_NAME: Final = 256
@@ -93,10 +94,10 @@ def read_post(headers: Headers, body: bytes) -> Post:
 
 def _check_headers(headers: Headers) -> None:
     for name, value in headers:
-        match name.lower():
-            case "content-encoding" if value.strip().lower() not in ("", "identity"):
+        match fold_header(name):
+            case "content_encoding" if value.strip().lower() not in ("", "identity"):
                 raise UnreadableError(PARSE_ERROR, "a request body with a Content-Encoding can not be judged")
-            case "content-type":
+            case "content_type":
                 for charset in _CHARSET.findall(value):
                     if charset.lower() not in _CHARSETS:
                         raise UnreadableError(PARSE_ERROR, f"JSON is UTF-8, not {charset[:40]!r}")
@@ -113,6 +114,7 @@ def _message(headers: Headers, raw: bytes) -> Message:
     if "method" not in found:
         if id_ is None or ("result" in found) == ("error" in found):
             raise UnreadableError(INVALID_REQUEST, "neither a request, a notification nor a response")
+        _check_routing(headers, "", {})
         return Message("", id_)
     if "result" in found or "error" in found:
         raise UnreadableError(INVALID_REQUEST, "both a request and a response")
@@ -171,15 +173,15 @@ def _fold(text: str) -> str:
 def _check_routing(headers: Headers, method: str, params: dict[str, bytes]) -> None:
     """Servers and proxies may act on these headers instead of the body, so that they have to say the same."""
     for name, value in headers:
-        lower = name.lower()
-        if lower == "mcp-method":
+        folded = fold_header(name)
+        if folded == "mcp_method":
             wanted: object = method
-        elif lower == "mcp-name" and method in _NAMED_BY:
+        elif folded == "mcp_name" and method in _NAMED_BY:
             wanted = _value(params, _NAMED_BY[method])
         else:
             continue
         if _header_text(value) != wanted:
-            raise UnreadableError(INVALID_REQUEST, f"the header {lower} and the body do not agree")
+            raise UnreadableError(INVALID_REQUEST, f"the header {name[:60]} and the body do not agree")
 
 
 def _header_text(value: str) -> str:

@@ -61,9 +61,14 @@ class _Match:
 
 @dataclass(frozen=True, slots=True)
 class _Tools:
-    """One ToolPolicy. label names it, also to whoever counts its calls."""
+    """One ToolPolicy.
+
+    Shape: label names it to people; account is what its rule's calls are counted under: the route and the rule's
+        matches, so that a rule that a reload moves keeps its count.
+    """
 
     label: str
+    account: str
     allowed: frozenset[str]
     allowed_regex: Pattern | None
     denied: frozenset[str]
@@ -71,9 +76,10 @@ class _Tools:
     max_calls: int | None
 
     @classmethod
-    def compile(cls, label: str, policy: ToolPolicy) -> _Tools:
+    def compile(cls, label: str, account: str, policy: ToolPolicy) -> _Tools:
         return cls(
             label,
+            account,
             frozenset(policy.allowed_tools),
             _regex(policy.allowed_tools_regex),
             frozenset(policy.denied_tools),
@@ -86,12 +92,16 @@ class _Tools:
         patterns = self.allowed_regex is not None or self.denied_regex is not None
         return patterns or bool(self.allowed or self.denied)
 
-    def denies(self, tool: str) -> bool:
-        if tool in self.denied or _fits(self.denied_regex, tool):
-            return True
-        if not self.allowed and self.allowed_regex is None:
-            return False
-        return tool not in self.allowed and not _fits(self.allowed_regex, tool)
+    def denies(self, tool: str) -> str | None:
+        """Return why a tool is denied, and what would lift it; None for one that may be called."""
+        if tool in self.denied:
+            return f"denied by deniedTools of {self.label}"
+        if _fits(self.denied_regex, tool):
+            return f"denied by deniedToolsRegex of {self.label}"
+        restricts = self.allowed or self.allowed_regex is not None
+        if not restricts or tool in self.allowed or _fits(self.allowed_regex, tool):
+            return None
+        return f"not allowed by {self.label}; add it to allowedTools there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +110,12 @@ class _Rule:
     policies: tuple[_Tools, ...]
 
     @classmethod
-    def compile(cls, label: str, rule: MCPRule) -> _Rule:
+    def compile(cls, route: str, index: int, rule: MCPRule) -> _Rule:
+        label = f"{route} rules[{index}]"
+        account = "\n".join((route, *(match.model_dump_json() for match in rule.matches)))
         policies = tuple(
-            _Tools.compile(label if len(rule.filters) == 1 else f"{label} filters[{index}]", one.tool_policy)
-            for index, one in enumerate(rule.filters)
+            _Tools.compile(label if len(rule.filters) == 1 else f"{label} filters[{at}]", account, one.tool_policy)
+            for at, one in enumerate(rule.filters)
         )
         return cls(tuple(map(_Match.compile, rule.matches)), policies)
 
@@ -123,13 +135,13 @@ class _Route:
 
 @dataclass(slots=True)
 class CallCounts:
-    """How often the tools of each counting ToolPolicy were called: one for each run, over all of its connections."""
+    """How many calls each account has: one for each run, over all of its connections, whatever its rules are."""
 
     taken: Counter[str] = field(default_factory=Counter)
 
-    def give_back(self, labels: Sequence[str]) -> None:
+    def give_back(self, accounts: Sequence[str]) -> None:
         """Take back calls that never went out."""
-        self.taken.subtract(labels)
+        self.taken.subtract(accounts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +163,7 @@ class HostPolicy:
     def shows(self, tool: str) -> bool:
         """Say whether a tool is one that may be called, as far as its name decides."""
         message = Message(TOOLS_CALL, 0, tool)
-        return not any(one.denies(tool) for route in self.routes for one in route.policies(message))
+        return not any(one.denies(tool) is not None for route in self.routes for one in route.policies(message))
 
     def judge(self, messages: Sequence[Message], counts: CallCounts) -> tuple[list[Verdict | None], list[str]]:
         """Judge the messages of one body, None for those that may go; and return what was counted.
@@ -170,15 +182,14 @@ class HostPolicy:
             return None
         policies = [one for route in self.routes for one in route.policies(message)]
         for one in policies:
-            if one.denies(message.tool):
-                text = f"tool {message.tool[:128]!r} is not allowed by {one.label}; add it to allowedTools there"
-                return Verdict(TOOL_DENIED, one.label, text)
+            if (why := one.denies(message.tool)) is not None:
+                return Verdict(TOOL_DENIED, one.label, f"tool {message.tool[:128]!r} is {why}")
         counting = [one for one in policies if one.max_calls is not None]
         for one in counting:
-            if counts.taken[one.label] + wanted[one.label] >= (one.max_calls or 0):
+            if counts.taken[one.account] + wanted[one.account] >= (one.max_calls or 0):
                 text = f"{one.label} allows {one.max_calls} tool calls in one execution (maxCallsPerExecution)"
                 return Verdict(TOOL_CALLS_EXCEEDED, one.label, text)
-        wanted.update(one.label for one in counting)
+        wanted.update({one.account for one in counting})
         return None
 
 
@@ -208,7 +219,7 @@ def _compile_route(route: MCPRoute) -> _Route:
     return _Route(
         label,
         tuple(map(HostPattern.compile, route.spec.hostnames)),
-        tuple(_Rule.compile(f"{label} rules[{index}]", rule) for index, rule in enumerate(route.spec.rules)),
+        tuple(_Rule.compile(label, index, rule) for index, rule in enumerate(route.spec.rules)),
     )
 
 

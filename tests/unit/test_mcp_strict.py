@@ -133,6 +133,8 @@ def test_what_is_no_message_is_refused(body: bytes) -> None:
         ("Content-Encoding", "gzip"), ("content-encoding", "identity, gzip"), ("Content-Encoding", "x"),
         ("Content-Type", "application/json; charset=utf-16"), ("Content-Type", 'application/json;charset="UTF-7"'),
         ("Content-Type", "application/json; charset = shift_jis"), ("Content-Type", "text/plain; charset=ibm037"),
+        ("Content-Type", "application/json; charset*=utf-16''"), ("Content-Type", "application/json; charset*0=utf-7"),
+        ("Content_Type", "application/json; charset=utf-16"), ("CONTENT_ENCODING", "gzip"), ("Mcp_Name", "y"),
         ("Mcp-Method", "tools/list"), ("Mcp-Name", "y"), ("mcp-name", ""),
         ("Mcp-Name", "=?base64?" + base64.b64encode(b"y").decode() + "?="), ("Mcp-Name", "=?base64?!?="),
     ],
@@ -149,6 +151,12 @@ def test_headers_that_agree() -> None:
     for extra in (("Mcp-Name", "x"), named, ("Content-Type", "application/json; charset=UTF-8"), ("Accept", "*/*")):
         headers = (("Content-Encoding", "identity"), ("Mcp-Method", "tools/call"), extra)
         assert read_post(headers, raw(call())).messages[0].tool == "x"
+
+
+@pytest.mark.parametrize("header", [("Mcp-Method", "tools/call"), ("Mcp_Method", "tools/call")])
+def test_an_answer_of_the_client_is_no_call_by_its_header(header: tuple[str, str]) -> None:
+    with pytest.raises(UnreadableError):
+        read_post((*JSON, header), raw({"jsonrpc": "2.0", "id": 1, "result": {}, "params": {"name": "x"}}))
 
 
 def test_the_type_that_a_body_is_said_to_have_does_not_matter() -> None:

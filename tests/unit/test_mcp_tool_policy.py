@@ -64,6 +64,16 @@ def test_names(wanted: dict[str, Any], allowed: list[str], denied: list[str]) ->
     assert reasons(found, *map(call, denied)) == ["tool_denied"] * len(denied)
 
 
+def test_a_denial_says_what_would_lift_it() -> None:
+    found = policy(tools(allowedTools=["a", "b"], deniedTools=["b"], deniedToolsRegex="c+"))
+    verdicts, _ = found.judge([call("b"), call("cc"), call("d")], CallCounts())
+    assert [verdict.message if verdict else None for verdict in verdicts] == [
+        "tool 'b' is denied by deniedTools of MCPRoute default/r rules[0]",
+        "tool 'cc' is denied by deniedToolsRegex of MCPRoute default/r rules[0]",
+        "tool 'd' is not allowed by MCPRoute default/r rules[0]; add it to allowedTools there",
+    ]
+
+
 def test_a_pattern_that_other_engines_never_finish_takes_no_time() -> None:
     found = policy(tools(allowedToolsRegex="(a*)*b"))
     assert not found.shows("a" * 50_000)
@@ -139,6 +149,23 @@ def test_rules_count_by_themselves() -> None:
     found, counts = policy(first, tools(maxCallsPerExecution=1)), CallCounts()
     assert reasons(found, call("a"), call("b"), counts=counts) == [None, None]
     assert reasons(found, call("a"), counts=counts) == ["tool_calls_exceeded"]
+
+
+def test_a_rule_that_is_moved_keeps_its_count_and_gives_it_to_no_other() -> None:
+    counted = {"matches": [{"tools": ["a"]}]} | tools(maxCallsPerExecution=1)
+    counts = CallCounts()
+    assert reasons(policy(counted), call("a"), counts=counts) == [None]
+    moved = policy({"matches": [{"tools": ["b"]}]} | tools(maxCallsPerExecution=1), counted)
+    assert reasons(moved, call("a"), counts=counts) == ["tool_calls_exceeded"]
+    assert reasons(moved, call("b"), counts=counts) == [None]
+
+
+def test_two_limits_of_one_rule_count_a_call_once() -> None:
+    both = tools(maxCallsPerExecution=2)["filters"] + tools(maxCallsPerExecution=3)["filters"]
+    found, counts = policy({"filters": both}), CallCounts()
+    assert reasons(found, call("a"), call("b"), counts=counts) == [None, None]
+    verdicts, _ = found.judge([call("c")], counts)
+    assert [verdict.rule if verdict else None for verdict in verdicts] == ["MCPRoute default/r rules[0] filters[0]"]
 
 
 def test_hosts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -63,20 +64,20 @@ class SseServer:
         self.streams[-1].write(b"0\r\n\r\n")
 
 
-def routes(**policy: Any) -> dict[str, Any]:
-    spec = {"hostnames": [NAME], "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
+def routes(hostnames: Sequence[str], **policy: Any) -> dict[str, Any]:
+    spec = {"hostnames": list(hostnames), "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
     return {"mcp_routes": [{"kind": "MCPRoute", "metadata": {"name": "r"}, "spec": spec}]}
 
 
 @asynccontextmanager
-async def lab(server, policy: dict[str, Any] | None = None, **gateway: Any):
+async def lab(server, policy: dict[str, Any] | None = None, hostnames: Sequence[str] = (NAME,), **gateway: Any):
     async with (
         upstream(server) as port,
         laboratory(
             gateway=aliased(port, NAME) | gateway,
             rules=[{"hostnames": [NAME]}],
             recognise="real",
-            config=routes(**policy) if policy else {},
+            config=routes(hostnames, **policy) if policy else {},
         ) as one,
     ):
         yield one

@@ -183,6 +183,28 @@ async def test_a_denial_comes_where_the_client_reads_answers() -> None:
     assert (spans[0].name, spans[0].attributes["clrk.egress.deny_reason"]) == ("tools/call rm", "tool_denied")
 
 
+async def test_a_denial_by_a_route_for_every_host_comes_there_too() -> None:
+    server = SseServer()
+    async with lab(server, {"deniedTools": ["rm"]}, hostnames=[]) as one:
+        wire = await listen(one)
+        await read_event(wire)
+        head, _ = await post(one, request("tools/call", 5, name="rm"))
+        assert b" 202 " in head
+        assert b'"id": 5' in await read_event(wire)
+    assert server.bodies == []
+
+
+async def test_an_endpoint_that_is_no_url_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    odd = b"event: endpoint\ndata: http://[\n\n"
+    server = SseServer(odd)
+    async with lab(server, {"deniedTools": ["rm"]}) as one:
+        wire = await listen(one)
+        assert await read_event(wire) == odd
+        server.send(message(result(1)))
+        assert await read_event(wire) == message(result(1))
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 async def test_a_denial_never_comes_into_the_middle_of_an_event() -> None:
     server = SseServer()
     async with lab(server, {"deniedTools": ["rm"]}) as one:
