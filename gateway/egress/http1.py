@@ -22,11 +22,11 @@ MAX_CHUNK_LINE: Final = 1024
 
 Headers = tuple[tuple[str, str], ...]
 
-# A whole block at once: nothing in it can match in two ways, so it is one pass. Control characters are _FORBIDDEN's.
-_FIELDS: Final = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n]*\r\n)*")
+# One line: nothing in it can match in two ways, so it is one pass over the block. Control characters are _CONTROLS.
+_FIELD: Final = re.compile(r"(?m)^([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+((?:[^\r\n]*[^ \t\r\n])?)[ \t]*+\r\n")
 _REQUEST_LINE: Final = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 _STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
-_FORBIDDEN: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+_CONTROLS: Final = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F))
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})")
@@ -144,20 +144,26 @@ def parse_response(head: bytes) -> Response:
 
 
 def _split_head(head: bytes) -> tuple[str, Headers]:
-    if (bad := _FORBIDDEN.search(head)) is not None:
-        raise ProtocolError("control_character", "a control character, a bare CR or a bare LF in the head", bad.start())
+    _refuse_controls(head, "head")
     line, _, fields = head.decode("latin-1").partition("\r\n")
     return line, _parse_fields(fields)
 
 
+def _refuse_controls(raw: bytes, where: str) -> None:
+    """Refuse control characters, and line ends other than CRLF. By counting: a regex takes ten times as long."""
+    if len(raw.translate(None, _CONTROLS)) < len(raw) or not raw.count(b"\r") == raw.count(b"\n") == raw.count(b"\r\n"):
+        raise ProtocolError("control_character", f"a control character, a bare CR or a bare LF in the {where}")
+
+
 def _parse_fields(text: str) -> Headers:
-    """Read header lines, each with its CRLF."""
-    if text.count("\n") > MAX_HEADERS:
+    """Read header lines, each with its CRLF, from what _refuse_controls let pass: what is left out is no field."""
+    lines = text.count("\n")
+    if lines > MAX_HEADERS:
         raise ProtocolError("too_many_headers", f"more than {MAX_HEADERS} headers")
-    if _FIELDS.fullmatch(text) is None:
+    fields = _FIELD.findall(text)
+    if len(fields) != lines:
         raise ProtocolError("header", "a header line is not `name: value`")
-    split = [line.partition(":") for line in text.split("\r\n")[:-1]]
-    return tuple([(name, value.strip(" \t")) for name, _, value in split])
+    return tuple(fields)
 
 
 def render_head(start_line: str, headers: list[tuple[str, str]] | Headers) -> bytes:
@@ -325,8 +331,7 @@ class ChunkedBody(Body):
         if end < 0:
             return -1
         raw = data[at : end + 2]
-        if _FORBIDDEN.search(raw) is not None:
-            raise ProtocolError("control_character", "a control character in the trailers")
+        _refuse_controls(raw, "trailers")
         self.trailers = _parse_fields(raw.decode("latin-1"))
         refused = _NOT_A_REQUEST_TRAILER if self._of_request else _NOT_A_TRAILER
         if any(name.lower() in refused for name, _ in self.trailers):

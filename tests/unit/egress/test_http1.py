@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import h11
 import pytest
 from hypothesis import given, settings
@@ -218,3 +220,22 @@ def test_what_we_accept_h11_reads_the_same(noise, at):
     except h11.RemoteProtocolError:
         return  # stricter than we are about something that is not framing, such as a header's value
     assert mine == (bytes(theirs.data) if isinstance(theirs, h11.Data) else b"")
+
+
+PIECES = st.sampled_from(["a", "A-b", ":", " ", "\t", "\r\n", "\r", "\n", "x: y", "\x00", "\xe4", "!"])
+
+
+@given(st.lists(PIECES, max_size=12))
+@settings(max_examples=500)
+def test_a_block_of_fields_is_read_as_line_by_line(pieces):
+    block = "".join(pieces) + "\r\n"
+    lines = block.split("\r\n")[:-1]
+    expected = [(line.partition(":")[0], line.partition(":")[2].strip(" \t")) for line in lines]
+    is_good = not re.search(r"[\r\n\x00]", "".join(lines)) and all(
+        re.fullmatch(r"[A-Za-z!-]+:.*", line) for line in lines
+    )
+    head = b"GET / HTTP/1.1\r\n" + block.encode("latin-1")
+    if is_good:
+        assert parse_request(head).headers == tuple(expected)
+    else:
+        assert code_of(lambda: parse_request(head)) in ("header", "control_character")
