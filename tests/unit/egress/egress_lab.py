@@ -32,6 +32,7 @@ from clrk.gateway.proxyv2.expect import expected_header
 from clrk.gateway.run import Run, SandboxSockets
 from clrk.gateway.telemetry.spans import (
     Identity,
+    Recorder,
     TraceContext,
 )
 
@@ -131,9 +132,10 @@ class Lab:
         daemon: bool = False,
         config: dict | None = None,
         ledger: BudgetLedger | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.ca = Authority("clrk test CA")
-        self.recorder = SpanList()
+        self.recorder = recorder or SpanList()
         self.flows = FlowTable()
         self.sockets = _make_sockets()
         self.wires: list[Wire] = []
