@@ -87,6 +87,10 @@ class Credential:
         """Say whether it needs the whole body."""
         return isinstance(self.target, AwsSigV4Target)
 
+    def refuses_payload(self, headers: Sequence[tuple[str, str]]) -> bool:
+        """Say whether the agent's body is in frames that only who has the key can write."""
+        return isinstance(self.target, AwsSigV4Target) and sigv4.is_signed_stream(self.target.service, headers)
+
     @property
     def header_names(self) -> frozenset[str]:
         """Return the headers, folded, that the agent has no say in."""
@@ -125,7 +129,10 @@ class Filled:
         keys = sigv4.AwsKeys(key_id, secret_key, self.values.get(AWS_SESSION_KEY, ""))
         whole = f"{head.path}?{query}" if query else head.path
         scope = (target.service, self.region)
-        added = sigv4.sign(keys, scope, method=head.method, host=head.host, target=whole, headers=unsigned, body=body)
+        payload = body if sigv4.stream_of(head.headers) is None else None
+        added = sigv4.sign(
+            keys, scope, method=head.method, host=head.host, target=whole, headers=unsigned, body=payload
+        )
         return replace(head, query=query, headers=[*unsigned, *added])
 
 

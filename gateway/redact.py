@@ -110,7 +110,7 @@ class Redactor:
             return url
         raw = url.encode("utf-8", "replace")
         if spans := self._find(raw):
-            return _replace(raw, spans, REDACTED_IN_URL)
+            return _replace(raw, spans, REDACTED_IN_URL).decode("utf-8", "replace")
         self._remember(url)
         return url
 
@@ -132,7 +132,7 @@ class Redactor:
             spans.append((0, max(_start_edge(raw), self._values().rest_at_start(raw))))
         if cut_end:
             spans.append((min(_end_edge(raw), self._values().rest_at_end(raw)), len(raw)))
-        return _replace(raw, spans, REDACTED) if spans else text
+        return _replace(raw, spans, REDACTED).decode("utf-8", "replace") if spans else text
 
     def attributes(
         self, attributes: Mapping[str, AttributeValue], but: Container[str] = ()
@@ -176,16 +176,7 @@ class Redactor:
         return self._values().may_stand_in(raw) or next(layers(raw), None) is not None
 
     def _find(self, raw: bytes) -> list[Span]:
-        spans = [*_find_known(raw), *self._find_own(raw)]
-        for way in layers(raw):
-            below = way[-1].raw
-            for span in (*_find_known(below), *self._find_own(below)):
-                for view in reversed(way):
-                    span = view.back(span)  # noqa: PLW2901 - the same place, one layer further out
-                spans.append(span)
-            if (unseen := _unseen(way)) is not None:
-                spans.append((unseen, len(raw)))
-        return spans
+        return _everywhere(raw, lambda text: (*_find_known(text), *self._find_own(text)))
 
     def _find_own(self, raw: bytes) -> Iterator[Span]:
         yield from self._values().find(raw)
@@ -217,8 +208,28 @@ def redact_text(text: str, *, cut_start: bool = False, cut_end: bool = False) ->
     return KNOWN_SECRETS.text(text, cut_start=cut_start, cut_end=cut_end)
 
 
-def _replace(raw: bytes, spans: Iterable[Span], instead: str) -> str:
-    """Return raw as text, with each span, or run of overlapping ones, replaced."""
+def hide_values(text: str, values: HiddenValues) -> str:
+    """Return the value of a header, or of several, without those values; the same object if there are none."""
+    raw = text.encode("latin-1")
+    spans = _everywhere(raw, values.find)
+    return _replace(raw, spans, REDACTED_IN_URL).decode("latin-1") if spans else text
+
+
+def _everywhere(raw: bytes, find: Callable[[bytes], Iterable[Span]]) -> list[Span]:
+    """Return what find() finds in a text as it was written, and as its readers decode it."""
+    spans = [*find(raw)]
+    for way in layers(raw):
+        for span in find(way[-1].raw):
+            for view in reversed(way):
+                span = view.back(span)  # noqa: PLW2901 - the same place, one layer further out
+            spans.append(span)
+        if (unseen := _unseen(way)) is not None:
+            spans.append((unseen, len(raw)))
+    return spans
+
+
+def _replace(raw: bytes, spans: Iterable[Span], instead: str) -> bytes:
+    """Return the text with each span, or run of overlapping ones, replaced."""
     pieces: list[bytes] = []
     at = 0
     for start, end in sorted(span for span in spans if span[1] > span[0]):
@@ -226,7 +237,7 @@ def _replace(raw: bytes, spans: Iterable[Span], instead: str) -> str:
             pieces += (raw[at:start], instead.encode())
         at = max(at, end)
     pieces.append(raw[at:])
-    return b"".join(pieces).decode("utf-8", "replace")
+    return b"".join(pieces)
 
 
 def _unseen(way: Sequence[View]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from base64 import b64encode, urlsafe_b64encode
@@ -19,7 +20,7 @@ _MIN_ENCODED: Final = 8  # characters of base64: a value of 6 or 7 bytes
 
 
 class HiddenValues:
-    """Some values as they are, in JSON, in JSON inside JSON, percent-encoded and in base64. Immutable."""
+    """Some values as they are, in JSON, in JSON inside JSON, in HTML, in a query and in base64. Immutable."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
         self._forms = tuple(dict.fromkeys(form for value in values for form in _forms(value)))
@@ -80,6 +81,8 @@ def _forms(value: str) -> Iterator[bytes]:
     if not raw.isascii():
         escaped = quote(raw, safe="")
         yield from (escaped.encode(), re.sub("%..", lambda found: found[0].lower(), escaped).encode())
+    spoken = (html.escape(value), html.escape(value, quote=False), value.replace(" ", "+"))
+    yield from (text.encode("utf-8", "surrogateescape") for text in spoken)
     for skipped in range(3):  # where the value begins in a group of three bytes
         for encode in (b64encode, urlsafe_b64encode):
             whole = encode(bytes(skipped) + raw)[(skipped * 8 + 5) // 6 : (skipped + len(raw)) * 8 // 6]

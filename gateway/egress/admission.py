@@ -91,6 +91,9 @@ def _credentials(way_out: Exit, target: Target, request: Request, call: Call) ->
         return ()
     if request.method == "TRACE":  # RFC 9110, section 9.3.8: its answer is the request, credentials among it
         raise RefusedError(403, "trace_with_credentials", f"a TRACE to {host} would show the agent its credentials")
+    if any(one.refuses_payload(request.headers) for one in found):
+        what = "its body is a stream that the agent signed, chunk by chunk, which the gateway can not sign anew"
+        raise RefusedError(400, "signed_stream", f"{what}: send an unsigned one (STREAMING-UNSIGNED-PAYLOAD-TRAILER)")
     call.attributes[attr.CLRK_CREDENTIAL_POLICIES] = tuple(credential.policy for credential in found)
     return found
 

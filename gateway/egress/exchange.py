@@ -27,7 +27,6 @@ from clrk.gateway.egress.http1 import (
     Request,
     Response,
     render_chunk,
-    render_head,
     render_last_chunk,
     response_body,
 )
@@ -160,8 +159,7 @@ class Exchange:
         """Pass on a response that comes before the final one, unless it answers what was answered already."""
         if self._request.minor == 0 or (response.status == 100 and upload.answered_expect):
             return
-        headers = forward.response_headers(response, framing=Framing.AS_SENT)
-        await self._agent.write(render_head(f"HTTP/1.1 {response.status} {response.reason}", headers))
+        await self._agent.write(forward.render_response(upload.withhold(response), framing=Framing.AS_SENT))
 
     # --- the response coming down -----------------------------------------------------------------------------------
 
@@ -173,7 +171,7 @@ class Exchange:
             if not upload.done:
                 raise ProtocolError("upgrade", "the upstream switched protocols before the request was complete")
             download.head(response, None)
-            await self._switch(admitted.head, upstream, response)
+            await self._switch(admitted.head, upstream, upload.withhold(response))
             return False
         body = response_body(response, self._request.method)
         download.head(response, body)
@@ -181,10 +179,8 @@ class Exchange:
         self._open_ended = body.until_close or framing is Framing.DECODED
         ends = response.minor == 0 or "close" in response.tokens("connection")
         self._continues = not (self._open_ended or self._asks_close() or ends)
-        headers = forward.response_headers(
-            response, framing=framing, drop_coding=download.decodes, close=not self._continues
-        )
-        pending = [render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)]
+        told, close = upload.withhold(response), not self._continues
+        pending = [forward.render_response(told, framing=framing, drop_coding=download.decodes, close=close)]
         download.opened(partial(self._inject, framing=framing))
         await self._stream(download, body, upstream, pending, framing)
         if download.cut is not None:
@@ -269,11 +265,10 @@ class Exchange:
 
     async def _switch(self, head: RequestHead, upstream: Channel, response: Response) -> None:
         """Become a tunnel (RFC 9110, section 15.2.2)."""
-        headers = forward.response_headers(response, framing=Framing.AS_SENT)
         self._answered, self._continues, self._switched = True, False, True
         self._agent.on_lost(None)
         upstream.set_idle_timeout(0)
-        await self._agent.write(render_head(f"HTTP/1.1 101 {response.reason}", headers))
+        await self._agent.write(forward.render_response(response, framing=Framing.AS_SENT))
         up, down = upstream.sent_bytes, self._agent.sent_bytes
         try:
             carried = tunnel(self._agent, upstream)

@@ -10,7 +10,7 @@ from enum import Enum, auto
 from typing import Final
 
 from clrk.core.errors import ProtocolError
-from clrk.gateway.egress.http1 import Head, Request, Response
+from clrk.gateway.egress.http1 import Head, Request, Response, render_head
 from clrk.gateway.telemetry.spans import TraceContext
 
 _HOP_BY_HOP: Final = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"))
@@ -137,6 +137,12 @@ def request_headers(
             kept.append((name, value))
     kept.extend(("Connection" if name == "connection" else name, value) for name, value in ours.items() if value)
     return kept
+
+
+def render_response(response: Response, *, framing: Framing, drop_coding: bool = False, close: bool = False) -> bytes:
+    """Return the head that the agent gets; see response_headers."""
+    headers = response_headers(response, framing=framing, drop_coding=drop_coding, close=close)
+    return render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)
 
 
 def response_headers(

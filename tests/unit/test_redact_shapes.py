@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import random
 import uuid
 from collections.abc import Callable
 from functools import partial
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 import pytest
 from cost import assert_proportional
@@ -175,6 +176,7 @@ def test_values_are_hidden_in_every_form(value: str) -> None:
     forms = [
         value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1].replace("/", "\\/"),
         quote(value), quote(value, safe=""), quote(quote(value, safe="")), json.dumps(json.dumps(value))[3:-3],
+        quote_plus(value), html.escape(value), html.escape(value, quote=False),
     ]  # fmt: skip
     for form in forms:
         assert OWN.text(f"<{form}> ok") == f"<{REDACTED}> ok", form

@@ -2,75 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import gzip
 import json
-import sys
-from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
-from credential_policies import AWS, BEARER, QUERY, SECRET, SIGV4, policy
-from egress_lab import aliased, answer, laboratory, read_request, upstream
+from credential_policies import QUERY, SECRET, policy
+from credentials_lab import GET, HEAD, NAME, OTHER, ask, bearer, serving, shown
+from egress_lab import answer
 from tls_material import Authority
-
-from clrk.gateway.govern import MAX_GOVERNED_BYTES
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "examples/standin"))
-from aws_signature import find_fault
-
-NAME, OTHER = "api.example.com", "other.example.com"
-BEDROCK = "bedrock-runtime.eu-central-1.amazonaws.com"
-ALLOW = [{"hostnames": [NAME, OTHER, BEDROCK]}, {"cidrs": ["127.0.0.0/8"]}]
-HEAD = b"GET /v1?x=1 HTTP/1.1\r\nHost: api.example.com\r\nAuthorization: Bearer placeholder\r\n"
-GET = HEAD + b"\r\n"
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    *policies, reply=None, secrets=None, gateway=None, secure: bool = True, recognise=None, read=read_request
-):
-    """A lab whose names all live at one upstream; yields (lab, requests seen)."""
-    authority, seen = Authority("upstream CA"), []
-
-    async def handle(reader, writer):
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while True:
-                seen.append(await read(reader))
-                writer.write(reply(*seen[-1]) if reply else answer(b"fine"))
-
-    context = authority.server_context([NAME, OTHER, BEDROCK, "127.0.0.1"]) if secure else None
-    config = {"credential_policies": list(policies)}
-    values = {"default/keys": secrets or {"token": SECRET}}
-    async with upstream(handle, context) as port:
-        spec = aliased(port, NAME, OTHER, BEDROCK) | (gateway or {})
-        async with laboratory(
-            gateway=spec,
-            rules=ALLOW,
-            upstream_ca=authority.cert_pem,
-            config=config,
-            secrets=values,
-            recognise=recognise,
-        ) as lab:
-            lab.upstream_port = port
-            yield lab, seen
-
-
-def bearer(**spec):
-    return policy(BEARER, **({"hostnames": [NAME]} | spec))
-
-
-def shown(lab) -> str:
-    """Everything that the recorder was told."""
-    return repr(lab.recorder.spans) + repr(lab.recorder.begun)
-
-
-async def ask(lab, request: bytes = GET, **where) -> bytes:
-    wire = await lab.dial_tls(NAME, **where)
-    wire.writer.write(request)
-    head, body = await wire.response()
-    return head + body
-
 
 # --- to the matched host --------------------------------------------------------------------------------------------
 
@@ -182,6 +122,45 @@ async def test_not_to_another_host_not_even_one_that_the_answer_sends_the_agent_
     assert SECRET.encode() not in seen[1][0]
 
 
+@pytest.mark.parametrize("written", ["{}", "%72{}", "{}%20x", "a?b={}&c"])
+async def test_a_head_that_repeats_a_value_does_not_tell_the_agent(written):
+    """Servers that add a slash, or ask for HTTPS, send the whole query back: `?key=` among it."""
+    told = written.format(SECRET if "%72" not in written else SECRET[1:])
+
+    def reply(head, _):
+        early = f"HTTP/1.1 103 Early Hints\r\nLink: </{told}>; rel=preload\r\n\r\n".encode()
+        if b"/v1/" in head:
+            return answer(b"fine")
+        return early + answer(b"", f"308 To {told}", f"Location: /v1/?key={told}\r\nX-Plain: a%20b\r\n")
+
+    async with serving(policy(QUERY, hostnames=[NAME]), reply=reply) as (lab, seen):
+        wire = await lab.dial_tls(NAME)
+        wire.writer.write(GET)
+        early, _ = await wire.response()
+        final, _ = await wire.response()
+        wire.writer.write(GET.replace(b"/v1?x=1", b"/v1/?key=REDACTED"))
+        assert (await wire.response())[1] == b"fine"
+        await lab.recorder.wait(2)
+    heads = (early + final).decode()
+    assert SECRET not in unquote(heads)
+    assert heads.count("REDACTED") == 3
+    assert "\r\nX-Plain: a%20b\r\n" in heads
+    assert seen[1][0].startswith(f"GET /v1/?key={SECRET} HTTP/1.1\r\n".encode())
+    assert SECRET not in shown(lab)
+
+
+async def test_what_frames_an_answer_is_not_taken_for_a_value():
+    body = b"x" * 1234
+    async with serving(bearer(), reply=lambda *_: answer(body), secrets={"token": "1234"}) as (lab, _):
+        assert (await ask(lab)).endswith(b"Content-Length: 1234\r\n\r\n" + body)
+
+
+async def test_a_heads_words_that_are_nobodys_secret_pass_to_the_letter():
+    reply = answer(b"", headers="X-A: [redacted] caf\xe9 %41\r\nSet-Cookie: token=abc; Path=/\r\n")
+    async with serving(bearer(), reply=lambda *_: reply) as (lab, _):
+        assert await ask(lab) == reply
+
+
 async def test_not_to_an_address_that_the_agent_dialled_under_the_hosts_name():
     async with serving(bearer()) as (lab, seen):
         wire = await lab.dial("127.0.0.1", lab.upstream_port)
@@ -289,56 +268,3 @@ async def test_what_a_provider_says_of_a_wrong_key_is_not_on_the_span():
     assert span.attributes["http.response.status_code"] == 401
     assert span.attributes["gen_ai.request.model"] == "gpt-[redacted]"
     assert SECRET not in shown(lab)
-
-
-# --- AWS ------------------------------------------------------------------------------------------------------------
-
-
-def bedrock_request(body: bytes, *, chunked: bool) -> bytes:
-    head = (
-        b"POST /model/a.b-v1%%3A0/converse?b=2&a=1 HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
-        b"Authorization: AWS4-HMAC-SHA256 Credential=placeholder/20200101/eu-central-1/bedrock/aws4_request, "
-        b"SignedHeaders=host, Signature=00\r\nX-Amz-Date: 20200101T000000Z\r\nUser-Agent: Boto3\r\n" % BEDROCK.encode()
-    )
-    if chunked:
-        return head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-    return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("size", [1, 300_000])
-async def test_bedrock_believes_the_signature(chunked, size):
-    faults = []
-
-    def reply(head, body):
-        lines = head.decode().split("\r\n")
-        method, target, _ = lines[0].split(" ")
-        headers = [tuple(line.split(": ", 1)) for line in lines[1:] if line]
-        plain = body.split(b"\r\n", 1)[1][:size] if chunked else body
-        faults.append(find_fault(method, target, headers, plain, {AWS["accessKeyId"]: AWS["secretAccessKey"]}))
-        return answer(b"{}")
-
-    async with serving(policy(SIGV4, hostnames=[BEDROCK]), secrets=AWS, reply=reply) as (lab, seen):
-        wire = await lab.dial_tls(BEDROCK)
-        wire.writer.write(bedrock_request(b"x" * size, chunked=chunked))
-        assert (await wire.response())[1] == b"{}"
-        await lab.recorder.wait()
-    assert faults == [None]
-    assert b"placeholder" not in seen[0][0]
-    assert not any(value in shown(lab) for value in AWS.values())
-
-
-async def test_a_body_that_can_not_be_signed_as_a_whole_goes_nowhere():
-    async with serving(policy(SIGV4, hostnames=[BEDROCK]), secrets=AWS) as (lab, seen):
-        wire = await lab.dial_tls(BEDROCK)
-        head = bedrock_request(b"", chunked=False).replace(b"th: 0", b"th: %d" % (MAX_GOVERNED_BYTES + 2**22))
-        wire.writer.write(head)
-        with contextlib.suppress(OSError):
-            for _ in range(MAX_GOVERNED_BYTES // 2**20 + 2):
-                wire.writer.write(bytes(2**20))
-                await wire.writer.drain()
-        response, _ = await wire.response()
-        (span,) = await lab.recorder.wait()
-    assert response.startswith(b"HTTP/1.1 413 ")
-    assert span.attributes["clrk.egress.deny_reason"] == "body_too_large"
-    assert seen == []
