@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics, mcp_metrics
 from opentelemetry.semconv.metrics import http_metrics
@@ -66,7 +66,7 @@ INSTRUMENTS: Final = (
     Instrument(CLRK_COST_USD, "counter", "{USD}", "Cost of LLM calls whose price is known"),
 )  # fmt: skip
 
-_AGENT: Final = (attr.AGENT_NAMESPACE, attr.AGENT_NAME)  # beside all others
+_AGENT: Final = (attr.AGENT_NAMESPACE, attr.AGENT_NAME)
 _SERVER: Final = (attr.SERVER_ADDRESS, attr.SERVER_PORT)
 _MODEL: Final = (attr.GEN_AI_REQUEST_MODEL, attr.GEN_AI_RESPONSE_MODEL)
 _GEN_AI: Final = (attr.GEN_AI_OPERATION_NAME, attr.GEN_AI_PROVIDER_NAME, *_MODEL, *_SERVER)
@@ -82,7 +82,8 @@ _MCP: Final = (
 _DENIED_BUDGET: Final = "budget"
 
 
-class Measurement(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Measurement:
     """One value for one instrument."""
 
     instrument: str
@@ -117,7 +118,7 @@ def _measure_llm(record: SpanRecord, seconds: float) -> Iterator[Measurement]:
     found = record.attributes
     yield Measurement(GEN_AI_CLIENT_OPERATION_DURATION, seconds, _pick(record, (*_GEN_AI, attr.ERROR_TYPE)))
     for kind, name in (("input", attr.GEN_AI_USAGE_INPUT_TOKENS), ("output", attr.GEN_AI_USAGE_OUTPUT_TOKENS)):
-        if isinstance(tokens := found.get(name), int) and tokens >= 0:
+        if isinstance(tokens := found.get(name), int):
             yield Measurement(
                 GEN_AI_CLIENT_TOKEN_USAGE, tokens, _pick(record, _GEN_AI) | {attr.GEN_AI_TOKEN_TYPE: kind}
             )

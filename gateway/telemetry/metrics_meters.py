@@ -1,7 +1,8 @@
-"""All metrics: what spans measure, and what is counted elsewhere, read by exporters.
+"""The meters: what spans measure and what is counted elsewhere, kept by the OpenTelemetry SDK, read by exporters.
 
-Each EgressGateway has totals of its own (metrics_totals.py), since its name is in the resource; two meters of the
-OpenTelemetry SDK hold what belongs to no gateway. Readers take cumulative values whenever they like.
+Each EgressGateway has a meter of its own, since its name is in the resource; two more hold what belongs to no gateway.
+Readers take cumulative values whenever they like. Attributes are bounded: beyond MAX_SETS of an instrument, what comes
+new is counted below `otel.metric.overflow` (models, hosts and tools are the agents' word).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
-from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Observation
 from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricsData
 from opentelemetry.sdk.resources import Resource
@@ -20,12 +21,12 @@ from opentelemetry.sdk.resources import Resource
 from clrk import __version__
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.export_encoding import resource_items
-from clrk.gateway.telemetry.metrics import measure
-from clrk.gateway.telemetry.metrics_totals import RunningTotals
+from clrk.gateway.telemetry.metrics import INSTRUMENTS, Instrument, Measurement, measure
 from clrk.gateway.telemetry.spans import AttributeValue, Component, SpanRecord
 
 _log = logging.getLogger(__name__)
 
+MAX_SETS: Final = 1000  # of attributes, of one instrument of one gateway; the SDK's own limit is 2000
 CLRK_SANDBOXES: Final = "clrk.sandboxes"
 CLRK_KERNEL_EVENTS: Final = "clrk.kernel.events"
 CLRK_TELEMETRY_DROPPED: Final = "clrk.telemetry.dropped"
@@ -33,7 +34,9 @@ CLRK_EXPORT_ITEMS: Final = "clrk.export.items"
 CLRK_EXPORT_REFUSED: Final = "clrk.export.refused"
 CLRK_EXPORT_FAILURES: Final = "clrk.export.failures"
 
+_OVERFLOW: Final[dict[str, str | bool | int | float]] = {attr.OTEL_METRIC_OVERFLOW: True}
 _DROPPED_PREFIX: Final = "dropped_"
+_Attributes = dict[str, str | bool | int | float]
 
 
 @dataclass(slots=True)
@@ -67,24 +70,57 @@ class _Meter:
         return self.reader.get_metrics_data()
 
 
+class _GatewayMeter(_Meter):
+    """What the agents of one EgressGateway do."""
+
+    def __init__(self, resource: Mapping[str, AttributeValue]) -> None:
+        super().__init__(resource)
+        self._instruments = {one.name: self._make(one) for one in INSTRUMENTS}
+        self._known: dict[str, set[frozenset[tuple[str, object]]]] = {one.name: set() for one in INSTRUMENTS}
+
+    def _make(self, one: Instrument) -> Histogram | Counter:
+        if one.kind == "counter":
+            return self.meter.create_counter(one.name, one.unit, one.description)
+        return self.meter.create_histogram(
+            one.name, one.unit, one.description, explicit_bucket_boundaries_advisory=list(one.buckets)
+        )
+
+    def take(self, measurement: Measurement) -> None:
+        attributes = self._bounded(measurement)
+        match self._instruments[measurement.instrument]:
+            case Counter() as counter:
+                counter.add(measurement.value, attributes)
+            case Histogram() as histogram:
+                histogram.record(measurement.value, attributes)
+
+    def _bounded(self, measurement: Measurement) -> _Attributes:
+        known = self._known[measurement.instrument]
+        key = frozenset(measurement.attributes.items())
+        if key not in known:
+            if len(known) >= MAX_SETS:
+                return _OVERFLOW
+            known.add(key)
+        return measurement.attributes
+
+
 class Metrics:
     """All meters of this process. take() is for the event loop, reading may be done in any thread."""
 
     def __init__(self, base: Mapping[str, AttributeValue]) -> None:
         self.host = HostFacts()
         self._base = base
-        self._gateways: dict[str, RunningTotals] = {}
+        self._gateways: dict[str, _GatewayMeter] = {}
         self._runtime = self._make_runtime()
         self._own = self._make_own()
 
     def take(self, record: SpanRecord, gateway: str) -> None:
         """Take what a finished span measures; gateway is namespace/name of its EgressGateway, or empty."""
         for measurement in measure(record):
-            totals = self._gateways.get(gateway)
-            if totals is None:
-                totals = RunningTotals(dict(resource_items(self._base, Component.GATEWAY, gateway)))
-                self._gateways = {**self._gateways, gateway: totals}  # readers in other threads walk the old one
-            totals.take(measurement)
+            meter = self._gateways.get(gateway)
+            if meter is None:
+                meter = _GatewayMeter(dict(resource_items(self._base, Component.GATEWAY, gateway)))
+                self._gateways = {**self._gateways, gateway: meter}  # readers in other threads walk the old one
+            meter.take(measurement)
 
     def read(self, wants: Callable[[str], bool], *, with_host: bool) -> Iterator[tuple[str, MetricsData]]:
         """Yield (gateway, its metrics) for those that `wants` accepts; what belongs to no gateway has the name ""."""
@@ -92,8 +128,8 @@ class Metrics:
             for meter in (self._runtime, self._own):
                 if (data := meter.read()) is not None:
                     yield "", data
-        for gateway, totals in self._gateways.items():
-            if wants(gateway) and (data := totals.read()) is not None:
+        for gateway, meter in self._gateways.items():
+            if wants(gateway) and (data := meter.read()) is not None:
                 yield gateway, data
 
     def encode(self, wants: Callable[[str], bool], *, with_host: bool) -> bytes:

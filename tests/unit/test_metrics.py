@@ -3,20 +3,15 @@
 import time
 
 import pytest
-from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
-from opentelemetry.metrics import Counter
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality
-from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricsData, ResourceMetrics
 from otlp_receiver import Failure, Receiver, attributes
 from prometheus_client.parser import text_string_to_metric_families
 from span_samples import MS, config, gateway, identity, record
 
 from clrk.core.messages import Counters
 from clrk.gateway.telemetry import attributes as attr
-from clrk.gateway.telemetry import export_task, metrics_totals
-from clrk.gateway.telemetry.metrics import INSTRUMENTS, Measurement, measure
-from clrk.gateway.telemetry.metrics_totals import RunningTotals
+from clrk.gateway.telemetry import export_task, metrics_meters
+from clrk.gateway.telemetry.metrics import INSTRUMENTS, measure
 from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.spans import Component, SpanKind, SpanRecord
 
@@ -231,7 +226,7 @@ async def test_a_backend_that_fails_gets_newer_values_and_the_last_at_the_end(tm
 
 
 async def test_what_agents_invent_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_totals, "MAX_SETS", 20)
+    monkeypatch.setattr(metrics_meters, "MAX_SETS", 20)
     telemetry = Telemetry.open(tmp_path, config())
     who = identity()
     for index in range(100):
@@ -244,62 +239,6 @@ async def test_what_agents_invent_is_bounded(tmp_path, monkeypatch):
     assert (overflow.value, sum(sample.value for sample in counts)) == (80, 100)
     assert max(len(sample.labels.get("gen_ai_request_model", "")) for sample in counts) == 256
     await telemetry.close()
-
-
-def sdk_says(measurements):
-    """The OpenTelemetry SDK is the independent reader: the same measurements through its own instruments."""
-    reader = InMemoryMetricReader()
-    meter = MeterProvider([reader], exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False).get_meter("x")
-    made = {
-        one.name: meter.create_counter(one.name, one.unit, one.description)
-        if one.kind == "counter"
-        else meter.create_histogram(
-            one.name, one.unit, one.description, explicit_bucket_boundaries_advisory=list(one.buckets)
-        )
-        for one in INSTRUMENTS
-    }
-    for name, value, said in measurements:
-        getattr(made[name], "add" if isinstance(made[name], Counter) else "record")(value, said)
-    return without_times(reader.get_metrics_data())
-
-
-def without_times(data):
-    (resource,) = data.resource_metrics
-    (scope,) = resource.scope_metrics
-    plain = encode_metrics(MetricsData([ResourceMetrics(resource.resource, [scope], "")])).resource_metrics[0]
-    found = {}
-    for metric in plain.scope_metrics[0].metrics:
-        for point in points_of(metric):
-            assert 0 < point.start_time_unix_nano <= point.time_unix_nano
-            point.ClearField("start_time_unix_nano")
-            point.ClearField("time_unix_nano")
-        points = {frozenset(attributes(point).items()): point for point in points_of(metric)}
-        for point in points.values():
-            point.ClearField("attributes")  # their order
-        kind = metric.WhichOneof("data")
-        found[metric.name] = (
-            metric.unit,
-            metric.description,
-            kind,
-            getattr(metric, kind).aggregation_temporality,
-            points,
-        )
-    return found
-
-
-def test_totals_are_those_of_the_sdk():
-    edges = [0, 0.005, 0.01, 1, 4, 4.0001, 64, 10.0, 300, 1e9]
-    measurements = [
-        Measurement(one.name, value, {"agent.name": name, "server.port": 443})
-        for one in INSTRUMENTS
-        for value in edges
-        for name in ("support", "sales")
-    ]
-    totals = RunningTotals({"service.name": "clrk"})
-    assert totals.read() is None
-    for measurement in measurements:
-        totals.take(measurement)
-    assert without_times(totals.read()) == sdk_says(measurements)
 
 
 async def test_prometheus_text_has_the_same(tmp_path):
