@@ -47,6 +47,16 @@ class Cut:
     message: str
 
 
+class ErrorWriter(Protocol):
+    """Words errors as a provider does (see llm.dialect.Dialect), so that its SDK shows them."""
+
+    def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:
+        """Return Content-Type and body, which is a JSON object."""
+
+    def error_headers(self, status: int) -> tuple[tuple[str, str], ...]:
+        """Return the other headers."""
+
+
 class Governor(Protocol):
     """Decides about one exchange and follows it.
 

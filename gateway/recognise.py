@@ -175,9 +175,13 @@ _TABLE: Final = KnownHosts()
 _MAX_CACHED_PATH: Final = 256
 
 
-@lru_cache(maxsize=512)
 def _apis_at(path: str) -> tuple[Api, ...]:
     """Return the APIs that have such a path. Nearly all calls are of few paths, and most are of no API."""
+    return _find_apis(path) if len(path) <= _MAX_CACHED_PATH else _find_apis.__wrapped__(path)
+
+
+@lru_cache(maxsize=512)
+def _find_apis(path: str) -> tuple[Api, ...]:
     return tuple(api for api in APIS if api.path.search(path) is not None)
 
 
@@ -214,7 +218,7 @@ def recognise(
     if mcp.is_host(head.host) or mcp.conversations.is_endpoint(head):
         return McpInterpreter(head, allowance, mcp.conversations, sure=True)
     json_body = is_json(head.header("content-type"))
-    for api in _apis_at(head.path) if len(head.path) <= _MAX_CACHED_PATH else _apis_at.__wrapped__(head.path):
+    for api in _apis_at(head.path):
         known = hosts.provider(head.host)
         provider = api.provider(known)
         if provider is not None and (known is not None or json_body):
@@ -230,6 +234,13 @@ def _may_be_mcp_stream(head: RequestHead) -> bool:
     if head.method == "GET":
         return any(name.lower() == "accept" and "text/event-stream" in value.lower() for name, value in head.headers)
     return head.method == "DELETE" and head.header("mcp-session-id") is not None
+
+
+def find_client_errors(head: RequestHead, hosts: KnownHosts = _TABLE) -> Dialect | None:
+    """Return who words errors for the SDK that sent a request, by its host or path; None where that says nothing."""
+    if (provider := hosts.provider(head.host)) is not None:
+        return find_error_writer(provider, head)
+    return next((api.dialect(head) for api in _apis_at(head.path) if api.elsewhere is not None), None)
 
 
 def find_error_writer(provider: Provider | None, head: RequestHead) -> Dialect:

@@ -22,6 +22,7 @@ from clrk.gateway.egress.channel import Channel
 from clrk.gateway.egress.download import Download
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of, explain
 from clrk.gateway.egress.forward import Framing
+from clrk.gateway.egress.guarded import find_client_errors_guarded
 from clrk.gateway.egress.http1 import (
     Body,
     Request,
@@ -366,16 +367,10 @@ class Exchange:
             self._agent.abort()
             return
         self._answered = True
-        self._agent.write_nowait(
-            render_problem(
-                status,
-                reason,
-                detail,
-                hint=hint,
-                head_only=self._request.method == "HEAD",
-                invocation_id=self._exit.spans.identity.invocation_id,
-            )
-        )
+        is_head, run_id = self._request.method == "HEAD", self._exit.spans.identity.invocation_id
+        errors = find_client_errors_guarded(self._exit, self._origin, self._request)
+        raw = render_problem(status, reason, detail, hint=hint, head_only=is_head, invocation_id=run_id, errors=errors)
+        self._agent.write_nowait(raw)
 
     def _record(self, admitted: Admitted, error: str | None, message: str, *, complete: bool) -> None:
         facts = None

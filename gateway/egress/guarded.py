@@ -10,7 +10,9 @@ import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from clrk.gateway.egress.origin import Recognise
+from clrk.gateway.egress.http1 import Request
+from clrk.gateway.egress.origin import Exit, Origin, Recognise
+from clrk.gateway.govern import ErrorWriter
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.telemetry import attributes as attr
 
@@ -28,6 +30,17 @@ def recognise_guarded(recognise: Recognise, head: RequestHead) -> Interpreter | 
         _LOG.exception("recognising %s failed: its call goes on uninterpreted", head.method)
         return None
     return None if inner is None else GuardedInterpreter(inner)
+
+
+def find_client_errors_guarded(way_out: Exit, origin: Origin, request: Request) -> ErrorWriter | None:
+    """Return who words an error for the agent's SDK; None where none is known, and when finding it fails."""
+    host, path = origin.name or str(origin.destination.address), request.target.partition("?")[0]
+    head = RequestHead(request.method, origin.scheme, host, origin.destination.port, path, "", request.headers)
+    try:
+        return way_out.find_client_errors(head)
+    except Exception:  # as below
+        _LOG.exception("finding the words for a %s failed: its error has none", request.method)
+        return None
 
 
 class GuardedInterpreter:

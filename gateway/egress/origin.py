@@ -12,7 +12,7 @@ from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.record import Call, Destination, EgressSpans
 from clrk.gateway.egress.tunnels import OpenTunnels
 from clrk.gateway.egress.upstream import Upstream
-from clrk.gateway.govern import Govern, ungoverned
+from clrk.gateway.govern import ErrorWriter, Govern, ungoverned
 from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.secret_values import SecretValues
@@ -27,7 +27,8 @@ class Exit:
     """What the connections of one run share.
 
     Shape: new_capture is there where headers and bodies are to be kept. http_only says of a host, by any of its names,
-    that every exchange with it has to be judged, so that nothing but HTTP may pass. tunnels, names and conversations
+    that every exchange with it has to be judged, so that nothing but HTTP may pass. find_client_errors finds who words
+    errors for the SDK that sent a request. tunnels, names and conversations
     outlive it: other rules make another Exit.
     """
 
@@ -42,6 +43,7 @@ class Exit:
     credentials: Credentials = field(default_factory=lambda: Credentials(SecretValues()))
     http_only: Callable[..., bool] = lambda *_: False
     tunnels: OpenTunnels = field(default_factory=OpenTunnels)
+    find_client_errors: Callable[[RequestHead], ErrorWriter | None] = lambda _: None
     _open: dict[tuple[str | None, IPAddress | None, int], bool] = field(default_factory=dict)
 
     def is_open(self, name: str | None, address: IPAddress | None, port: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Final
 
 from clrk.core.errors import ClrkError
 from clrk.gateway.egress.http1 import render_head
-from clrk.gateway.govern import Answer
+from clrk.gateway.govern import Answer, ErrorWriter
 
 PROBLEM_TYPE: Final = "application/problem+json"
 _STATUS_OF_CODE: Final = {"head_too_large": 431, "too_many_headers": 431, "version": 505, "timeout": 408}
@@ -34,9 +34,19 @@ def status_of(code: str) -> int:
 
 
 def render_problem(
-    status: int, reason: str, detail: str, *, invocation_id: str, hint: str = "", head_only: bool = False
+    status: int,
+    reason: str,
+    detail: str,
+    *,
+    invocation_id: str,
+    hint: str = "",
+    head_only: bool = False,
+    errors: ErrorWriter | None = None,
 ) -> bytes:
-    """Return a whole response that ends the connection. A daemon has no invocation_id ("")."""
+    """Return a whole response that ends the connection. A daemon has no invocation_id ("").
+
+    Shape: with errors the document has the members of the provider's own error too, where its SDK looks for a message.
+    """
     title = HTTPStatus(status).phrase
     body: dict[str, object] = {"type": "about:blank", "title": title, "status": status, "detail": detail}
     body["reason"] = reason
@@ -44,11 +54,14 @@ def render_problem(
         body["invocation_id"] = invocation_id
     if hint:
         body["add_rule"] = hint
+    headers = [("Content-Type", PROBLEM_TYPE)]
+    if errors is not None:
+        message = f"clrk: {detail}:\n{hint}" if hint else f"clrk: {detail}"
+        body |= json.loads(errors.error_body(status, reason, message)[1])
+        headers += errors.error_headers(status)
     content = json.dumps(body).encode() + b"\n"
-    head = render_head(
-        f"HTTP/1.1 {status} {title}",
-        [("Content-Type", PROBLEM_TYPE), ("Content-Length", str(len(content))), ("Connection", "close")],
-    )
+    headers += [("Content-Length", str(len(content))), ("Connection", "close")]
+    head = render_head(f"HTTP/1.1 {status} {title}", headers)
     return head if head_only else head + content
 
 

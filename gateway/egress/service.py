@@ -36,7 +36,7 @@ from clrk.gateway.mcp.conversations import Conversations
 from clrk.gateway.mcp.governor import McpRunState
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import EgressPolicy
-from clrk.gateway.recognise import KnownHosts, KnownMcp, recognise
+from clrk.gateway.recognise import KnownHosts, KnownMcp, find_client_errors, recognise
 from clrk.gateway.redact import Redactor
 from clrk.gateway.run import Run
 from clrk.gateway.secret_values import SecretValues
@@ -132,10 +132,11 @@ class EgressService:
         patterns = gateway.spec.redact.patterns if gateway is not None else ()
         redactor = Redactor(patterns, lambda: self._secret_values.known, credentials.secret_headers)
         governing = self._governance.of_run(replace(run, gateway=gateway), kept.mcp)
+        hosts = KnownHosts(gateway, self._config.ai_routes)
         known = partial(
             recognise,
             allowance=kept.allowance,
-            hosts=KnownHosts(gateway, self._config.ai_routes),
+            hosts=hosts,
             prices=PriceList(gateway.spec.prices) if gateway is not None else BUNDLED,
             mcp=KnownMcp(governing.is_mcp_host, kept.conversations),
         )
@@ -151,6 +152,7 @@ class EgressService:
             credentials,
             governing.http_only,
             kept.tunnels,
+            partial(find_client_errors, hosts=hosts),
         )
 
     def report_budgets(self, day: str | None) -> dict[str, Any]:

@@ -5,26 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from clrk.gateway.budget import NANO, Account, Balance, Charge, Shortage, day_end_s, is_run, seconds_to_day_end
-from clrk.gateway.govern import Answer
+from clrk.gateway.govern import Answer, ErrorWriter
 from clrk.gateway.llm.budget_rules import BudgetRule
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import AttributeValue
 
 EXCEEDED: Final = "budget_exceeded"
 _RETRIED_S: Final = 60  # up to this the SDKs of OpenAI and Anthropic wait as long as they are told
-
-
-class ErrorWriter(Protocol):
-    """Words errors as a provider does (see dialect.Dialect)."""
-
-    def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:
-        """Return Content-Type and body."""
-
-    def error_headers(self, status: int) -> tuple[tuple[str, str], ...]:
-        """Return the other headers."""
 
 
 @dataclass(frozen=True, slots=True)
