@@ -24,7 +24,7 @@ class Channel(asyncio.Protocol):
     """A connected stream. Made by connect_accepted_socket() and create_connection()."""
 
     __slots__ = (
-        "_chunks", "_drained", "_eof", "_error", "_idle_s", "_last", "_loop", "_on_lost", "_paused", "_reading",
+        "_chunks", "_drained", "_due", "_eof", "_error", "_idle_s", "_last", "_loop", "_on_lost", "_paused", "_reading",
         "_size", "_tail", "_timer", "_transport", "_waiter", "received_bytes", "sent_bytes", "ssl_object",
     )  # fmt: skip
 
@@ -45,6 +45,7 @@ class Channel(asyncio.Protocol):
         self._idle_s = 0.0
         self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self.received_bytes = 0
         self.sent_bytes = 0
 
@@ -60,7 +61,7 @@ class Channel(asyncio.Protocol):
         self._chunks.append(data)
         self._size += len(data)
         self.received_bytes += len(data)
-        if self._timer is not None:
+        if self._idle_s:
             self._last = self._loop.time()
         self._pause_if_full()
         self._wake()
@@ -77,7 +78,7 @@ class Channel(asyncio.Protocol):
             self._error = exc if isinstance(exc, OSError) else ConnectionResetError(str(exc or "connection closed"))
         self._transport = None
         self._tail = True
-        self.set_idle_timeout(0)
+        self._stop_timer()
         self._wake()
         self._release_writer()
         if self._on_lost is not None:
@@ -161,7 +162,7 @@ class Channel(asyncio.Protocol):
             raise self._error or ConnectionResetError("connection closed")
         transport.write(data)
         self.sent_bytes += len(data)
-        if self._timer is not None:
+        if self._idle_s:
             self._last = self._loop.time()
 
     async def drain(self) -> None:
@@ -173,7 +174,7 @@ class Channel(asyncio.Protocol):
                 await self._drained
             finally:
                 self._drained = None
-        if self._timer is not None:
+        if self._idle_s:
             self._last = self._loop.time()
 
     def write_eof(self) -> None:
@@ -236,14 +237,17 @@ class Channel(asyncio.Protocol):
         self._release_writer()
 
     def set_idle_timeout(self, seconds: float) -> None:
-        """Fail with TimeoutError when nothing moves for that long; 0 stops the clock."""
+        """Fail with TimeoutError when nothing moves for that long; 0 stops the clock.
+
+        Cost: a look at the clock, as a rule: a timer that is not too late is left to run, and judges when it is due.
+        """
         self._idle_s = seconds
-        self._last = self._loop.time()
-        if self._timer is not None and not seconds:
-            self._timer.cancel()
-            self._timer = None
-        elif self._timer is None and seconds:
-            self._timer = self._loop.call_later(seconds, self._tick)
+        if not seconds or self._transport is None:
+            return
+        self._last = now = self._loop.time()
+        if self._timer is None or now + seconds < self._due:
+            self._stop_timer()
+            self._start_timer(seconds)
 
     def keep_alive(self) -> None:
         """Probe a silent peer: a dead one is found out, and no middlebox forgets the connection (RFC 9293, 3.8.4)."""
@@ -328,10 +332,21 @@ class Channel(asyncio.Protocol):
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
+    def _start_timer(self, seconds: float) -> None:
+        self._due = self._loop.time() + seconds
+        self._timer = self._loop.call_later(seconds, self._tick)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _tick(self) -> None:
         self._timer = None
+        if not self._idle_s:
+            return
         rest = self._last + self._idle_s - self._loop.time()
         if rest <= 0:
             self.fail(TimeoutError(f"nothing moved for {self._idle_s:g} s"))
         else:
-            self._timer = self._loop.call_later(rest, self._tick)
+            self._start_timer(rest)
