@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Protocol
 
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.telemetry.spans import AttributeValue
@@ -57,6 +57,10 @@ class ErrorWriter(Protocol):
         """Return the other headers."""
 
 
+Inject = Callable[[bytes], bool]
+"""Puts bytes into an answer under way, between two of its pieces; False when that is not possible (any more)."""
+
+
 class Governor(Protocol):
     """Decides about one exchange and follows it.
 
@@ -87,6 +91,12 @@ class Governor(Protocol):
     def response_head(self, head: ResponseHead) -> None:
         """Take the final response head."""
 
+    def stream_opened(self, inject: Inject) -> None:
+        """The answer has begun; called before the first response_data.
+
+        inject puts bytes between two pieces of it: for a governor whose response_data returns whole events.
+        """
+
     def response_data(self, chunk: bytes) -> bytes | Cut:
         """Take what the agent would get next, after the interpreter has seen it; return what it gets."""
 
@@ -98,18 +108,6 @@ class Governor(Protocol):
 
         Shape: sent says whether the upstream may have seen the request. Called exactly once after judge.
         """
-
-
-Inject = Callable[[bytes], bool]
-"""Puts bytes into an answer under way, between two of its pieces; False when that is not possible (any more)."""
-
-
-@runtime_checkable
-class Injector(Protocol):
-    """A Governor that may have something to say to the agent meanwhile. Its response_data returns whole events."""
-
-    def stream_opened(self, inject: Inject) -> None:
-        """Take the way into the answer; called after response_head, before the first response_data."""
 
 
 Govern = Callable[[RequestHead, Interpreter | None], Governor | None]

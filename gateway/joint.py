@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from clrk.gateway.govern import Answer, Cut, Governor, Inject, Injector
+from clrk.gateway.govern import Answer, Cut, Governor, Inject
 from clrk.gateway.interpret import Facts, ResponseHead
 from clrk.gateway.telemetry.spans import AttributeValue
 
@@ -48,9 +48,8 @@ class JointGovernor:
         self._second.response_head(head)
 
     def stream_opened(self, inject: Inject) -> None:
-        """See Injector. Only the first may put something in: what the second does to bytes would break its events."""
-        if isinstance(self._first, Injector):
-            self._first.stream_opened(inject)
+        """See Governor. Only the first may put something in: what the second does to bytes would break its events."""
+        self._first.stream_opened(inject)
 
     def response_data(self, chunk: bytes) -> bytes | Cut:
         """See Governor."""

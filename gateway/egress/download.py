@@ -7,7 +7,7 @@ from collections.abc import Callable
 from clrk.gateway.egress.admission import Admitted
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.http1 import Body, Response
-from clrk.gateway.govern import Cut, Inject, Injector
+from clrk.gateway.govern import Cut, Inject
 from clrk.gateway.interpret import ResponseHead
 
 
@@ -36,7 +36,7 @@ class Download:
 
     def opened(self, inject: Inject) -> None:
         """The answer's head is written; inject puts bytes between what data() returns."""
-        if self._governor is not None and isinstance(self._governor, Injector):  # a protocol: slow to ask
+        if self._governor is not None:
             self._governor.stream_opened(inject)
 
     @property

@@ -8,7 +8,7 @@ from typing import Final
 
 from clrk.gateway.egress.guarded import GuardedInterpreter
 from clrk.gateway.egress.refusal import RefusedError
-from clrk.gateway.govern import Answer, Cut, Govern, Governor, Inject, Injector
+from clrk.gateway.govern import Answer, Cut, Govern, Governor, Inject
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.telemetry.spans import AttributeValue
 
@@ -87,8 +87,8 @@ class GuardedGovernor:
                 self._failed("reading a response head")
 
     def stream_opened(self, inject: Inject) -> None:
-        """See Injector; a governor that is none has nothing to say."""
-        if isinstance(self._inner, Injector):
+        """See Governor."""
+        if self._inner is not None:
             try:
                 self._inner.stream_opened(inject)
             except Exception:  # as above

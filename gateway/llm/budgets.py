@@ -16,7 +16,7 @@ from clrk.core.egress_resources import EgressGateway
 from clrk.core.route_resources import AIProviderRoute
 from clrk.gateway.budget import day_of
 from clrk.gateway.budget_ledger import BudgetLedger
-from clrk.gateway.govern import Answer, Cut, Governor
+from clrk.gateway.govern import Answer, Cut, Governor, Inject
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
 from clrk.gateway.llm.budget_denial import Denial, ErrorWriter, answer_of
 from clrk.gateway.llm.budget_report import MAX_ITEMS, report
@@ -138,6 +138,9 @@ class Unmetered:
         return body
 
     def response_head(self, head: ResponseHead) -> None:
+        """See Governor."""
+
+    def stream_opened(self, inject: Inject) -> None:
         """See Governor."""
 
     def response_data(self, chunk: bytes) -> bytes | Cut:

@@ -16,7 +16,7 @@ from typing import Final
 from clrk.core.errors import ProtocolError
 from clrk.gateway.budget import MAX_TOKENS_PER_CALL, NOTHING, Amount, Charge, Shortage, day_of, to_nano
 from clrk.gateway.budget_ledger import LedgerError
-from clrk.gateway.govern import Answer, Cut
+from clrk.gateway.govern import Answer, Cut, Inject
 from clrk.gateway.interpret import Facts, ResponseHead
 from clrk.gateway.llm.budget_denial import EXCEEDED, Denial, DeniedError, answer_of, describe_shortage
 from clrk.gateway.llm.budget_rules import BudgetRule, LlmCall
@@ -242,6 +242,9 @@ class BudgetGovernor:
         self._status = head.status
         self._at_boundary = True
         self._is_coded = head.header("content-encoding") is not None
+
+    def stream_opened(self, inject: Inject) -> None:
+        """See Governor."""
 
     def response_data(self, chunk: bytes) -> bytes | Cut:
         """See Governor."""

@@ -135,7 +135,7 @@ class McpGovernor:
         self.decodes_response = not isinstance(self._decoder, Identity)
 
     def stream_opened(self, inject: Inject) -> None:
-        """Take the way into the answer, which has begun; see Injector."""
+        """Take the way into the answer, which has begun; see Governor."""
         self._inject = inject
 
     def response_data(self, chunk: bytes) -> bytes | Cut:

@@ -32,6 +32,9 @@ class Judge:
     def response_head(self, head: ResponseHead) -> None:
         self.asked.append(head.headers)
 
+    def stream_opened(self, inject) -> None:
+        pass
+
     def response_data(self, chunk: bytes) -> bytes | Cut:
         return CUT if self.cuts and self.cuts in chunk else chunk + self.mark
 

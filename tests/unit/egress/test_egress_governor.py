@@ -54,6 +54,9 @@ class Judge:
     def response_head(self, head: ResponseHead) -> None:
         self._step("response_head")
 
+    def stream_opened(self, inject) -> None:
+        self._step("stream_opened")
+
     def response_data(self, chunk: bytes) -> bytes | Cut:
         self._step("response_data")
         return self.response(chunk) if self.response else chunk
@@ -184,7 +187,7 @@ async def test_a_bug_before_the_call_denies_it(step):
     assert span.attributes["clrk.egress.deny_reason"] == "governor_failed"
 
 
-@pytest.mark.parametrize("step", ["response_head", "response_data"])
+@pytest.mark.parametrize("step", ["response_head", "stream_opened", "response_data"])
 async def test_a_bug_during_the_answer_cuts_it(step):
     seen, raw, (span,) = await exchange(Judge(fails=step), post(), CHUNKED + b"5\r\nreply\r\n0\r\n\r\n")
     assert len(seen) == 1
