@@ -18,9 +18,8 @@ class Dialect(Protocol):
     Shape: operation is gen_ai.operation.name. request_model, streams, max_output_tokens (of one choice, as the request
     limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
     output_limit_name is the member of the request that limits it (`object.member` inside another); None: there is none.
-    completion holds what the response has said so far. usage_due says that the next event may be the one that exists
-    only because usage was asked for, and event() says True when it was. takes_include_usage: the API has OpenAI's
-    `stream_options.include_usage`. spends_tokens: False where tokens are only counted. price_models: the names to look
+    completion holds what the response has said so far. event() says True of the one event that exists only because
+    usage was asked for. takes_include_usage: the API has OpenAI's `stream_options.include_usage`. spends_tokens: False where tokens are only counted. price_models: the names to look
     for a price under, the one to trust most first.
     """
 
@@ -37,10 +36,6 @@ class Dialect(Protocol):
     @property
     def price_models(self) -> tuple[str | None, ...]:
         """Names of the model, as price lists may know them."""
-
-    @property
-    def usage_due(self) -> bool:
-        """True when every choice of a stream has finished."""
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the attributes of a request body (without content coding); empty when it is malformed."""
@@ -86,11 +81,6 @@ class JsonDialect:
     def price_models(self) -> tuple[str | None, ...]:
         """See Dialect."""
         return self.completion.model, self.request_model
-
-    @property
-    def usage_due(self) -> bool:
-        """Usage is part of the protocol: nothing was asked for, nothing is withheld."""
-        return False
 
     def splitter(self, media_type: str) -> framing.Splitter | None:
         """See Dialect."""

@@ -1,14 +1,15 @@
 """Asking OpenAI for a stream's usage on behalf of an agent that did not, unnoticed by it (CONTRACT section 11).
 
 Two halves. The request gets `stream_options.include_usage`, written into its bytes where they are; nothing else in it
-changes. The response then has one chunk more, with empty `choices`, between the last choice's finish_reason and
-`[DONE]`; that one is dropped. Only there may an event that is cut between two reads wait for its end; everywhere else
-each byte passes at once.
+changes. The response then has one chunk more, with empty `choices`; that one is dropped. An event that is cut between
+two reads waits until it shows that it is another: at its first choice, at `[DONE]`, at a comment. What is dropped
+depends on the event's bytes only, never on how they came.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Final
 
 from clrk.gateway.llm.body import MAX_DOCUMENT_BYTES, ResponseBody
@@ -18,7 +19,8 @@ from clrk.gateway.llm.sse import MAX_EVENT_BYTES
 
 _WANTED: Final = frozenset(("stream", "stream_options"))
 _ASK: Final = '"stream_options":{"include_usage":true},'
-_DATA: Final = b"data:"
+# What the usage chunk does not have: a choice, data that is no object, a comment.
+_OTHER: Final = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]|(?:\A|[\r\n])(?::|data:[ \t]*[^{ \t])')
 
 
 def ask_for_usage(body: bytes) -> bytes:
@@ -65,7 +67,7 @@ class UsageChunkFilter:
         self.boundary = None
         for event in self._body.feed(chunk):
             raw = self._held + chunk[at : event.end]
-            self._dropped = self._dialect.event(event) and not self._leaked
+            self._dropped = self._dialect.event(event) and not self._leaked and _may_be_chunk(raw)
             if not self._dropped:
                 out.append(raw)
             self._held, self._leaked, at = b"", False, event.end
@@ -100,8 +102,7 @@ class UsageChunkFilter:
         """Hold a cut event while it may be the usage chunk, else return it."""
         self._dropped = False
         rest = self._held + tail
-        may_hold = self._dialect.usage_due and not self._leaked and not self._body.given_up
-        if may_hold and _may_be_chunk(rest) and len(rest) <= MAX_EVENT_BYTES:
+        if not self._leaked and not self._body.given_up and _may_be_chunk(rest):
             self._held = rest
             return b""
         self._held, self._leaked = b"", True
@@ -109,7 +110,5 @@ class UsageChunkFilter:
 
 
 def _may_be_chunk(event: bytes) -> bool:
-    """Say whether an event that begins so can be a chunk: nothing waits for `[DONE]`, comments and other fields."""
-    if len(event) < len(_DATA):
-        return _DATA.startswith(event)
-    return event.startswith(_DATA) and event[len(_DATA) :].lstrip(b" ")[:1] in (b"", b"{")
+    """Say whether an event that begins so can be the chunk; what is none once is none however it goes on."""
+    return len(event) <= MAX_EVENT_BYTES and _OTHER.search(event) is None

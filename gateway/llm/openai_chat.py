@@ -91,12 +91,6 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         self._deployment = deployment_of(head)
-        self._returned = 1
-
-    @property
-    def usage_due(self) -> bool:
-        """True once every choice has finished: what follows is the usage chunk and `[DONE]`."""
-        return len(self.completion.finish_reasons) >= self._returned
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
@@ -108,7 +102,6 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
         limit = values.count(request.max_completion_tokens)
         self.max_output_tokens = values.count(request.max_tokens) if limit is None else limit
         wanted = values.count(request.n) or 1
-        self._returned = wanted * _prompts(request.prompt)
         # best_of are generated, and billed, of which n are returned.
         self.choices = max(wanted, values.count(request.best_of) or 1) * _prompts(request.prompt)
         tier = values.code(request.service_tier)

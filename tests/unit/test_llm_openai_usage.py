@@ -128,22 +128,48 @@ def test_an_agent_that_asks_gets_it() -> None:
     assert facts.attributes["gen_ai.usage.output_tokens"] == 100
 
 
-def test_bytes_of_other_events_are_never_delayed() -> None:
+def test_an_event_waits_only_while_it_may_be_the_usage_chunk() -> None:
     interpreter = recognise(HEAD)
     assert interpreter is not None
     interpreter.rewrite_request(raw(ONE))
     interpreter.request_data(raw(ONE))
     interpreter.request_end()
     interpreter.response_head(OK_SSE, 0.1)
-    for at in range(len(BEFORE)):
-        assert interpreter.response_data(BEFORE[at : at + 1], 0.2) == BEFORE[at : at + 1]
-    assert b"".join(interpreter.response_data(bytes([byte]), 0.3) for byte in USAGE_CHUNK) == b""
-    # `[DONE]` waits until it can no longer be a chunk: for six bytes.
-    passed = [interpreter.response_data(bytes([byte]), 0.4) for byte in DONE]
-    assert passed[:6] == [b""] * 6
-    assert passed[6] == DONE[:7]
-    assert b"".join(passed) == DONE
+
+    def shown(piece: bytes) -> bytes:
+        return b"".join(interpreter.response_data(bytes([byte]), 0.2) for byte in piece)
+
+    before, choice, after = chunk(part(0, "Yes"), usage=None).partition(b'"choices": [{')
+    assert shown(before + choice[:-1]) == b""
+    assert shown(choice[-1:]) == before + choice
+    assert [shown(bytes([byte])) for byte in after] == [bytes([byte]) for byte in after]
+    assert [shown(bytes([byte])) for byte in b": keep-alive"] == [bytes([byte]) for byte in b": keep-alive"]
+    assert shown(b"\n\n") == b"\n\n"
+    assert shown(USAGE_CHUNK) == b""
+    assert shown(b"data: ") == b""
+    assert shown(b"[") == b"data: ["
+    assert shown(b"DONE]\n\n") == b"DONE]\n\n"
     assert interpreter.response_end(complete=True) == b""
+
+
+@pytest.mark.parametrize(
+    ("before", "request_body"),
+    [
+        (chunk(part(0, "x")), ONE),  # no reason why it ended
+        (chunk(part(0, "x")) + chunk(part(0, None, "stop")), ONE | {"n": 2}),  # a server that knows no n
+        (b"", ONE),
+    ],
+)
+def test_the_usage_chunk_is_withheld_whatever_came_before_it(before: bytes, request_body: dict[str, Any]) -> None:
+    facts, received = same_facts_however_cut(HEAD, raw(request_body), OK_SSE, before + USAGE_CHUNK + DONE)
+    assert received == before + DONE
+    assert facts.attributes["gen_ai.usage.output_tokens"] == 100
+
+
+@pytest.mark.parametrize("fields", [b"id: 7\n", b"event: chunk\nretry: 5\n", b"\xef\xbb\xbf"])
+def test_the_usage_chunk_may_have_other_fields(fields: bytes) -> None:
+    stream = fields + USAGE_CHUNK + DONE
+    assert same_facts_however_cut(HEAD, raw(ONE), OK_SSE, stream)[1] == DONE
 
 
 def test_the_same_object_comes_back_when_nothing_is_withheld() -> None:
