@@ -105,8 +105,10 @@ class LlmExchange:
         return self.governor.response_data(self.interpreter.response_data(piece, 0.1))
 
     def end(self, *, complete: bool = True, sent: bool = True):
-        self.interpreter.response_end(complete=complete)
+        rest = self.interpreter.response_end(complete=complete)
         if complete:
+            if rest:
+                self.governor.response_data(rest)
             self.governor.response_end(complete=True)
         return self.governor.settle(self.interpreter.facts(), sent=sent)
 

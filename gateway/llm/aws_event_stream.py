@@ -47,6 +47,7 @@ class EventStreamSplitter:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.failed = False
+        self.skipped_bytes = 0
         self._max = max_event_bytes
         self._message = bytearray()
         self._headers_size = 0
@@ -61,6 +62,7 @@ class EventStreamSplitter:
             if self._skip:
                 step = min(self._skip, len(chunk) - at)
                 self._skip -= step
+                self.skipped_bytes += step
                 at += step
                 if not self._skip:
                     yield SseEvent(b"", b"", at)

@@ -65,6 +65,7 @@ class ResponseBody:
     framing tells from the media type how events are cut. is_stream: there are events. has_begun: one with data was
     among them (a comment that keeps the connection alive is no answer). is_plain: events' offsets are offsets in the
     chunks themselves. given_up: what came could not be followed to its end (encoding, size, corruption).
+    skipped_bytes: see framing.Splitter.
     """
 
     def __init__(
@@ -93,7 +94,13 @@ class ResponseBody:
     @property
     def given_up(self) -> bool:
         """True when the body can not be understood any more."""
-        return self._decoder is None or self._decoder.failed or self._document.overflowed or self._burst
+        is_lost = self._splitter is not None and self._splitter.failed
+        return self._decoder is None or self._decoder.failed or self._document.overflowed or self._burst or is_lost
+
+    @property
+    def skipped_bytes(self) -> int:
+        """Return how much of it stood in events that were too large to read."""
+        return self._splitter.skipped_bytes if self._splitter is not None else 0
 
     @property
     def expects_lf(self) -> bool:

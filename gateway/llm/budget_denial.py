@@ -32,6 +32,15 @@ class Denial:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Asks:
+    """The tokens that a call may use, at most. limited: it says itself how much output it may have."""
+
+    input: int
+    output: int
+    limited: bool
+
+
 class DeniedError(Exception):
     """Carries a denial to where it becomes an answer."""
 
@@ -62,23 +71,24 @@ def describe_shortage(
     balances: Mapping[Account, Balance],
     *,
     now_s: float,
-    asks: tuple[int, int],
+    asks: Asks,
 ) -> Denial:
-    """Return the denial for a limit that is reached. asks: the tokens of the input and of the output, at most."""
+    """Return the denial for a limit that is reached."""
     account = shortage.account
     who = f"run {account.window.partition(':')[2]}" if is_run(account.window) else account.key
     held = f", {_show(shortage, shortage.reserved)} reserved by calls under way" if shortage.reserved else ""
     price = f", {_show(shortage, shortage.asked)}" if shortage.is_usd else ""
     wait_s = None if is_run(account.window) else seconds_to_day_end(now_s, account.window)
+    less = "Ask for less output" if asks.limited else "Say in the request how much output it may have"
     if wait_s is None:
-        what_to_do = "Ask for less output, or have it raised; it does not come back within this run."
+        what_to_do = f"{less}, or have it raised; it does not come back within this run."
     else:
         end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(day_end_s(account.window)))
-        what_to_do = f"Ask for less output, wait until {end}, or have it raised."
+        what_to_do = f"{less}, wait until {end}, or have it raised."
     message = (
         f"budget of {rule.label} for {who}: {shortage.limit} is {_show(shortage, shortage.maximum)}, "
         f"{_show(shortage, shortage.used)} used{held}, {_show(shortage, shortage.left)} left; this call may use up to "
-        f"{asks[0] + asks[1]} tokens{price} (input about {asks[0]}, output up to {asks[1]}). {what_to_do}"
+        f"{asks.input + asks.output} tokens{price} (input about {asks.input}, output up to {asks.output}). {what_to_do}"
     )
     found: dict[str, AttributeValue] = {attr.CLRK_BUDGET_LIMIT: shortage.limit, attr.CLRK_BUDGET_KEY: account.key}
     found.update(_daily(shortage, charges, balances))

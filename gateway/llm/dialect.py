@@ -19,8 +19,8 @@ class Dialect(Protocol):
     limits it; None: it does not) and choices are known after request(), which may be called again with the same body.
     output_limit_name is the member of the request that limits it (`object.member` inside another); None: there is none.
     completion holds what the response has said so far. event() says True of the one event that exists only because
-    usage was asked for. takes_include_usage: the API has OpenAI's `stream_options.include_usage`. spends_tokens: False where tokens are only counted. price_models: the names to look
-    for a price under, the one to trust most first.
+    usage was asked for. takes_include_usage: the API has OpenAI's `stream_options.include_usage`. spends_tokens: False
+    where tokens are only counted. price_models: the names to look for a price under, the one to trust most first.
     """
 
     completion: Completion

@@ -1,7 +1,7 @@
 """How a response body is cut into events: server-sent events, JSON lines, the elements of one JSON array.
 
 Every splitter yields SseEvent (without a name where the framing has none), keeps at most one event, and empties what
-grows over its bound without losing step.
+grows over its bound without losing step; skipped_bytes counts what was in there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ _SPACE: Final = b" \t\r\n"
 
 
 class Splitter(Protocol):
-    """Cuts one body into events as it passes; feed() is to be iterated to its end."""
+    """Cuts one body into events as it passes; feed() is to be iterated to its end.
+
+    Shape: failed: nothing behind this can be found. skipped_bytes are those of events over the bound, so far.
+    """
+
+    failed: bool
+    skipped_bytes: int
 
     @property
     def expects_lf(self) -> bool:
@@ -39,9 +45,10 @@ class Splitter(Protocol):
 class LineSplitter:
     """JSON lines (NDJSON): one event a line, blank lines are none."""
 
-    expects_lf = False
+    expects_lf = failed = False
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self.skipped_bytes = 0
         self._max = max_event_bytes
         self._line = bytearray()
         self._over = False
@@ -63,6 +70,7 @@ class LineSplitter:
     def _add(self, chunk: bytes, start: int, end: int) -> None:
         if self._over or len(self._line) + end - start > self._max:
             self._over = True
+            self.skipped_bytes += len(self._line) + end - start
             self._line.clear()
         else:
             self._line += chunk[start:end]
@@ -81,9 +89,10 @@ class ArraySplitter:
     Nothing is checked beyond brackets and strings; whoever reads an event decodes it.
     """
 
-    expects_lf = False
+    expects_lf = failed = False
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self.skipped_bytes = 0
         self._max = max_event_bytes
         self._value = bytearray()
         self._over = False
@@ -148,6 +157,7 @@ class ArraySplitter:
             return
         if self._over or len(self._value) + end - start > self._max:
             self._over = True
+            self.skipped_bytes += len(self._value) + end - start
             self._value.clear()
         else:
             self._value += chunk[start:end]

@@ -22,8 +22,9 @@ class LlmInterpreter:
     """One call of one provider, in one dialect.
 
     Shape: sure says that the host is known to serve this API; without it the request has to name a model, else the call
-    stays plain HTTP. boundary is the offset, in the bytes that response_data just returned, behind the last event that
-    ended in them: there a stream can be cut. None when no event did, or the bytes are encoded.
+    stays plain HTTP. body is the response's, once there is one. boundary is the offset, in the bytes that response_data
+    just returned, behind the last event that ended in them: there a stream can be cut. None when no event did, or the
+    bytes are encoded. steps counts how often the response went on and was followed: a guard may have put us aside.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class LlmInterpreter:
     ) -> None:
         self.provider = provider
         self.dialect = dialect
+        self.body: ResponseBody | None = None
         self.boundary: int | None = None
+        self.steps = 0
         self._allowance = allowance
         self._prices = prices
         self._sure = sure
@@ -48,10 +51,8 @@ class LlmInterpreter:
         self._request_attributes: dict[str, AttributeValue] = {}
         self._asked_usage = False
         self._status = 0
-        self._body: ResponseBody | None = None
         self._filter: UsageChunkFilter | None = None
         self._first_chunk_s: float | None = None
-        self._complete = False
 
     def decode_request(self, body: bytes) -> bytes | None:
         """Return a request body without its content coding, None when that can not be undone or is too large."""
@@ -88,38 +89,40 @@ class LlmInterpreter:
         """Choose how to read the response; elapsed_s is not needed, the first chunk has its own."""
         self._status = head.status
         self.dialect.response_head(head)
-        self._body = ResponseBody(head, self._allowance, self.dialect.splitter)
+        self.body = ResponseBody(head, self._allowance, self.dialect.splitter)
         is_events = media_type(head.header("content-type")) == EVENT_STREAM
         # A body with a length can not become shorter, and an encoded one can not be cut at its events.
-        can_filter = is_events and self._body.is_plain and head.header("content-length") is None
+        can_filter = is_events and self.body.is_plain and head.header("content-length") is None
         if self._asked_usage and can_filter:
-            self._filter = UsageChunkFilter(self._body, self.dialect)
+            self._filter = UsageChunkFilter(self.body, self.dialect)
 
     def response_data(self, chunk: bytes, elapsed_s: float) -> bytes:
         """Take response bytes and return what the agent gets."""
-        if self._body is None:
+        if self.body is None:
             return chunk
         if self._filter is not None:
             passed = self._filter.feed(chunk)
             self.boundary = self._filter.boundary
         else:
             passed, end = chunk, None
-            for event in self._body.feed(chunk):
+            for event in self.body.feed(chunk):
                 self.dialect.event(event)
                 end = event.end
-            self.boundary = end if self._body.is_plain else None
-        if self._first_chunk_s is None and self._body.has_begun:
+            self.boundary = end if self.body.is_plain else None
+        if self._first_chunk_s is None and self.body.has_begun:
             self._first_chunk_s = elapsed_s
+        self.steps += 1
         return passed
 
     def response_end(self, *, complete: bool) -> bytes:
         """Read what is left, and return held bytes."""
-        self._complete = complete
-        last = self._body.finish() if self._body is not None and complete else None
+        self.boundary = None
+        last = self.body.finish() if self.body is not None and complete else None
         if isinstance(last, bytes):
             self.dialect.document(last)
         elif last is not None and self.dialect.event(last) and self._filter is not None:
             self._filter.drop_held()
+        self.steps += 1
         return self._filter.finish() if self._filter is not None else b""
 
     def _may_be_billed(self) -> bool:

@@ -31,9 +31,12 @@ class SseEvent:
 
 
 class SseSplitter:
-    """Splits one stream; feed() is to be iterated to its end."""
+    """Splits one stream (see framing.Splitter)."""
+
+    failed = False
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self.skipped_bytes = 0
         self._max = max_event_bytes
         self._line = bytearray()
         self._line_seen = False  # the line has bytes, even if they were not kept
@@ -75,6 +78,7 @@ class SseSplitter:
         if self._size <= self._max:
             self._line += chunk[start:end]
         else:
+            self.skipped_bytes += end - start + len(self._line) + sum(map(len, self._data))
             self._line.clear()
             self._data.clear()
 

@@ -19,7 +19,7 @@ from budget_runs import (
 
 from clrk.gateway.budget import NANO, Amount
 from clrk.gateway.interpret import RequestHead
-from clrk.gateway.llm.governor import DEFAULT_OUTPUT_TOKENS
+from clrk.gateway.llm.output_plan import FIRST_PORTION_TOKENS, LONGEST_ANSWER_TOKENS
 from clrk.gateway.llm.spending import REFERENCE_TOKENS
 from clrk.gateway.telemetry import attributes as attr
 
@@ -57,12 +57,38 @@ def test_choices_and_the_larger_limit_count(more):
     assert 800 < office.entry().reserved.tokens < 1_000
 
 
-def test_without_a_limit_of_its_own_a_call_counts_for_the_default():
-    office = office_of({"maxTokensPerDay": 10_000})
-    openai_call(office, office.run())
-    assert office.entry().reserved.tokens >= DEFAULT_OUTPUT_TOKENS
-    office = office_of({"maxTokensPerDay": DEFAULT_OUTPUT_TOKENS})
-    assert "output up to 4096" in openai_call(office, office.run()).error["message"]
+def test_without_a_limit_a_stream_gets_a_first_portion_and_a_document_as_much_as_any_model_generates():
+    office = office_of({"maxTokensPerDay": 10**6})
+    run = office.run()
+    openai_call(office, run, stream=True)
+    assert FIRST_PORTION_TOKENS < office.entry().reserved.tokens < FIRST_PORTION_TOKENS + 200
+    openai_call(office, run, n=2)
+    assert office.entry().reserved.tokens > FIRST_PORTION_TOKENS + 2 * LONGEST_ANSWER_TOKENS
+
+
+def test_documents_without_a_limit_do_not_overshoot_together():
+    office = office_of({"maxTokensPerDay": 5_000})
+    run = office.run()
+    calls = [openai_call(office, run) for _ in range(10)]
+    assert [call.answer is None for call in calls] == [True] + [False] * 9
+    assert office.entry().reserved.tokens == 5_000  # all that is left
+    assert "0 used, 5000 reserved by calls under way, 0 left" in calls[1].error["message"]
+    assert "Say in the request how much output it may have" in calls[1].error["message"]
+    calls[0].finish(**usage(10, 20_000))
+    assert openai_call(office, run, max_tokens=1).answer.status == 429
+    office = office_of({"maxTokensPerDay": 5_000})
+    openai_call(office, office.run()).finish(**usage(10, 20))
+    assert openai_call(office, office.run()).answer is None  # what was not used came back
+
+
+def test_documents_without_a_limit_get_the_dollars_that_are_left():
+    office = office_of({"maxUSDPerDay": 0.01})
+    run = office.run()
+    call = openai_call(office, run)
+    assert 0.0099 * NANO < office.entry().reserved.nano_usd <= 0.01 * NANO
+    assert openai_call(office, run).answer is not None
+    call.finish(**usage(1_000, 100))
+    assert openai_call(office, run).answer is None
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503, 529])

@@ -28,7 +28,8 @@ class TokenBudget(Model):
     """What may be spent (CONTRACT section 12). Days are UTC. A limit that is not given does not limit.
 
     Shape: key says who shares the daily limits: the agent, everybody who uses the route, or everybody with the same
-        value of an identity field.
+        value of an identity field. max_output_tokens_per_request is of all choices together, and is given to requests
+        that have no limit of their own; without it, those reserve as much as a model may generate, or all that is left.
     """
 
     max_tokens_per_day: TokenCount | None = None
