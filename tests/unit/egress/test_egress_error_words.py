@@ -54,9 +54,7 @@ CLIENTS = [
     pytest.param(
         "llm.internal", "POST /v1/chat/completions", _self_hosted, openai.PermissionDeniedError, id="openai-self-hosted"
     ),
-    pytest.param(
-        "api.anthropic.com", "POST /v1/messages", _anthropic, anthropic.PermissionDeniedError, id="anthropic"
-    ),
+    pytest.param("api.anthropic.com", "POST /v1/messages", _anthropic, anthropic.PermissionDeniedError, id="anthropic"),
     pytest.param(
         MODELS, "POST /v1beta/models/gemini-2.5-flash:generateContent", _google, GoogleError, id="google-genai"
     ),
