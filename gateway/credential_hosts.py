@@ -18,7 +18,7 @@ from clrk.core.route_resources import AIProviderRoute, AIRule, CredentialInjecti
 from clrk.core.wire import IPAddress
 from clrk.gateway import sigv4
 from clrk.gateway.credentials import Credential
-from clrk.gateway.policy_names import HostPattern, normalise_name, parse_ip
+from clrk.gateway.policy_names import HostPattern, parse_ip, plain_host
 from clrk.gateway.secret_values import SecretValues
 
 _MAX_FOUND: Final = 1024
@@ -108,8 +108,7 @@ class Credentials:
         return known
 
     def _look_up(self, host: str, port: int) -> tuple[Credential, ...]:
-        plain = host if parse_ip(host) is not None else normalise_name(host)
-        if plain is None:
+        if (plain := plain_host(host)) is None:
             return ()
         found: dict[tuple[str, str], Credential] = {}
         for reach, credential in self.entries:

@@ -40,6 +40,12 @@ def parse_ip(text: str) -> IPAddress | None:
     return (address.ipv4_mapped or address) if address.version == 6 else address
 
 
+def plain_host(host: str) -> str | None:
+    """Return a name or an address in the one spelling that is compared; None for what is neither."""
+    address = parse_ip(host)
+    return str(address) if address is not None else normalise_name(host)
+
+
 @dataclass(frozen=True, slots=True)
 class HostPattern:
     """`x`, `*.x` (one label before x) or `**.x` (one or more). suffix starts with a dot unless exact."""
@@ -55,7 +61,7 @@ class HostPattern:
         return cls(plain[stars:], stars)
 
     def matches(self, name: str) -> bool:
-        """Say whether a normalised name fits."""
+        """Say whether a normalised name fits, or an address as text: one that the pattern spells out."""
         if self.stars == 0:
             return name == self.suffix
         if not name.endswith(self.suffix) or len(name) == len(self.suffix):

@@ -17,7 +17,7 @@ from clrk.core.egress_resources import EgressGateway
 from clrk.core.route_resources import MCPMatch, MCPRoute, MCPRule, ToolPolicy
 from clrk.gateway.globs import fits_glob
 from clrk.gateway.mcp.strict import TOOLS_CALL, Message
-from clrk.gateway.policy_names import HostPattern, normalise_name
+from clrk.gateway.policy_names import HostPattern, plain_host
 
 TOOL_DENIED: Final = "tool_denied"
 TOOL_CALLS_EXCEEDED: Final = "tool_calls_exceeded"
@@ -209,7 +209,7 @@ class McpPolicy:
 
         Shape: is_mcp says whether the exchange looks like MCP: only such are governed by a route without hostnames.
         """
-        plain = [normal for name in names if name is not None and (normal := normalise_name(name)) is not None]
+        plain = [normal for name in names if name is not None and (normal := plain_host(name)) is not None]
         routes = tuple(route for route in self.routes if _names_host(route, plain) or (is_mcp and not route.hosts))
         return HostPolicy(routes) if routes else None
 

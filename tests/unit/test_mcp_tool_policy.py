@@ -109,6 +109,11 @@ def test_the_first_rule_that_fits_decides_alone() -> None:
     ]
 
 
+def test_a_list_of_no_tools_is_an_error() -> None:
+    with pytest.raises(ValueError, match="allows every tool"):
+        route(rules=[tools(allowedTools=[])])
+
+
 def test_only_tools_are_restricted() -> None:
     others = [Message(method, 1) for method in ("initialize", "tools/list", "resources/read", "x/y", "")]
     assert reasons(policy(tools(allowedTools=["a"])), *others) == [None] * 5
@@ -173,6 +178,7 @@ def test_hosts() -> None:
         route("exact", rules=[tools()]),
         route("star", hostnames=["*.y"], rules=[tools()]),
         route("any", hostnames=[], rules=[tools()]),
+        route("address", hostnames=["10.0.0.7"], rules=[tools()]),
         route("other", namespace="else", rules=[tools()]),
         route("foreign", gatewayRef={"name": "another"}, rules=[tools()]),
     ]
@@ -184,6 +190,7 @@ def test_hosts() -> None:
 
     assert labels("mcp.x") == labels("MCP.X.") == labels("10.0.0.1", "mcp.x") == ["exact"]
     assert labels("a.y") == ["star"]
+    assert labels("10.0.0.7") == labels("10.0.0.7", "mcp.y.evil") == labels("::ffff:10.0.0.7") == ["address"]
     assert labels("y") == labels("a.b.y") == labels("mcp.x.evil") == labels(None) == labels("::1") == []
     assert labels("z", is_mcp=True) == ["any"]
     assert labels("mcp.x", is_mcp=True) == ["exact", "any"]

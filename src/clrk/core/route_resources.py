@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from clrk.core.values import DnsLabel, GatewayRef, HostPattern, Model, Regex, Resource, parse_whole_quantity
 
@@ -108,6 +108,13 @@ class ToolPolicy(Model):
     allowed_tools_regex: Regex | None = None
     denied_tools_regex: Regex | None = None
     max_calls_per_execution: Annotated[int, Field(ge=0)] | None = None
+
+    @field_validator("allowed_tools")
+    @classmethod
+    def _some_tool(cls, tools: list[str]) -> list[str]:
+        if not tools:  # only where it is written down: without it, nothing is said about names
+            raise ValueError("an empty list allows every tool; to allow none, give deniedToolsRegex '.*'")
+        return tools
 
 
 class ToolPolicyFilter(Model):

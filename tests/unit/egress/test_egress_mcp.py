@@ -176,6 +176,21 @@ async def test_a_plain_connection_to_an_address_is_judged_by_its_host_header() -
     assert server.bodies == []
 
 
+async def test_a_server_that_a_route_names_by_its_address_is_governed() -> None:
+    server = Server()
+    config = routes(deniedTools=["rm"])
+    config["mcp_routes"][0]["spec"]["hostnames"] = ["127.0.0.1"]
+    async with (
+        upstream(server) as port,
+        laboratory(gateway={}, rules=[{"cidrs": ["127.0.0.1/32"]}], recognise="real", config=config) as one,
+    ):
+        wire = await one.dial("127.0.0.1", port)
+        wire.writer.write(post(CALL).replace(NAME.encode(), b"127.0.0.1:%d" % port, 1))
+        _, body = await wire.response()
+    assert json.loads(body)["error"]["data"]["reason"] == "tool_denied"
+    assert server.bodies == []
+
+
 # --- forms of a denial ----------------------------------------------------------------------------------------------
 
 
