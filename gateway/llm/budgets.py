@@ -16,9 +16,9 @@ from clrk.core.egress_resources import EgressGateway
 from clrk.core.route_resources import AIProviderRoute
 from clrk.gateway.budget import day_of
 from clrk.gateway.budget_ledger import BudgetLedger
-from clrk.gateway.govern import Answer, Cut, Governor, Inject
+from clrk.gateway.govern import Answer, Cut, ErrorWriter, Governor, Inject
 from clrk.gateway.interpret import Facts, Interpreter, RequestHead, ResponseHead
-from clrk.gateway.llm.budget_denial import Denial, ErrorWriter, answer_of
+from clrk.gateway.llm.budget_denial import Denial, answer_of
 from clrk.gateway.llm.budget_report import MAX_ITEMS, report
 from clrk.gateway.llm.budget_rules import BudgetRule, LlmCall, compile_rules, run_window
 from clrk.gateway.llm.completion import Provider
