@@ -12,20 +12,24 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
 
+from genai_prices import Usage as PricedUsage
 from genai_prices.data import providers
 from genai_prices.types import ModelInfo
+from genai_prices.types import Provider as PriceProvider
 
 from clrk.core.egress_resources import ModelPrice
 from clrk.gateway.llm.completion import Provider, Usage
-from clrk.gateway.llm.rates import total_usd
 
 _MILLION: Final = 1_000_000
 
 
 @lru_cache(maxsize=1024)  # bounded, unlike the library's own lookup caches: agents choose the model names
-def _find(price_id: str, model: str) -> ModelInfo | None:
-    provider = next((one for one in providers if one.id == price_id), None)
-    return provider.find_model(model, all_providers=providers) if provider is not None else None
+def _find(price_id: str, model: str) -> tuple[PriceProvider, ModelInfo] | None:
+    for provider in providers:
+        if provider.id == price_id:
+            info = provider.find_model(model, all_providers=providers)
+            return (provider, info) if info is not None else None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,13 @@ def _bundled_cost(
     found = next((hit for model in models if model and (hit := _find(price_id, model)) is not None), None)
     if found is None:
         return None
-    price = found.get_prices(at or datetime.now(tz=UTC))
-    # The library takes what has no price for free.
-    if any(used and getattr(price, key) is None for key, used in _extras(usage)):
-        return None
+    provider, info = found
     try:
-        return float(total_usd(price, _counts(usage)))
+        price = info.calc_price(_priced(usage), provider, genai_request_timestamp=at or datetime.now(tz=UTC))
+        # The library takes what has no price for free.
+        if any(used and getattr(price.model_price, key) is None for key, used in _extras(usage)):
+            return None
+        return float(price.total_price)
     except (ArithmeticError, LookupError, ValueError):
         return None  # counts that contradict each other, such as more cached than all tokens
 
@@ -110,8 +115,7 @@ def _extras(usage: Usage) -> tuple[tuple[str, int], ...]:
     return ("web_searches_kcount", usage.web_searches), ("storage_searches_kcount", usage.storage_searches)
 
 
-def _counts(usage: Usage) -> dict[str, int]:
-    """Return what was used, by the library's names."""
+def _priced(usage: Usage) -> PricedUsage:
     reported = {
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
@@ -127,4 +131,4 @@ def _counts(usage: Usage) -> dict[str, int]:
     known = {key: value for key, value in reported.items() if value}
     if usage.cache_audio is not None and {"cache_read_tokens", "input_audio_tokens"} <= known.keys():
         known["cache_audio_read_tokens"] = usage.cache_audio  # how far the two overlap: 0 says something too
-    return known
+    return PricedUsage(**known)
