@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from clrk.core.errors import HostError
 from clrk.core.gateway_config import GatewayConfig, ca_id
+from clrk.gateway.egress.channel import RaggedlyEnding
 
 _LOG: Final = logging.getLogger(__name__)
 MAX_CONTEXTS: Final = 1024  # 26 KiB each
@@ -92,6 +93,7 @@ class LeafIssuer:
 
     def _make_context(self, leaf: x509.Certificate) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.sslobject_class = RaggedlyEnding
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         pem = self._leaf_key_pem + leaf.public_bytes(serialization.Encoding.PEM)

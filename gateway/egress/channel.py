@@ -20,6 +20,24 @@ _KEEP_ALIVE: Final = {socket.TCP_KEEPIDLE: 120, socket.TCP_KEEPINTVL: 30, socket
 LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
+class RaggedEndError(ConnectionResetError):
+    """A TLS stream ended without its close_notify: nobody can tell whether that was its end (RFC 8446, section 6.1)."""
+
+    def __init__(self) -> None:
+        super().__init__("TLS ended without close_notify")
+
+
+class RaggedlyEnding(ssl.SSLObject):
+    """A TLS object that can end as a peer's did, without close_notify."""
+
+    ragged = False
+
+    def unwrap(self) -> None:
+        """End the stream: asyncio and uvloop send what this leaves behind, and close."""
+        if not self.ragged:
+            super().unwrap()
+
+
 class Channel(asyncio.Protocol):
     """A connected stream. Made by connect_accepted_socket() and create_connection()."""
 
@@ -68,14 +86,16 @@ class Channel(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Note the end; a plain TCP stream stays open for writing (TLS can not)."""
-        self._eof = True
-        self._wake()
+        if self._said_goodbye():
+            self._eof = True
+            self._wake()
         return not self.is_tls
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell everybody who waits."""
         if self._error is None and (exc is not None or not self._eof):
-            self._error = exc if isinstance(exc, OSError) else ConnectionResetError(str(exc or "connection closed"))
+            ended = RaggedEndError() if exc is None and self.is_tls else ConnectionResetError(str(exc or "closed"))
+            self._error = exc if isinstance(exc, OSError) else ended
         self._transport = None
         self._tail = True
         self._stop_timer()
@@ -194,6 +214,12 @@ class Channel(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
         self._wake()
+
+    def close_raggedly(self) -> None:
+        """Close as close() does, but a TLS stream without its close_notify."""
+        if isinstance(self.ssl_object, RaggedlyEnding):
+            self.ssl_object.ragged = True
+        self.close()
 
     async def finish(self, limit_s: float) -> None:
         """Close, and return when the connection is gone; what can not be delivered within the limit is dropped."""
@@ -323,6 +349,13 @@ class Channel(asyncio.Protocol):
             raise self._error
         if self._tail:
             raise ConnectionResetError("connection closed")
+
+    def _said_goodbye(self) -> bool:
+        """Say whether the end is an end: asyncio calls a TLS stream ended also when its connection just is no more."""
+        try:
+            return self.ssl_object is None or not self.ssl_object.read(1)
+        except ssl.SSLError:
+            return False
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -18,10 +18,10 @@ from clrk.core.errors import ProtocolError
 from clrk.gateway._aio import spawn
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted, admit, allows
-from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.channel import Channel, RaggedEndError
 from clrk.gateway.egress.download import Download
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of, explain
-from clrk.gateway.egress.forward import Framing
+from clrk.gateway.egress.forward import Framing, choose_framing
 from clrk.gateway.egress.guarded import find_client_errors_guarded
 from clrk.gateway.egress.http1 import (
     Body,
@@ -60,12 +60,14 @@ class Exchange:
         self._status: int | None = None
         self._answered = False  # the response head went to the agent
         self._continues = True  # the agent connection can carry another exchange
-        self._open_ended = False  # the response ends with the connection
+        self._open_ended = False  # the response ends with the agent's connection
+        self._until_close = False  # and with the upstream's
         self._sent_at = 0.0
         self._governor: Governor | None = None  # until it has settled
         self._cut_short: Cut | None = None
         self._switched = False  # what is said now is no HTTP
         self._capture = way_out.new_capture() if way_out.new_capture is not None else None
+        self._upload: Upload | None = None
 
     async def run(self) -> bool:
         """Carry the exchange; return whether the agent connection can carry another. Records exactly one span."""
@@ -77,7 +79,7 @@ class Exchange:
             self._answer(exc.status, exc.reason, str(exc), exc.hint)
             return False
         self._governor = admitted.governor
-        upload = Upload(admitted, self._agent, call, self._exit.allowance, self._capture)
+        self._upload = upload = Upload(admitted, self._agent, call, self._exit.allowance, self._capture)
         if self._capture is not None:
             self._capture.request(self._request, admitted.body)
         try:
@@ -109,6 +111,11 @@ class Exchange:
             if self._capture is not None:
                 self._capture.close()
         return False
+
+    @property
+    def leaves_unread(self) -> bool:
+        """Say whether the agent may be sending its request still, although it has a whole answer."""
+        return not self._open_ended and (self._upload is None or not self._upload.done)
 
     async def _carry(self, admitted: Admitted, upload: Upload) -> None:
         upload.take_credentials(self._exit.credentials.values)
@@ -176,7 +183,9 @@ class Exchange:
             return False
         body = response_body(response, self._request.method)
         download.head(response, body)
-        framing = self._framing(admitted, body, response, rewrites=upload.rewritten or download.rewrites)
+        rewrites, governed = upload.rewritten or download.rewrites, admitted.governor is not None
+        framing = choose_framing(self._request, response, body, rewrites=rewrites, governed=governed)
+        self._until_close = body.until_close
         self._open_ended = body.until_close or framing is Framing.DECODED
         ends = response.minor == 0 or "close" in response.tokens("connection")
         self._continues = not (self._open_ended or self._asks_close() or ends)
@@ -189,18 +198,6 @@ class Exchange:
             return False
         upstream.unread(body.rest)
         return not (ends or body.until_close)
-
-    def _framing(self, admitted: Admitted, body: Body, response: Response, *, rewrites: bool) -> Framing:
-        """Decide how the body goes on: as it came, unless somebody may change it, or the agent can not read it so."""
-        if body.done or body.until_close:
-            stands = self._request.method == "HEAD" or response.status == 304  # for what GET would have got
-            return Framing.CHUNKED if stands and response.values("transfer-encoding") else Framing.AS_SENT
-        if (body.chunked or rewrites) and self._request.minor == 0:
-            return Framing.DECODED
-        # A governor may end the answer anywhere, and can do so only between chunks of ours.
-        if rewrites or (body.chunked and admitted.governor is not None):
-            return Framing.REWRITTEN
-        return Framing.CHUNKED if body.chunked else Framing.AS_SENT
 
     async def _stream(
         self, download: Download, body: Body, upstream: Channel, pending: list[bytes], framing: Framing
@@ -345,7 +342,7 @@ class Exchange:
         message = f"{admitted.target.label}: {explain(exc)}"
         if self._answered:
             self._record(admitted, kind, message, complete=False)
-            self._cut()
+            self._cut(exc)
         elif kind == "timeout":
             self._record(admitted, kind, message, complete=False)
             self._answer(504, kind, f"no answer within {self._exit.request_timeout_s:g} s from {admitted.target.label}")
@@ -355,9 +352,11 @@ class Exchange:
             self._exit.spans.failed(self._call, kind, message, self._events())
             self._answer(502, kind, message)
 
-    def _cut(self) -> None:
+    def _cut(self, cause: OSError | ProtocolError | None = None) -> None:
         """End a response that is not complete so that the agent can see it: never a clean end."""
-        if self._open_ended:
+        if self._until_close and isinstance(cause, RaggedEndError):
+            self._agent.close_raggedly()  # what that means is its own decision, as without us
+        elif self._open_ended:
             self._agent.reset()
         else:
             self._agent.close()  # what came is delivered; the length, or the last chunk, is missing

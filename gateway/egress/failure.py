@@ -8,7 +8,7 @@ import ssl
 from typing import Final
 
 from clrk.core.errors import ClrkError
-from clrk.gateway.egress.tls import CertificateDemandedError
+from clrk.gateway.egress.server_flight import CertificateDemandedError
 from clrk.gateway.egress.tunnels import TunnelRevokedError
 
 # X509_V_ERR_*: openssl/x509_vfy.h

@@ -10,7 +10,7 @@ from enum import Enum, auto
 from typing import Final
 
 from clrk.core.errors import ProtocolError
-from clrk.gateway.egress.http1 import Head, Request, Response, render_head
+from clrk.gateway.egress.http1 import Body, Head, Request, Response, render_head
 from clrk.gateway.telemetry.spans import TraceContext
 
 _HOP_BY_HOP: Final = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"))
@@ -145,6 +145,22 @@ def render_response(response: Response, *, framing: Framing, drop_coding: bool =
     return render_head(f"HTTP/1.1 {response.status} {response.reason}", headers)
 
 
+def choose_framing(request: Request, response: Response, body: Body, *, rewrites: bool, governed: bool) -> Framing:
+    """Decide how the response's body goes on: as it came, unless somebody may change it, or the agent can not read it.
+
+    Shape: rewrites says that its length may change; governed that somebody may end it anywhere, which can be done only
+        between chunks of ours.
+    """
+    if body.done or body.until_close:
+        stands = request.method == "HEAD" or response.status == 304  # for what GET would have got
+        return Framing.CHUNKED if stands and response.values("transfer-encoding") else Framing.AS_SENT
+    if (body.chunked or rewrites) and request.minor == 0:
+        return Framing.DECODED
+    if rewrites or (body.chunked and governed):
+        return Framing.REWRITTEN
+    return Framing.CHUNKED if body.chunked else Framing.AS_SENT
+
+
 def response_headers(
     response: Response, *, framing: Framing, drop_coding: bool = False, close: bool = False
 ) -> list[tuple[str, str]]:
@@ -170,6 +186,9 @@ def response_headers(
         if not coded and (lower == "transfer-encoding" or (lower == "content-length" and lower in dropped)):
             kept.append(("Transfer-Encoding" if lower == "content-length" else name, "chunked"))
             coded = True
+        elif close and lower == "connection":
+            kept.append((name, "close"))  # where the upstream said so, or something else
+            close = False
         elif lower not in dropped:
             kept.append((name, value))
     if close:

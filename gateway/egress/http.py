@@ -18,8 +18,8 @@ from clrk.gateway.egress.refusal import render_problem, status_of
 _LOG: Final = logging.getLogger(__name__)
 KEEP_ALIVE_S: Final = 300.0
 HEAD_TIMEOUT_S: Final = 60.0  # from a head's first byte to its last
-LINGER_S: Final = 2.0
-LINGER_BYTES: Final = 4 * 1024 * 1024
+LINGER_S: Final = 30.0  # of an agent that sends on after our last answer
+LINGER_IDLE_S: Final = 2.0  # of one that neither sends nor closes
 
 
 async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel) -> None:
@@ -27,7 +27,7 @@ async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel
 
     Shape: way_out returns that of now: each request is judged by the rules that hold when it comes.
     """
-    start_ns = origin.connect_ns
+    start_ns, unread = origin.connect_ns, True
     try:
         while (request := await _next_request(way_out, origin, agent, start_ns)) is not None:
             call = origin.call(start_ns or time.time_ns())
@@ -35,6 +35,7 @@ async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel
             exchange = Exchange(way_out(), origin, agent, request, call)
             try:
                 if not await exchange.run():
+                    unread = exchange.leaves_unread
                     break
             except OSError:
                 raise
@@ -42,7 +43,7 @@ async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel
                 _LOG.exception("a %s of sandbox %s failed", request.method, way_out().spans.identity.sandbox_id)
                 exchange.broke()
                 break
-        await _linger(agent)
+        await _linger(agent, unread=unread)
     except OSError:
         return  # the agent is gone between two requests: nothing is owed to anybody
 
@@ -85,15 +86,19 @@ async def _rest_of_head(agent: Channel, data: bytes) -> tuple[bytes, bytes]:
         raise ProtocolError("truncated", f"the connection broke inside a request head: {exc}") from exc
 
 
-async def _linger(agent: Channel) -> None:
-    """Let our last answer arrive: closing with unread input would become a reset that destroys it."""
-    if agent.is_broken:
+async def _linger(agent: Channel, *, unread: bool) -> None:
+    """Let our last answer arrive: closing with unread input would become a reset that destroys it.
+
+    Shape: unread says that more of a request may come. Where none does, TLS just closes: it has no half-close.
+    """
+    if agent.is_broken or (agent.is_tls and not unread):
         return
-    agent.write_eof()
+    if not agent.is_tls:
+        agent.write_eof()
+    agent.set_idle_timeout(LINGER_IDLE_S)
     try:
         async with asyncio.timeout(LINGER_S):
-            dropped = 0
-            while dropped < LINGER_BYTES and (data := await agent.read()):
-                dropped += len(data)
+            while await agent.read():
+                continue
     except TimeoutError:
         return  # it does not end by itself: the close settles it

@@ -5,11 +5,16 @@ Source: RFC 5246, sections 6.2.1 (records), 7.4 (handshake messages) and 7.4.4 (
 
 from __future__ import annotations
 
+import ssl
 from typing import Final
 
 MAX_FLIGHT_SIZE: Final = 64 * 1024  # certificate chains are a few KiB
 _HANDSHAKE: Final = 22
 _CERTIFICATE_REQUEST: Final = 13
+
+
+class CertificateDemandedError(ssl.SSLError):
+    """The upstream asked for a client certificate, and broke the handshake off without one."""
 
 
 def asks_for_certificate(flight: bytes) -> bool:

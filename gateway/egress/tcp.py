@@ -13,7 +13,7 @@ from typing import Any, Final
 from clrk.core.errors import ClrkError
 from clrk.gateway._aio import spawn
 from clrk.gateway.egress.admission import admit_tunnel, allows_tunnel
-from clrk.gateway.egress.channel import Channel
+from clrk.gateway.egress.channel import Channel, RaggedEndError
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.egress.hidden_http import FirstLine, HiddenHttpError
 from clrk.gateway.egress.origin import Exit, Origin
@@ -176,6 +176,10 @@ async def _pump(
                 first = None
             await sink.write(data)
             side = source
+    except RaggedEndError:  # of either side: it is over, and whether it broke nobody can tell
+        if side is source:
+            sink.close_raggedly()
+        return True
     except (OSError, ClrkError) as exc:
         broken.append((side, exc))
         source.reset()

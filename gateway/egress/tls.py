@@ -11,8 +11,9 @@ from contextvars import ContextVar
 from typing import Any, Final, TypeVar, cast
 
 from clrk.core.errors import ProtocolError
+from clrk.gateway.egress.channel import RaggedlyEnding
 from clrk.gateway.egress.client_hello import MAX_HELLO_SIZE, ClientHello, parse_client_hello
-from clrk.gateway.egress.server_flight import MAX_FLIGHT_SIZE, asks_for_certificate
+from clrk.gateway.egress.server_flight import MAX_FLIGHT_SIZE, CertificateDemandedError, asks_for_certificate
 
 T = TypeVar("T")
 
@@ -22,11 +23,7 @@ _PEEK_SIZE: Final = MAX_HELLO_SIZE + 1024
 _SESSION: Final[ContextVar[tuple[str, ssl.SSLSession] | None]] = ContextVar("session to resume", default=None)
 
 
-class CertificateDemandedError(ssl.SSLError):
-    """The upstream asked for a client certificate, and broke the handshake off without one."""
-
-
-class _WatchedObject(ssl.SSLObject):
+class _WatchedObject(RaggedlyEnding):
     """Keeps what the server says in the handshake: in TLS 1.2 its alert alone does not say what it lacked."""
 
     incoming: ssl.MemoryBIO

@@ -107,9 +107,7 @@ class Wire:
 
     def reset(self) -> None:
         """Leave with a reset."""
-        sock = self.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.writer.transport.abort()
+        _reset(self.writer)
 
     def close(self) -> None:
         self.writer.transport.abort()
@@ -248,6 +246,13 @@ class Lab:
     _servers: list[asyncio.Server]
 
 
+def _reset(writer: asyncio.StreamWriter) -> None:
+    sock = writer.get_extra_info("socket")
+    if sock is not None and not writer.is_closing():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while data := await reader.read(65_536):
@@ -255,7 +260,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             await writer.drain()
         writer.close()
     except OSError:
-        writer.transport.abort()
+        _reset(writer)
 
 
 def _address(text: str) -> IPAddress | None:
