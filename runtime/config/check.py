@@ -252,10 +252,18 @@ def _read_secret(one: Declared, secret: Secret, environ: Mapping[str, str], prob
             else:  # an editor ends a file with a newline, which is never meant to be part of a token
                 values[key] = (_read_text(one, path, FilePath(name), problems) or "").removesuffix("\n")
     for key, value in values.items():
-        if "\0" in value:
+        if (what := _unusable(value)) is not None:
             source = next(name for name in ("data", "fromFile", "fromEnv") if one.document.value.get(name, {}).get(key))
-            problems.add_at(one, (source, key), "holds a NUL character")
+            problems.add_at(one, (source, key), what)
     return values
+
+
+def _unusable(value: str) -> str | None:
+    """Say why a value is none that anybody could be given; None when it is one."""
+    if "\0" in value:
+        return "holds a NUL character"
+    # The bytes of an environment that are no text stand there as single surrogates.
+    return "not UTF-8 text" if any("\ud800" <= char <= "\udfff" for char in value) else None
 
 
 def _read_text(one: Declared, path: Path, file: FilePath, problems: Problems) -> str | None:

@@ -107,6 +107,7 @@ def test_secret_sources(tmp_path):
         ("fromFile: {a: nope}\n", "4: Secret/s: fromFile.a: No such file or directory: {dir}/nope"),
         ("data: {a: 12345678}\n", "4: Secret/s: data.a: not text; numbers and yes/no need quotes"),
         ('data: {a: "hunter2\\0"}\n', "4: Secret/s: data.a: holds a NUL character"),
+        ("fromEnv: {a: BYTES}\n", "4: Secret/s: fromEnv.a: not UTF-8 text"),
         ("data: [hunter2]\n", "4: Secret/s: data: not a mapping of names to values"),
         ("dta: {a: hunter2}\n", '4: Secret/s: dta: unknown field; did you mean "data"?'),
         ("data: {a: hunter2, a: hunter3}\n", "4: Secret/s: data.a: given twice; the first is on line 4"),
@@ -114,7 +115,7 @@ def test_secret_sources(tmp_path):
     ],
 )  # fmt: skip
 def test_secret_problems_never_show_values(tmp_path, body, problem):
-    problems = problems_of(tmp_path, SECRET + body, {"X": "hunter2"})
+    problems = problems_of(tmp_path, SECRET + body, {"X": "hunter2", "BYTES": "hunter\udcff"})
     assert problem.format(dir=tmp_path) in problems
     assert "12345678" not in "".join(problems)
     if "python/name" not in body:
