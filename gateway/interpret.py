@@ -51,6 +51,12 @@ class RequestHead:
     query: str
     headers: tuple[tuple[str, str], ...]
 
+    @property
+    def authority(self) -> str:
+        """Return host[:port] as it stands in a URL and in Host: an IPv6 address in brackets, no default port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
     def header(self, name: str) -> str | None:
         """Return the first value of a header; name in lower case."""
         return next((value for key, value in self.headers if key.lower() == name), None)

@@ -19,6 +19,7 @@ from clrk.gateway.egress.upstream import Target
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.policy import HTTP_ONLY, EgressPolicy, Verdict
+from clrk.gateway.policy_names import parse_ip
 from clrk.gateway.policy_requests import other_meanings
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import TraceContext
@@ -104,10 +105,15 @@ def _check_names(origin: Origin, host: str | None, port: int | None) -> None:
     if destination.name is not None and sni is not None and sni != destination.name:
         raise RefusedError(421, "sni_mismatch", f"dialled {destination.name}, but TLS asked for {sni}")
     expected = origin.name or (str(destination.address) if origin.is_tls else None)
-    if host is not None and expected is not None and host != expected:
+    if host is not None and expected is not None and host != expected and not _same_address(host, expected):
         raise RefusedError(421, "host_mismatch", f"connected to {expected}, but Host is {host}")
     if port is not None and port != destination.port:
         raise RefusedError(421, "port_mismatch", f"connected to port {destination.port}, but Host has {port}")
+
+
+def _same_address(host: str, expected: str) -> bool:
+    """Say whether both are one IPv6 address: it has more spellings than one (RFC 5952, section 1)."""
+    return ":" in host and parse_ip(host) == parse_ip(expected)
 
 
 def _check_policy(way_out: Exit, origin: Origin, head: RequestHead, call: Call) -> bool:

@@ -266,6 +266,7 @@ class Exchange:
         self._answered, self._continues, self._switched = True, False, True
         self._agent.on_lost(None)
         upstream.set_idle_timeout(0)
+        upstream.keep_alive()  # the agent's own probes end here
         await self._agent.write(forward.render_response(response, framing=Framing.AS_SENT))
         up, down = upstream.sent_bytes, self._agent.sent_bytes
         try:

@@ -84,11 +84,8 @@ def connect_time_ns(flow: FlowRecord) -> int:
 
 def full_url(head: RequestHead, redactor: Redactor) -> str:
     """Return url.full without secrets; there is no userinfo, since requests with it are refused."""
-    default = 443 if head.scheme == "https" else 80
-    host = f"[{head.host}]" if ":" in head.host else head.host
-    port = "" if head.port == default else f":{head.port}"
     target = f"{head.path}?{head.query}" if head.query else head.path
-    return f"{head.scheme}://{host}{port}{redactor.url(target)}"[:MAX_URL_SIZE]
+    return f"{head.scheme}://{head.authority}{redactor.url(target)}"[:MAX_URL_SIZE]
 
 
 def request_attributes(head: RequestHead, redactor: Redactor) -> dict[str, AttributeValue]:

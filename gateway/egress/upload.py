@@ -154,7 +154,7 @@ class Upload:
         head, request = self._admitted.head, self._admitted.request
         headers = forward.request_headers(
             request,
-            host=head.host,
+            host=head.authority,
             context=self._admitted.context,
             upgrade=self._admitted.upgrade,
             length=self._length,

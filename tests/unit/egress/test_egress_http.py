@@ -9,6 +9,8 @@ import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 from relayed_exchange import ALLOW, GET, NAME, replying, through
 
+from clrk.core.wire import FAMILY_V4, FAMILY_V6
+
 MIB = 2**20
 
 
@@ -260,6 +262,26 @@ async def test_an_http_1_0_agent_gets_no_chunks():
     chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"
     raw, _ = await through(chunks, b"GET / HTTP/1.0\r\n\r\n")
     assert raw == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"
+
+
+@pytest.mark.parametrize(
+    ("destination", "family", "host"),
+    [(NAME, FAMILY_V4, NAME), ("127.0.0.1", FAMILY_V4, "127.0.0.1"), ("::1", FAMILY_V6, "[::1]")],
+)
+async def test_who_names_no_host_in_http_1_0_gets_one_with_its_port(destination, family, host):
+    """HTTP/1.1, which goes up, demands a Host (RFC 9110, section 7.2), and a port that is not the default one in it."""
+    seen: list = []
+    listen = "::1" if destination == "::1" else "127.0.0.1"
+    rules = [*ALLOW, {"cidrs": ["127.0.0.1/32", "::1/128"]}]
+    async with (
+        upstream(replying(answer(b"hi"), seen=seen), host=listen) as port,
+        laboratory(gateway=aliased(port, NAME), rules=rules) as lab,
+    ):
+        agent = await lab.dial(destination, port, family=family)
+        assert (await agent.ask(b"GET / HTTP/1.0\r\n\r\n")).endswith(b"hi")
+        (span,) = await lab.recorder.wait()
+    assert f"\r\nHost: {host}:{port}\r\n".encode() in seen[0][0]
+    assert span.attributes["url.full"] == f"http://{host}:{port}/"
 
 
 async def test_early_hints_pass():

@@ -177,6 +177,16 @@ async def test_a_server_that_hangs_up_without_a_word_ends_the_connection():
     assert (span.name, span.attributes["clrk.resp.bytes"]) == ("egress.tcp", 0)
 
 
+def probes_between(near, far) -> tuple[int, int]:
+    """Return SO_KEEPALIVE and its delay of this process' socket between two addresses."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+            if (sock.getsockname(), sock.getpeername()) == (near, far):
+                idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+                return sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), idle
+    raise AssertionError("no such socket")
+
+
 async def test_a_silent_tunnel_is_kept_alive_towards_the_upstream():
     """What probes an agent asks for end at the gateway, so its own have to do."""
     options = []
@@ -184,16 +194,8 @@ async def test_a_silent_tunnel_is_kept_alive_towards_the_upstream():
     async def handle(reader, writer):
         writer.write(b"ready\r\n")
         await reader.readline()
-        options.append(socket_between(writer.get_extra_info("peername"), writer.get_extra_info("sockname")))
+        options.append(probes_between(writer.get_extra_info("peername"), writer.get_extra_info("sockname")))
         writer.write(b"seen\r\n")
-
-    def socket_between(near, far) -> tuple[int, int]:
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
-                if (sock.getsockname(), sock.getpeername()) == (near, far):
-                    idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
-                    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), idle
-        raise AssertionError("no such socket")
 
     async with upstream(handle) as server, laboratory(gateway=aliased(server, NAME), rules=ALLOW) as lab:
         wire = await lab.dial(NAME, 22)

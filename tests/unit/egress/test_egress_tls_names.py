@@ -116,3 +116,18 @@ async def test_a_name_in_sni_does_not_vouch_for_a_dialled_address_and_binds_the_
         wire = await lab.dial_tls("127.0.0.1", 9443, sni=NAME)
         raw = await wire.ask(b"GET / HTTP/1.1\r\nHost: other.example.com:9443\r\n\r\n")
     assert raw.startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("[::1]", 200), ("[0:0::0:1]", 200), ("[::0001]", 200), ("[::2]", 421), ("[::ffff:0:1]", 421)]
+)
+async def test_an_ipv6_address_may_be_spelt_as_it_likes(host, status):
+    theirs = Authority("upstream CA")
+    rules = [{"cidrs": ["::1/128"]}]
+    async with (
+        upstream(hello, theirs.server_context(["::1"]), host="::1") as port,
+        laboratory(gateway={}, rules=rules, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        wire = await lab.dial_tls("::1", port)
+        raw = await wire.ask(f"GET / HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+    assert int(raw.split(b" ")[1]) == status

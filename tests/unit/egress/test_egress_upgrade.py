@@ -12,6 +12,7 @@ import websockets.asyncio.server
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 from relayed_exchange import ALLOW, NAME
 from test_egress_hostile import Quiet, recogniser
+from test_egress_tcp import probes_between
 
 ASK = b"GET /ws HTTP/1.1\r\nHost: tools.internal\r\nConnection: keep-alive, Upgrade\r\nUpgrade: %b\r\n\r\n"
 
@@ -91,6 +92,26 @@ async def test_an_upstream_that_changes_before_the_request_is_complete_is_refuse
         (span,) = await lab.recorder.wait()
     assert raw.startswith(b"HTTP/1.1 502 ")
     assert span.attributes["error.type"] == "bad_response_upgrade"
+
+
+async def test_a_silent_websocket_is_kept_alive_towards_the_upstream():
+    options = []
+
+    async def handle(reader, writer):
+        await read_request(reader)
+        writer.write(switching(b"websocket"))
+        await reader.readline()
+        options.append(probes_between(writer.get_extra_info("peername"), writer.get_extra_info("sockname")))
+        writer.write(b"seen\r\n")
+
+    async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
+        wire = await lab.dial(NAME, 80)
+        wire.writer.write(ASK % b"websocket")
+        async with asyncio.timeout(10):
+            await wire.reader.readuntil(b"\r\n\r\n")
+            wire.writer.write(b"hello\r\n")
+            assert await wire.reader.readline() == b"seen\r\n"
+    assert options == [(1, 120)]
 
 
 async def test_a_refused_upgrade_is_an_exchange_like_any_other():
