@@ -16,6 +16,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -123,6 +124,9 @@ class BudgetLedger:
         Shape: force reserves whatever is short (a gateway that only watches), and still returns the shortage.
         Raises: LedgerError; then nothing was reserved.
         """
+        self._reserved += 1
+        if self._reserved % _PURGE_EVERY == 0:
+            self.purge()  # before, so that whoever is told of an error has nothing reserved
         connection = self._open()
         try:
             with connection:
@@ -139,9 +143,6 @@ class BudgetLedger:
         except (sqlite3.Error, OSError) as exc:
             raise self._broken("reserve", exc) from exc
         self._today = next((one.account.window for one in charges if not is_run(one.account.window)), self._today)
-        self._reserved += 1
-        if self._reserved % _PURGE_EVERY == 0:
-            self.purge()
         return shortage
 
     def settle(self, accounts: Iterable[Account], reserved: Amount, used: Amount) -> None:
@@ -180,15 +181,17 @@ class BudgetLedger:
         connection = self._open()
         sql = (
             "SELECT route, rule, key, window, used_tokens, used_nano_usd, reserved_tokens, reserved_nano_usd, agent "
-            "FROM accounts WHERE {} ORDER BY id DESC LIMIT ?"
+            "FROM accounts WHERE {} ORDER BY id DESC"
         )
         try:
-            days = connection.execute(sql.format("window = ?"), (day, limit)).fetchall()
-            runs = connection.execute(sql.format("window LIKE 'run:%'"), (limit,)).fetchall()
+            days = connection.execute(sql.format("window = ?") + " LIMIT ?", (day, limit)).fetchall()
+            runs = connection.execute(sql.format("window LIKE 'run:%'"))
+            going = list(islice((row for row in runs if row[6] or row[7] or self.is_live(row[3])), limit))
         except sqlite3.Error as exc:
             raise self._broken("read", exc) from exc
-        rows = [*days, *(row for row in runs if row[6] or row[7] or self.is_live(row[3]))]
-        return [Entry(Account(*row[:4]), Balance(Amount(*row[4:6]), Amount(*row[6:8])), row[8]) for row in rows]
+        return [
+            Entry(Account(*row[:4]), Balance(Amount(*row[4:6]), Amount(*row[6:8])), row[8]) for row in (*days, *going)
+        ]
 
     def purge(self) -> None:
         """Forget old days and ended runs; never what may still be charged. Raises: LedgerError."""

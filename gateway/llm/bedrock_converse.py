@@ -9,7 +9,7 @@ import msgspec
 from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.bedrock import BedrockDialect, path_shape, usage
-from clrk.gateway.llm.completion import Usage
+from clrk.gateway.llm.completion import Completion, Usage
 from clrk.gateway.llm.reading import reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
@@ -85,7 +85,7 @@ class BedrockConverse(BedrockDialect):
         if event.data and not self.stream_error(event.name, event.data):
             document = self._take(event.data)
             if document is not None and event.name == b"event/contentBlockDelta":
-                self._generated(document.delta)
+                count_delta(self.completion, document.delta)
         return False
 
     def _take(self, raw: bytes) -> _Document | None:
@@ -102,11 +102,11 @@ class BedrockConverse(BedrockDialect):
             self.completion.model = self.routed_model = chosen.rpartition("/")[2]
         return document
 
-    def _generated(self, delta: object) -> None:
-        """Count what a delta adds to a content block."""
-        reasoning, tool = values.member(delta, "reasoningContent"), values.member(delta, "toolUse")
-        pieces = values.member(delta, "text"), values.member(reasoning, "text"), values.member(tool, "input")
-        self.completion.generated(*pieces)
+
+def count_delta(done: Completion, delta: object) -> None:
+    """Count what a delta adds to a content block, in Converse and in Nova's own stream."""
+    reasoning, tool = values.member(delta, "reasoningContent"), values.member(delta, "toolUse")
+    done.generated(values.member(delta, "text"), values.member(reasoning, "text"), values.member(tool, "input"))
 
 
 def converse_usage(reported: dict[object, object]) -> Usage:

@@ -20,8 +20,9 @@ from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.anthropic import AnthropicMessages
 from clrk.gateway.llm.bedrock import BedrockDialect, path_shape, usage
-from clrk.gateway.llm.bedrock_converse import converse_usage
+from clrk.gateway.llm.bedrock_converse import converse_usage, count_delta
 from clrk.gateway.llm.completion import Usage
+from clrk.gateway.llm.openai_chat import count_chat_delta
 from clrk.gateway.llm.reading import MALFORMED, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
@@ -224,7 +225,7 @@ class BedrockInvoke(BedrockDialect):
             self._answer(position, answer)
         if (reason := values.text(values.member(document.messageStop, "stopReason"))) is not None:
             self.note_end(0, reason)
-        done.generated(values.member(values.member(document.contentBlockDelta, "delta"), "text"))
+        count_delta(done, values.member(document.contentBlockDelta, "delta"))
         done.usage = _merged(done.usage, _counts(document, answers))
 
     def _answer(self, position: int, answer: _Outline | _Answer) -> None:
@@ -234,7 +235,8 @@ class BedrockInvoke(BedrockDialect):
         if (reason := next(filter(None, reasons), None)) is not None:
             self.note_end(position, reason)
         done.generated(*(getattr(answer, name, None) for name in _TEXTS))
-        done.generated(values.member(getattr(answer, "delta", None), "content"))
+        if isinstance(delta := getattr(answer, "delta", None), dict):
+            count_chat_delta(done, delta)
 
 
 def _answers(document: _Outline) -> list[_Answer]:

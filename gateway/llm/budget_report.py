@@ -22,20 +22,20 @@ def report(
     entries: Sequence[Entry], gateways: Iterable[EgressGateway], routes: Sequence[AIProviderRoute], day: str
 ) -> list[dict[str, Any]]:
     """Return the items: by route, rule and key; a run's below the day's."""
-    rules = {
-        (rule.route, rule.digest): (rule, f"{gateway.metadata.namespace}/{gateway.metadata.name}")
-        for gateway in gateways
-        for rule in compile_rules(gateway, routes)
-        if rule.budgets
-    }
+    rules: dict[tuple[str, str], tuple[BudgetRule, str]] = {}
+    for gateway in gateways:
+        for rule in compile_rules(gateway, routes):
+            if rule.budgets:  # of two with the same matches the first is every call's
+                name = f"{gateway.metadata.namespace}/{gateway.metadata.name}"
+                rules.setdefault((rule.route, rule.digest), (rule, name))
     items = []
     touched: set[tuple[str, str, str]] = set()
     for entry in entries:
         account = entry.account
-        rule, gateway = rules.get((account.route, account.rule), (None, ""))
-        budgets = _budgets_of(rule, account.key, runs=is_run(account.window))
+        found, of_gateway = rules.get((account.route, account.rule), (None, ""))
+        budgets = _budgets_of(found, account.key, runs=is_run(account.window))
         touched.add((account.route, account.rule, _family(account.key)))
-        items.append(_item(entry, rule, gateway, budgets))
+        items.append(_item(entry, found, of_gateway, budgets))
     items += _untouched(rules.values(), touched, day)
     return sorted(items, key=lambda item: (item["route"], -1 if item["rule"] is None else item["rule"], item["key"],
                                            item["execution"] or ""))  # fmt: skip

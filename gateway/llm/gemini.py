@@ -60,6 +60,7 @@ class _Outline(msgspec.Struct):
 class _Part(msgspec.Struct):
     text: Any = None
     functionCall: msgspec.Raw = ABSENT
+    executableCode: msgspec.Raw = ABSENT
 
 
 class _Content(msgspec.Struct):
@@ -227,7 +228,8 @@ class GeminiContent(JsonDialect):
             self.completion.off_list = True
         if self.streams and candidate.content is not None:
             for part in candidate.content.parts or ():
-                self.completion.generated(part.text, bytes(part.functionCall).decode(errors="replace"))
+                called = bytes(part.functionCall) + bytes(part.executableCode)
+                self.completion.generated(part.text, called.decode(errors="replace"))
 
     def _usage(self, reported: dict[str, object]) -> Usage:
         """Add up: thoughts are output beside the candidates, results of tools are input beside the prompt."""

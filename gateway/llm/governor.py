@@ -173,10 +173,10 @@ class BudgetGovernor:
     def _dearest(self, demand: Demand, output: int) -> float | None:
         """Return the price of the dearest kind of tokens that the request may be billed as."""
         kinds = [Usage(self._input, output)]
-        if "cache_control" in demand.text or "cachePoint" in demand.text:
+        if demand.mentions("cache_control", "cachePoint"):
             kinds.append(Usage(self._input, output, cache_creation=self._input))
             kinds.append(Usage(self._input, output, cache_creation=self._input, cache_creation_1h=self._input))
-        if "audio" in demand.text:
+        if demand.mentions("audio"):
             kinds.append(Usage(self._input, output, input_audio=self._input, output_audio=output))
         prices = [price for kind in kinds if (price := self._interpreter.cost(kind)) is not None]
         return max(prices, default=None)

@@ -85,8 +85,8 @@ class OllamaChat(JsonDialect):
             called = values.member(message, "tool_calls")
             self.completion.generated(document.response, document.thinking)
             self.completion.generated(values.member(message, "content"), values.member(message, "thinking"))
-            for call in called if isinstance(called, list) else ():
-                self.completion.generated(values.member(values.member(call, "function"), "name"))
+            if isinstance(called, list):
+                self.completion.generated(msgspec.json.encode(called).decode())
         return False
 
     def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:

@@ -164,7 +164,7 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
             index = values.count(choice.index)
             done.finished(position if index is None else index, reason)
         if isinstance(choice.delta, dict):
-            _count_delta(done, choice.delta)
+            count_chat_delta(done, choice.delta)
         elif choice.message is not None and values.text(choice.message.refusal) is not None:
             done.refused = True
         done.generated(choice.text)
@@ -189,14 +189,14 @@ def _prompts(prompt: msgspec.Raw) -> int:
         return 1
 
 
-def _count_delta(done: Completion, delta: dict[str, object]) -> None:
-    """Count what a chunk adds: text, refusal, reasoning as DeepSeek and vLLM send it, and arguments of tools."""
+def count_chat_delta(done: Completion, delta: dict[str, object]) -> None:
+    """Count what a chunk adds: text, refusal, reasoning as DeepSeek and vLLM send it, calls of tools and functions."""
     done.generated(delta.get("content"), delta.get("refusal"), delta.get("reasoning_content"), delta.get("reasoning"))
     if values.text(delta.get("refusal")) is not None:
         done.refused = True
     called = delta.get("tool_calls")
-    for call in called if isinstance(called, list) else ():
-        function = values.member(call, "function")
+    functions = [values.member(call, "function") for call in called] if isinstance(called, list) else []
+    for function in (delta.get("function_call"), *functions):
         done.generated(values.member(function, "name"), values.member(function, "arguments"))
 
 

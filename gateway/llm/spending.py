@@ -18,6 +18,7 @@ The bytes of media count as media only where the protocols have them; anywhere e
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,10 +44,12 @@ _LIMITS: Final = (
 )
 _COUNTS: Final = ("n", "best_of", "candidateCount", "candidate_count")
 _CONFIGS: Final = ("generationConfig", "generation_config", "inferenceConfig", "textGenerationConfig", "options")
+_MODELS_OWN: Final = "additionalModelRequestFields"  # of Bedrock's Converse: for the model, in its own words
 _KNOWN: Final = frozenset(
-    (*_LIMITS, *_COUNTS, *_CONFIGS, "model", "stream", "stream_options", "messages", "contents", "input", "prompt",
-     "max_tokens_to_sample", "max_gen_len", "maxTokenCount")
+    (*_LIMITS, *_COUNTS, *_CONFIGS, _MODELS_OWN, "model", "stream", "stream_options", "messages", "contents", "input",
+     "prompt", "max_tokens_to_sample", "max_gen_len", "maxTokenCount")
 )  # fmt: skip
+_ASCII_ESCAPE: Final = re.compile(r"\\u00([2-7][0-9A-Fa-f])")
 _SMALL: Final = b"abcdefghijklmnopqrstuvwxyz \t\r\n"
 _LARGE: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _STORED: Final = (
@@ -76,6 +79,13 @@ class Demand:
     first: int
     members: dict[str, Member]
 
+    def mentions(self, *words: str) -> bool:
+        """Say whether any of some ASCII words stands in the text, however it is spelled in JSON."""
+        if any(word in self.text for word in words):
+            return True
+        plain = _ASCII_ESCAPE.sub(lambda found: chr(int(found[1], 16)), self.text)
+        return any(word in plain for word in words)
+
 
 def read_demand(body: bytes) -> Demand:
     """Read a request body without content coding.
@@ -89,11 +99,8 @@ def read_demand(body: bytes) -> Demand:
     try:
         text = body.decode()
         first, members = read_members(text)
-        configs = [
-            read_inner_members(text, members[name])[1]
-            for name in _CONFIGS
-            if name in members and members[name].value is not None
-        ]
+        own = _inside(text, members, (_MODELS_OWN,))
+        configs = [inner for level in (members, *own) for inner in _inside(text, level, _CONFIGS)] + own
     except (ValueError, RecursionError) as exc:
         reason = str(exc) if isinstance(exc, ValueError) and not isinstance(exc, UnicodeDecodeError) else "not UTF-8"
         raise ProtocolError("json", f"the body is not one JSON object with distinct names: {reason[:80]}") from exc
@@ -109,6 +116,12 @@ def read_demand(body: bytes) -> Demand:
         first=first,
         members=members,
     )
+
+
+def _inside(text: str, members: dict[str, Member], names: tuple[str, ...]) -> list[dict[str, Member]]:
+    """Return the members of those members that are there. Raises: as read_inner_members."""
+    found = (members[name] for name in names if name in members)
+    return [read_inner_members(text, member)[1] for member in found if member.value is not None]
 
 
 def write_limit(demand: Demand, path: str, limit: int) -> bytes:

@@ -150,3 +150,18 @@ def test_a_stream_of_bedrock_is_cut_with_an_exception_between_two_frames() -> No
     assert "maxTokensPerExecution" in json.loads(last.payload)["message"]
     asked.end(complete=False)
     assert office.entry().reserved.tokens == 0
+
+
+def test_what_converse_passes_on_to_its_model_is_reserved() -> None:
+    office = office_of(maxTokensPerDay=50_000)
+    own = {"max_tokens": 30_000}
+    bedrock(office, "converse", inferenceConfig={"maxTokens": 1}, additionalModelRequestFields=own)
+    assert office.entry().reserved.tokens > 30_000
+
+
+def test_a_stream_that_names_its_limit_in_the_models_own_words_is_refused_and_not_cut() -> None:
+    office = office_of(maxTokensPerDay=1_000)
+    head = call("invoke-with-response-stream", "meta.llama3-8b-instruct-v1:0")
+    asked = LlmExchange(office, office.run(), b'{"prompt":"hi","max_gen_len":2000}', head)
+    assert asked.answer is not None
+    assert asked.answer.status == 429

@@ -213,3 +213,21 @@ def test_what_is_shown_is_the_day_and_what_runs(tmp_path):
     assert shown[0].agent == "default/support"
     assert [entry.account for entry in ledger.entries("2026-11-27", 100)] == [yesterday, alive]
     ledger.close()
+
+
+def test_a_run_that_goes_on_is_shown_however_many_came_after_it(tmp_path):
+    ledger = BudgetLedger(tmp_path / "budgets.db", is_live=lambda window: window == "run:daemon")
+    for window in ("run:daemon", *(f"run:{number}" for number in range(20))):
+        account = Account("r", "a", "k", window)
+        ledger.reserve([Charge(account)], Amount(1))
+        ledger.settle([account], Amount(1), Amount(1))
+    assert [entry.account.window for entry in ledger.entries("2026-11-28", 5)] == ["run:daemon"]
+    ledger.close()
+
+
+def test_whoever_is_told_of_an_error_has_nothing_reserved(ledger, monkeypatch):
+    monkeypatch.setattr(budget_ledger, "_PURGE_EVERY", 1)
+    monkeypatch.setattr(budget_ledger, "_PURGE_DAYS", "no sql")
+    with pytest.raises(LedgerError):
+        ledger.reserve([Charge(DAY, 100)], Amount(10))
+    assert _balance(ledger, DAY).reserved == Amount()

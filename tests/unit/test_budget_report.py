@@ -113,3 +113,12 @@ def test_days_that_can_be_asked_for(query, day):
 def test_what_is_no_day_is_said(query):
     with pytest.raises(ParameterError):
         parse_day(query)
+
+
+def test_of_two_rules_with_the_same_matches_the_first_is_every_calls_and_shown():
+    office = Office(ai_route(budget_rule({"maxTokensPerDay": 900}), budget_rule({"maxTokensPerDay": 20})))
+    run = office.run()
+    openai_call(office, run, max_tokens=10).finish(**usage(100, 20))
+    (day,) = _report(office)
+    assert (day["rule"], day["tokens"]["limit"], day["tokens"]["left"]) == (0, 900, 780)
+    assert openai_call(office, run, max_tokens=10).answer is None

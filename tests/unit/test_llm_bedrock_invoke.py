@@ -195,9 +195,10 @@ STREAMS: dict[str, tuple[str, bytes, list[str], tuple[int, int], int]] = {
     ),
     "gpt-oss": (
         OSS,
-        chunk({"choices": [{"index": 0, "delta": {"content": "Hi"}}]})
+        chunk({"choices": [{"index": 0, "delta": {"content": "Hi", "reasoning_content": "Hm"}}]})
+        + chunk({"choices": [{"index": 0, "delta": {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}}]})
         + chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]} | METRICS),
-        ["stop"], (11, 7), 2,
+        ["stop"], (11, 7), 7,
     ),
 }  # fmt: skip
 

@@ -274,6 +274,9 @@ def test_ollama_streams_lines_however_cut() -> None:
     lines = [{"model": "llama3.2", "message": {"role": "assistant", "content": word}, "done": False} for word in "Yé!"]
     body = b"".join(raw(line) + b"\n" for line in [*lines, OLLAMA_END])
     request = {"model": "llama3.2", "messages": [], "format": "json", "options": {"num_predict": 9, "temperature": 0}}
+    tool = {"model": "llama3.2", "message": {"tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}}
+    called = ollama("/api/chat", request, NDJSON, [raw(tool) + b"\n"])
+    assert called.dialect.completion.output_bytes >= len('f{"a":"b"}')
     want = None
     for chunks in cuts(body):
         found = ollama("/api/chat", request, NDJSON, chunks)

@@ -341,6 +341,12 @@ def test_generated_text_and_arguments_are_counted() -> None:
     interpreter = recognise(call("streamGenerateContent", query="alt=sse"))
     assert isinstance(interpreter, LlmInterpreter)
     interpreter.response_head(STREAMED, 0.1)
-    parts = [{"text": "Yé"}, {"functionCall": {"name": "f", "args": {}}}, {"inlineData": {"data": "AAAA"}}]
+    code = {"language": "PYTHON", "code": "print(1)"}
+    parts = [
+        {"text": "Yé"}, {"functionCall": {"name": "f", "args": {}}}, {"inlineData": {"data": "AAAA"}},
+        {"executableCode": code}, {"codeExecutionResult": {"outcome": "OUTCOME_OK", "output": "1"}},
+    ]  # fmt: skip
     interpreter.response_data(event({"candidates": [{"content": {"parts": parts}}]}), 0.2)
-    assert interpreter.dialect.completion.output_bytes == 3 + len(json.dumps(parts[1]["functionCall"]))
+    assert interpreter.dialect.completion.output_bytes == 3 + len(
+        json.dumps(parts[1]["functionCall"]) + json.dumps(code)
+    )

@@ -239,3 +239,26 @@ def test_a_written_limit_is_read_back(document):
         return
     written = json.loads(write_limit(demand, "max_tokens", 77))
     assert written == {**document, "max_tokens": 77}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"max_tokens": 9_000}, {"inferenceConfig": {"maxTokens": 9_000}}, {"inferenceConfig": {}, "max_tokens": 9_000}],
+)
+def test_what_converse_passes_on_to_its_model_is_a_limit_too(own):
+    document = {"inferenceConfig": {"maxTokens": 5}, "additionalModelRequestFields": own}
+    assert read_demand(json.dumps(document).encode()).output_limit == 9_000
+    assert read_demand(b'{"additionalModelRequestFields":null}').output_limit is None
+    with pytest.raises(ProtocolError):
+        read_demand(json.dumps({**document, "AdditionalModelRequestFields": {}}).encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"cache_control":1}', True), ('{"cach\\u0065_control":1}', True), ('{"\\u0063ache\\u005Fcontrol":1}', True),
+        ('{"cache":"control \\u00e9 \\u003c"}', False),
+    ],
+)  # fmt: skip
+def test_a_word_is_found_however_it_is_spelled(text, said):
+    assert read_demand(text.encode()).mentions("cache_control") is said
