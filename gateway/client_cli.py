@@ -181,7 +181,7 @@ def _add_policy(commands: Any) -> None:
         "explain",
         help="say allow or deny, and which rule",
         description="Say what would happen to a call of an agent, and which rule decides. Exit code: 0 it goes out, "
-        "1 it is denied.",
+        "1 it is denied, 2 nobody can say: there is no such agent, or no such call.",
     )
     explain.add_argument("name", metavar="AGENT", help="NAME or NAMESPACE/NAME")
     explain.add_argument("method", metavar="METHOD", help="GET, POST, …; of no matter to tcp://host:port")

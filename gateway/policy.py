@@ -8,6 +8,7 @@ allowed in both (paths), or is refused (names that are not host names).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -33,6 +34,7 @@ BY_DEFAULT: Final = "default_policy"
 
 # What another rule would allow: these alone are let through where the mode only watches.
 _LACKS_A_RULE: Final = frozenset((NO_RULE, PORT_NOT_ALLOWED, HTTP_NOT_ALLOWED, HTTP_ONLY, NAME_NOT_ALLOWED))
+METHOD: Final = re.compile(r"[A-Z]{1,32}")  # what a rule can name: core.egress_resources.HttpMatch
 _MAX_HINT_PATH: Final = 1024
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 
@@ -307,6 +309,8 @@ def _hint(target: _Target, request: tuple[str, tuple[str, ...]] | None, comment:
         lines.append(f"  ports: [{target.port}]")
     if request is not None:
         method, readings = request
+        if not METHOD.fullmatch(method):
+            return "# no rule can name this method: rules name those in capitals; send it so, or leave http out\n"
         if not readings or not PathPattern.compile(readings[0]).matches(readings):
             return "# no rule can allow this path: it can be read in more than one way; send it without detours\n"
         if len(readings[0]) > _MAX_HINT_PATH:

@@ -6,6 +6,7 @@ address that is written, or given by hostAliases, can be judged here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,12 +17,18 @@ from clrk.core.errors import ClrkError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.core.wire import IPAddress
 from clrk.gateway.credential_hosts import compile_credentials
+from clrk.gateway.interpret import RequestHead
+from clrk.gateway.llm.budget_rules import LlmCall, compile_rules
+from clrk.gateway.llm.interpreter import LlmInterpreter
 from clrk.gateway.policy import EgressPolicy, Verdict
 from clrk.gateway.policy_names import HostPattern, normalise_name, parse_ip
+from clrk.gateway.recognise import KnownHosts, recognise
 from clrk.gateway.secret_values import SecretValues
 
 _PORTS: Final = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 _TUNNEL: Final = ("tcp", "tls")  # bytes that nobody reads
+_JSON: Final = (("Content-Type", "application/json"),)
+_NO_TARGET: Final = re.compile(r"[\x00-\x20\x7f]")  # a request line with these is a 400
 
 
 class UnreadableCallError(ClrkError):
@@ -52,10 +59,16 @@ class PlannedCall:
             raise UnreadableCallError(f"{url!r} is no URL: {exc}") from None
         if parts.username is not None:
             raise UnreadableCallError("a URL with credentials in it is refused; leave them out")
+        if not parts.hostname or parts.port == 0:
+            raise UnreadableCallError(f"{url!r} names no {'port' if parts.hostname else 'host'} that can be dialled")
+        if _NO_TARGET.search(url):
+            raise UnreadableCallError(f"{url!r} holds a blank or a control character: write it as %20 and the like")
+        if method == "CONNECT":
+            raise UnreadableCallError("the gateway is no proxy, so CONNECT is a 400; write tcp://host:port for a tunnel")
         if port is None or parts.scheme not in (*_PORTS, *_TUNNEL):
             raise UnreadableCallError(f"{url!r}: write http://…, https://…, or tcp://host:port for any other TCP")
-        address = parse_ip(parts.hostname or "")
-        name = normalise_name(parts.hostname or "") if address is None else None
+        address = parse_ip(parts.hostname)
+        name = normalise_name(parts.hostname) if address is None else None
         if name is None and address is None:
             raise UnreadableCallError(f"{parts.hostname!r} is no host name: no rule can allow it")
         method = "" if parts.scheme in _TUNNEL else method
@@ -91,11 +104,17 @@ def explain(
         "wouldDeny": failed["reason"] if failed is not None and not holds else None,
         "reason": decided["reason"],
         "rule": decided["rule"],
-        "addRule": failed["addRule"] if failed is not None else "",
+        "addRule": _rule_to_add(steps),
         "tls": _tls(policy, call),
         "steps": steps,
         **_applied(config, gateway, policy, call),
     }
+
+
+def _rule_to_add(steps: list[dict[str, Any]]) -> str:
+    """Return the smallest rule: what a name's denial says knows no port, what follows it does."""
+    denied = [step["addRule"] for step in steps if not step["allowed"]]
+    return next((rule for rule in denied if "ports:" in rule), denied[0] if denied else "")
 
 
 def _steps(policy: EgressPolicy, call: PlannedCall) -> list[dict[str, Any]]:
@@ -140,25 +159,32 @@ def _tls(policy: EgressPolicy, call: PlannedCall) -> str:
 def _applied(
     config: GatewayConfig, gateway: EgressGateway | None, policy: EgressPolicy, call: PlannedCall
 ) -> dict[str, list[str]]:
-    """Return the names of what else applies to the call's host."""
-    if gateway is None:
+    """Return the names of what else applies to the call; which rule for models, its body decides."""
+    if gateway is None or not call.method or _tls(policy, call) == "passthrough":
         return {"aiProviderRoutes": [], "mcpRoutes": [], "credentials": []}
     host = call.name or str(call.address)
     mine = (gateway.metadata.namespace, gateway.metadata.name)
-    ai = [
-        route.metadata.name
-        for route in config.ai_routes
-        if (route.metadata.namespace, route.spec.gateway_ref.name) == mine
-        and any(_fits(match.hostnames, host) for rule in route.spec.rules for match in rule.matches)
-    ]
     mcp = [
         route.metadata.name
         for route in config.mcp_routes
         if (route.metadata.namespace, route.spec.gateway_ref.name) == mine and _fits(route.spec.hostnames, host)
     ]
-    is_read = _tls(policy, call) == "intercept" and bool(call.method)
+    is_read = _tls(policy, call) == "intercept"
     credentials = compile_credentials(gateway, config, SecretValues()).of(host, call.port) if is_read else ()
-    return {"aiProviderRoutes": ai, "mcpRoutes": mcp, "credentials": [one.policy for one in credentials]}
+    return {
+        "aiProviderRoutes": _ai_rules(config, gateway, call, host),
+        "mcpRoutes": mcp,
+        "credentials": [one.policy for one in credentials],
+    }
+
+
+def _ai_rules(config: GatewayConfig, gateway: EgressGateway, call: PlannedCall, host: str) -> list[str]:
+    hosts = KnownHosts(gateway, config.ai_routes)
+    head = RequestHead(call.method, call.scheme, host, call.port, call.path, "", _JSON)
+    read = recognise(head, hosts=hosts)
+    provider = read.provider if isinstance(read, LlmInterpreter) else hosts.provider(host)
+    planned = LlmCall.of(host, call.path, provider, recognised=isinstance(read, LlmInterpreter))
+    return [rule.label for rule in compile_rules(gateway, config.ai_routes) if rule.may_fit(planned)]
 
 
 def _fits(hostnames: list[str], host: str) -> bool:

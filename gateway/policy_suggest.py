@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Any, Final
 
-from clrk.gateway.policy import HTTP_NOT_ALLOWED, HTTP_ONLY, NO_RULE, PORT_NOT_ALLOWED
+from clrk.gateway.policy import HTTP_NOT_ALLOWED, HTTP_ONLY, METHOD, NO_RULE, PORT_NOT_ALLOWED
 from clrk.gateway.policy_names import normalise_name, parse_ip
 from clrk.gateway.policy_paths import PathPattern, path_readings
 from clrk.gateway.telemetry import attributes as attr
@@ -26,7 +26,6 @@ from clrk.gateway.telemetry import attributes as attr
 _LACKED_A_RULE: Final = frozenset((NO_RULE, PORT_NOT_ALLOWED, HTTP_NOT_ALLOWED, HTTP_ONLY))
 _MAX_PATHS: Final = 100  # of one host and port: more are no list that somebody reads
 _MAX_URL_CHARS: Final = 4096  # egress/record.py cuts url.full there
-_METHOD: Final = re.compile(r"[A-Z]{1,32}")
 _ID: Final = re.compile(
     r"\d+|[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"
     r"|(?=[a-f0-9]*\d)[a-f0-9]{8,}|(?=[A-F0-9]*\d)[A-F0-9]{8,}"
@@ -81,7 +80,7 @@ class Recorded:
             seen.tunnels += 1
             return
         pattern = generalise(_path_of(str(found.get(attr.URL_FULL, ""))))
-        if pattern is None or not isinstance(method, str) or not _METHOD.fullmatch(method):
+        if pattern is None or not isinstance(method, str) or not METHOD.fullmatch(method):
             seen.odd += 1
         else:
             seen.requests.add((method, pattern))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -36,5 +37,5 @@ class PolicyView:
             raise ParameterError(str(exc)) from None
         found = self._explain(namespace, name, call)
         if found is None:
-            raise web.HTTPNotFound(reason="no such agent")
+            raise web.HTTPNotFound(reason=f"no agent {json.dumps(f'{namespace}/{name}')}")
         return web.json_response({"agent": f"{namespace}/{name}", **found})

@@ -9,16 +9,22 @@ from typing import Any
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.agents import agent_key
-from clrk.gateway.cli.connection import Admin
+from clrk.gateway.cli.connection import Admin, CommandError
 from clrk.gateway.policy_suggest import gather, render
 from clrk.gateway.printable import printable
 
 
 def explain_call(admin: Admin, args: argparse.Namespace) -> int:
-    """Print what would happen to a call; the exit code is 0 when it goes out."""
+    """Print what would happen to a call; the exit code is 0 when it goes out, 1 when it is denied.
+
+    Raises: CommandError of code 2: there is no such agent, or no such call.
+    """
     namespace, name = agent_key(args.name)
     query = {"method": args.method, "url": args.url}
-    found = admin.get("agents", namespace, name, "explain", query=query)
+    try:
+        found = admin.get("agents", namespace, name, "explain", query=query)
+    except CommandError as exc:
+        raise CommandError(str(exc), 2) from None
     if args.output != "table":
         terminal.write_document(found, args.output)
     else:
@@ -32,7 +38,8 @@ def _write(found: dict[str, Any]) -> None:
         verdict += f", since the mode is {found['mode']}; Enforce would deny it: {found['wouldDeny']}"
     else:
         verdict += f" ({found['reason']})"
-    call = " ".join(part for part in (found["method"], f"{found['host']}:{found['port']}{found['path']}") if part)
+    host = f"[{found['host']}]" if ":" in found["host"] else found["host"]
+    call = " ".join(part for part in (found["method"], f"{host}:{found['port']}{found['path']}") if part)
     facts = [
         ("call", call),
         ("verdict", verdict),
@@ -48,10 +55,12 @@ def _write(found: dict[str, Any]) -> None:
     ):
         facts += [(title, ", ".join(found[key]))] if found[key] else []
     terminal.write_table(("FACT", "VALUE"), facts)
-    if found["addRule"]:
-        sys.stdout.write("\nto allow it, add to an EgressL4Route's spec.rules:\n")
-        for line in found["addRule"].splitlines():
-            sys.stdout.write(f"  {printable(line)}\n")
+    rule = found["addRule"].splitlines()
+    if rule:
+        only_says = all(line.startswith("#") for line in rule)
+        sys.stdout.write("\n" if only_says else "\nto allow it, add to an EgressL4Route's spec.rules:\n")
+        for line in rule:
+            sys.stdout.write(f"{printable(line.removeprefix('# '))}\n" if only_says else f"  {printable(line)}\n")
 
 
 def _step(step: dict[str, Any]) -> str:

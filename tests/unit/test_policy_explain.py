@@ -66,7 +66,7 @@ def test_an_address_of_the_host_is_refused_whatever_the_mode() -> None:
 def test_a_mode_that_watches() -> None:
     found = told("GET", "https://evil.test/", mode="Shadow")
     assert (found["allowed"], found["wouldDeny"], found["mode"]) == (True, "name_not_allowed", "Shadow")
-    assert yaml.safe_load(found["addRule"]) == [{"hostnames": ["evil.test"]}]
+    assert yaml.safe_load(found["addRule"]) == [{"hostnames": ["evil.test"], "ports": [443]}]
     assert told("GET", "https://api.example.com/", mode="Record")["wouldDeny"] is None
 
 
@@ -75,7 +75,12 @@ def test_tls_and_what_else_applies() -> None:
         return kind.model_validate({"kind": kind.__name__, "metadata": {"name": name}, "spec": spec})
 
     more = {
-        "ai_routes": [made(AIProviderRoute, "models", {"rules": [{"matches": [{"hostnames": ["api.example.com"]}]}]})],
+        "ai_routes": [
+            made(
+                AIProviderRoute, "models",
+                {"rules": [{"matches": [{"hostnames": ["other.test"]}]}, {"matches": [{"hostnames": ["api.example.com"]}]}]},
+            )
+        ],
         "mcp_routes": [made(MCPRoute, "tools", {"hostnames": ["*.example.com"], "rules": [{"matches": [{"tools": ["x"]}]}]})],
         "credential_policies": [
             made(
@@ -86,13 +91,39 @@ def test_tls_and_what_else_applies() -> None:
         ],
     }  # fmt: skip
     found = told("GET", "https://api.example.com/", more=more)
-    assert (found["tls"], found["aiProviderRoutes"], found["mcpRoutes"]) == ("intercept", ["models"], ["tools"])
+    assert (found["tls"], found["aiProviderRoutes"], found["mcpRoutes"]) == ("intercept", ["AIProviderRoute default/models rules[1]"], ["tools"])
     assert found["credentials"] == ["default/key"]
     plain = told("GET", "http://api.example.com:443/", more=more)
     assert (plain["tls"], plain["credentials"]) == ("none", [])  # never over plain HTTP
     tunnelled = told("GET", "https://api.example.com/", more=more, tls={"passthroughHosts": ["api.example.com"]})
     assert (tunnelled["tls"], tunnelled["credentials"]) == ("passthrough", [])
+    assert (tunnelled["aiProviderRoutes"], tunnelled["mcpRoutes"]) == ([], [])  # nobody reads what is in it
     assert [step["step"] for step in tunnelled["steps"]] == ["name", "tunnel"]
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "rules"),
+    [
+        ("POST", "https://api.anthropic.com/v1/messages", [0, 2]),
+        ("POST", "https://api.openai.com/v1/chat/completions", [1, 2]),
+        ("POST", "https://llm.internal/v1/chat/completions", [1, 2]),  # the path says whose API it is
+        ("POST", "https://api.example.com/orders", []),
+        ("GET", "tcp://api.openai.com:443", []),
+    ],
+)
+def test_rules_for_models_are_those_that_may_be_the_calls(method: str, url: str, rules: list[int]) -> None:
+    declared = [{"matches": [{"provider": "anthropic"}]}, {"matches": [{"provider": "openai", "models": ["gpt-*"]}]}, {}]
+    document = {"kind": "AIProviderRoute", "metadata": {"name": "llm"}, "spec": {"rules": declared}}
+    found = told(method, url, more={"ai_routes": [AIProviderRoute.model_validate(document)]}, defaultPolicy="allow-all")
+    assert found["aiProviderRoutes"] == [f"AIProviderRoute default/llm rules[{index}]" for index in rules]
+
+
+def test_the_rule_to_add_is_the_smallest_and_never_one_that_is_refused() -> None:
+    found = told("GET", "https://evil.test/x")
+    assert yaml.safe_load(found["addRule"]) == [{"hostnames": ["evil.test"], "ports": [443]}]  # the name alone knows no port
+    odd = told("get", "http://tools.example.com/open")
+    assert (odd["allowed"], yaml.safe_load(odd["addRule"])) == (False, None)
+    assert "capitals" in odd["addRule"]
 
 
 def test_without_a_gateway() -> None:
@@ -100,7 +131,12 @@ def test_without_a_gateway() -> None:
     assert (found["allowed"], found["reason"], found["gateway"]) == (False, "no_gateway", None)
 
 
-@pytest.mark.parametrize("url", ["https://a..b/", "https://me:pw@a.test/", "ftp://a.test/", "tcp://a.test", "https://a:99999/", "", "http://0x7f.1/"])  # fmt: skip
+def test_what_goes_nowhere_is_not_explained_away() -> None:
+    with pytest.raises(UnreadableCallError, match="is no proxy"):
+        PlannedCall.parse("CONNECT", "https://api.example.com/")
+
+
+@pytest.mark.parametrize("url", ["https://", "//a.test/x", "https://a.test:0/", "https://a.test/a b", "https://a.test/\x01", "https://a..b/", "https://me:pw@a.test/", "ftp://a.test/", "tcp://a.test", "https://a:99999/", "", "http://0x7f.1/"])  # fmt: skip
 def test_what_can_not_be_read_is_said(url: str) -> None:
     with pytest.raises(UnreadableCallError):
         PlannedCall.parse("GET", url)

@@ -18,10 +18,12 @@ async def test_explain(daemon):
     document = json.loads(done.out)
     assert (done.code, document["allowed"], document["agent"]) == (1, False, "default/support")
     done = await run(daemon.path, "policy", "explain", "support", "GET", "https://me@x/")
-    assert (done.code, done.out) == (1, "")
+    assert (done.code, done.out) == (2, "")  # as with grep: 1 is an answer, 2 is none
     assert "credentials" in done.err
     done = await run(daemon.path, "policy", "explain", "nobody", "GET", "https://x.test/")
-    assert (done.code, "no such agent" in done.err) == (1, True)
+    assert (done.code, done.err) == (2, 'clrk: no agent "default/nobody"\n')
+    done = await run(daemon.path, "policy", "explain", "support", "GET", "https://[2001:db8::1]/x")
+    assert "GET [2001:db8::1]:443/x" in done.out
     done = await run(daemon.path, "policy", "explain", "support", "GET", f"https://x.test/{HOSTILE}")
     assert "\x1b" not in done.out + done.err
 
