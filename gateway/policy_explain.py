@@ -64,7 +64,9 @@ class PlannedCall:
         if _NO_TARGET.search(url):
             raise UnreadableCallError(f"{url!r} holds a blank or a control character: write it as %20 and the like")
         if method == "CONNECT":
-            raise UnreadableCallError("the gateway is no proxy, so CONNECT is a 400; write tcp://host:port for a tunnel")
+            raise UnreadableCallError(
+                "the gateway is no proxy, so CONNECT is a 400; write tcp://host:port for a tunnel"
+            )
         if port is None or parts.scheme not in (*_PORTS, *_TUNNEL):
             raise UnreadableCallError(f"{url!r}: write http://…, https://…, or tcp://host:port for any other TCP")
         address = parse_ip(parts.hostname)

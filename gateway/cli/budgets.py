@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from clrk.gateway.cli import terminal
+from clrk.gateway.cli.agents import agent_key
 from clrk.gateway.cli.connection import Admin, CommandError
 
 _DAY: Final = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -19,14 +20,16 @@ def list_budgets(admin: Admin, args: argparse.Namespace) -> int:
     if args.day is not None and not _DAY.fullmatch(args.day):
         raise CommandError(f"--day: write a UTC day such as 2026-11-28, not {args.day!r}", 2)
     items = admin.get("budgets", query={"day": args.day} if args.day is not None else None)["items"]
-    if args.agent is not None:
-        wanted = args.agent if "/" in args.agent else f"default/{args.agent}"
+    none = "no budgets; declare an AIProviderRoute with a TokenBudget filter"
+    if args.agent is not None and items:
+        wanted = "/".join(agent_key(args.agent))
         items = [item for item in items if item["agent"] == wanted]
+        none = f"no account of {wanted}'s own so far; without --agent all accounts are listed"
     if args.output != "table":
         terminal.write_document(items, args.output)
         return 0
     if not items:
-        terminal.error("no budgets; declare an AIProviderRoute with a TokenBudget filter")
+        terminal.error(none)
         return 0
     terminal.write_table(_COLUMNS, [row for item in items for row in _rows(item)])
     return 0

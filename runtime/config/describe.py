@@ -6,6 +6,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_network
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -28,13 +29,24 @@ _PLAIN = {
     "bool_type": "not true or false",
     "bool_parsing": "not true or false",
 }
-_PATTERNS = {
+PATTERNS = {
     r"^\$": "not a JSONPath; it begins with $",
     "^[a-z][a-z0-9_]{0,62}$": "not a field name: a-z, 0-9 and _, a letter first, at most 63 characters",
     r"^[a-z0-9.+-]+/([a-z0-9.+-]+|\*)$": "not a media type, such as application/json or text/*",
     "^/": "not an absolute path; it begins with /",
     "^[A-Z]+$": "not a method in capitals, such as GET",
     "^[A-Za-z_][A-Za-z0-9_]*$": "not a variable name: letters, digits and _, no digit first",
+    "^/[^?#]*$": "not a path of a URL: it begins with /, and has neither ? nor #",
+    r"^https?://[^/?#@\s]+/?$": (  # what is written is not shown: it may hold a password
+        "not the URL of a proxy, such as http://proxy.corp.example:3128; credentials stand in the Secret of secretRef"
+    ),
+    r"^(agent|route|identity\.[a-z][a-z0-9_]{0,62})$": "not a key; valid: agent, route, identity.FIELD of an extractor",
+    "^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}$": "not the name of a header, such as Authorization",
+    "^[A-Za-z0-9._~-]{1,128}$": "not the name of a query parameter: letters, digits, and . _ ~ -",
+    r"^[\t\x20-\x7e]*$": "not printable ASCII",
+    "^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$": "not a host name in small letters, such as llm.internal",
+    "^[a-z0-9-]{1,64}$": "not the name of an AWS service, such as bedrock",
+    "^([a-z0-9-]{1,32})?$": "not the name of an AWS region, such as eu-central-1",
 }
 
 
@@ -108,7 +120,7 @@ def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails, document
     if code == "union_tag_not_found":
         return "type is missing"
     if code.startswith(("ip_v4_network", "ip_v6_network")):
-        return "not a network with a clean host part; write for example 10.0.0.0/8 or fd00::/8"
+        return _describe_network(detail["input"])
     if code in ("literal_error", "enum"):
         valid = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
         given = detail["input"]
@@ -119,8 +131,16 @@ def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails, document
         return detail["msg"].removeprefix("Value error, ")
     if code == "string_pattern_mismatch":
         pattern = detail["ctx"]["pattern"]
-        return _PATTERNS.get(pattern) or f"must match {pattern}"
+        return PATTERNS.get(pattern) or f"must match {pattern}"
     return _PLAIN.get(code) or detail["msg"].replace("Input should be", "must be", 1)
+
+
+def _describe_network(given: object) -> str:
+    try:
+        meant = ip_network(str(given), strict=False)
+    except ValueError:
+        return f"{given!r} is not a network; write for example 10.0.0.0/8 or fd00::/8"
+    return f'{given!r} is an address in a network; did you mean "{meant}", or "{str(given).partition("/")[0]}"?'
 
 
 def _describe_unknown(model: type[BaseModel], path: Path, document: Document) -> str:
@@ -148,7 +168,7 @@ def _fields_at(model: type[BaseModel], path: Path, document: Document) -> tuple[
         named = [info for name, info in inner.model_fields.items() if part in (info.alias, name)]
         if not named:
             return ()
-        current = named[0].annotation
+        current = _branch_of(named[0].annotation, value)
     inner = _model_of(current)
     return tuple(info.alias or name for name, info in inner.model_fields.items()) if inner else ()
 

@@ -44,6 +44,21 @@ def test_a_budget_where_nothing_is_opened_is_a_mistake(tmp_path):
     assert "spec.rules[0].filters: EgressGateway 'default' has tls.mode Passthrough" in problem
 
 
+@pytest.mark.parametrize(
+    ("budget", "problem"),
+    [
+        (
+            "maxTokensPerDay: 2MB",
+            "maxTokensPerDay: '2MB' is not a number of tokens; write for example 5000, 200k or 2M",
+        ),
+        ("maxTokensPerDay: 1, key: tenant", "key: not a key; valid: agent, route, identity.FIELD of an extractor"),
+    ],
+)
+def test_a_budget_that_can_not_be_read(tmp_path, budget, problem):
+    (found,) = _problems(tmp_path, f"filters: [{{type: TokenBudget, tokenBudget: {{{budget}}}}}]")
+    assert found.endswith(f"spec.rules[0].filters[0].tokenBudget.{problem}")
+
+
 def test_backend_refs_are_refused_by_name(tmp_path):
     (problem,) = _problems(tmp_path, "backendRefs: [{hostname: other.internal}]")
     assert "spec.rules[0].backendRefs: is part of the contract but not in this version; remove it" in problem

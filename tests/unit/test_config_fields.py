@@ -3,10 +3,15 @@
 # ruff: noqa: E501 - tables of one case a line
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
+from pydantic import TypeAdapter
 from resource_files import AGENT, GATEWAY, HEAD, documents, problems_of
 
-from clrk.core.resources import NOT_YET_FIELDS
+from clrk.core.resources import NOT_YET_FIELDS, AnyResource
+from clrk.runtime.config import describe
 from clrk.runtime.config.load import load
 
 # --- head -----------------------------------------------------------------------------------------------------------
@@ -151,7 +156,9 @@ def test_field_of_a_later_version(tmp_path, kind, field):
 @pytest.mark.parametrize(
     ("rule", "problem"),
     [
-        ("{cidrs: [10.0.0.1/8]}", "spec.rules[0].cidrs[0]: not a network with a clean host part; write for example 10.0.0.0/8 or fd00::/8"),
+        ("{cidrs: [10.0.0.1/8]}", "spec.rules[0].cidrs[0]: '10.0.0.1/8' is an address in a network; did you mean \"10.0.0.0/8\", or \"10.0.0.1\"?"),
+        ("{cidrs: ['::/200']}", "spec.rules[0].cidrs[0]: '::/200' is not a network; write for example 10.0.0.0/8 or fd00::/8"),
+        ("{hostnames: [x], http: {paths: [orders]}}", "spec.rules[0].http.paths[0]: not a path of a URL: it begins with /, and has neither ? nor #"),
         ("{hostnames: [https://x]}", "spec.rules[0].hostnames[0]: 'https://x' is not a host name; write it lower-case, no scheme, no port; *.x and **.x allowed"),
         ("{ports: [443]}", "spec.rules[0]: give hostnames or cidrs; a rule without either would match nothing"),
         ("{hostnames: [x], ports: [65536]}", "spec.rules[0].ports[0]: must be less than or equal to 65535"),
@@ -162,6 +169,35 @@ def test_field_of_a_later_version(tmp_path, kind, field):
 def test_field_of_a_route(tmp_path, rule, problem):
     text = documents(GATEWAY, HEAD + f"kind: EgressL4Route\nmetadata: {{name: r}}\nspec:\n  rules:\n  - {rule}\n")
     assert problems_of(tmp_path, text) == [f"10: EgressL4Route/r: {problem}"]
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("{type: QueryParam}", "spec.target.queryParamName: is missing"),
+        ("{type: QueryParam, queryParamName: k, headerName: X}", 'spec.target.headerName: unknown field; valid: queryParamName, type'),
+        ("{type: Header, queryParamName: k}", "spec.target.queryParamName: unknown field; valid: headerName, prefix, type"),
+        ("{type: Header, headerName: a b}", "spec.target.headerName: not the name of a header, such as Authorization"),
+    ],
+)  # fmt: skip
+def test_field_of_a_target_is_judged_by_its_type(tmp_path, target, problem):
+    spec = f"spec: {{hostnames: [x.test], secretRef: {{name: s}}, target: {target}}}\n"
+    text = HEAD + f"kind: CredentialInjectionPolicy\nmetadata: {{name: c}}\n{spec}"
+    assert [one for one in problems_of(tmp_path, text) if "spec.target" in one] == [
+        f"4: CredentialInjectionPolicy/c: {problem}"
+    ]
+
+
+def test_every_pattern_is_put_in_words():
+    schema = json.dumps(TypeAdapter(AnyResource).json_schema())
+    written = {json.loads(found) for found in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schema)}
+    assert len(written) > 10
+    assert written - set(describe.PATTERNS) == set()
+
+
+def test_regular_expressions_are_refused_in_re2s_words(tmp_path):
+    (found,) = problems_of(tmp_path, GATEWAY + "spec: {redact: {patterns: ['(']}}\n")
+    assert found.endswith("spec.redact.patterns[0]: '(' is not an RE2 regular expression: missing ): (")
 
 
 @pytest.mark.parametrize(

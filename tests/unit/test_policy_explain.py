@@ -91,7 +91,11 @@ def test_tls_and_what_else_applies() -> None:
         ],
     }  # fmt: skip
     found = told("GET", "https://api.example.com/", more=more)
-    assert (found["tls"], found["aiProviderRoutes"], found["mcpRoutes"]) == ("intercept", ["AIProviderRoute default/models rules[1]"], ["tools"])
+    assert (found["tls"], found["aiProviderRoutes"], found["mcpRoutes"]) == (
+        "intercept",
+        ["AIProviderRoute default/models rules[1]"],
+        ["tools"],
+    )
     assert found["credentials"] == ["default/key"]
     plain = told("GET", "http://api.example.com:443/", more=more)
     assert (plain["tls"], plain["credentials"]) == ("none", [])  # never over plain HTTP
@@ -112,7 +116,11 @@ def test_tls_and_what_else_applies() -> None:
     ],
 )
 def test_rules_for_models_are_those_that_may_be_the_calls(method: str, url: str, rules: list[int]) -> None:
-    declared = [{"matches": [{"provider": "anthropic"}]}, {"matches": [{"provider": "openai", "models": ["gpt-*"]}]}, {}]
+    declared = [
+        {"matches": [{"provider": "anthropic"}]},
+        {"matches": [{"provider": "openai", "models": ["gpt-*"]}]},
+        {},
+    ]
     document = {"kind": "AIProviderRoute", "metadata": {"name": "llm"}, "spec": {"rules": declared}}
     found = told(method, url, more={"ai_routes": [AIProviderRoute.model_validate(document)]}, defaultPolicy="allow-all")
     assert found["aiProviderRoutes"] == [f"AIProviderRoute default/llm rules[{index}]" for index in rules]
@@ -120,7 +128,9 @@ def test_rules_for_models_are_those_that_may_be_the_calls(method: str, url: str,
 
 def test_the_rule_to_add_is_the_smallest_and_never_one_that_is_refused() -> None:
     found = told("GET", "https://evil.test/x")
-    assert yaml.safe_load(found["addRule"]) == [{"hostnames": ["evil.test"], "ports": [443]}]  # the name alone knows no port
+    assert yaml.safe_load(found["addRule"]) == [
+        {"hostnames": ["evil.test"], "ports": [443]}
+    ]  # the name alone knows no port
     odd = told("get", "http://tools.example.com/open")
     assert (odd["allowed"], yaml.safe_load(odd["addRule"])) == (False, None)
     assert "capitals" in odd["addRule"]

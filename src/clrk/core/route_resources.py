@@ -12,7 +12,16 @@ from clrk.core.values import DnsLabel, GatewayRef, HostPattern, Model, Regex, Re
 AI_PROVIDERS: Final = ("anthropic", "openai", "google_genai", "azure_openai", "aws_bedrock", "openai_compatible")
 ProviderName = Literal["anthropic", "openai", "google_genai", "azure_openai", "aws_bedrock", "openai_compatible"]
 Glob = Annotated[str, Field(min_length=1, max_length=256)]
-TokenCount = Annotated[int, BeforeValidator(parse_whole_quantity), Field(ge=0, le=2**53)]
+
+
+def _parse_tokens(value: object) -> int:
+    try:
+        return parse_whole_quantity(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a number of tokens; write for example 5000, 200k or 2M") from None
+
+
+TokenCount = Annotated[int, BeforeValidator(_parse_tokens), Field(ge=0, le=2**53)]
 Usd = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 _FRAMING_HEADERS: Final = frozenset(
     "host content-length content-type content-encoding transfer-encoding connection keep-alive proxy-connection te "

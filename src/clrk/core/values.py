@@ -138,7 +138,8 @@ def _check_regex(value: str) -> str:
     try:
         re2.compile(value, options)
     except re2.error as exc:
-        raise ValueError(f"{value!r} is not an RE2 regular expression: {exc}") from None
+        why = exc.args[0].decode() if exc.args and isinstance(exc.args[0], bytes) else str(exc)
+        raise ValueError(f"{value!r} is not an RE2 regular expression: {why}") from None
     return value
 
 

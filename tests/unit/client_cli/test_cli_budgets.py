@@ -53,6 +53,15 @@ async def test_a_table_a_document_and_one_agent(serve):
     assert json.loads((await run(path, "budgets", "-o", "json", "--day", "2026-11-27")).out)[0]["tokens"]["used"] == 0
 
 
+async def test_an_agent_without_an_account_is_told_apart_from_no_budgets(serve):
+    path = await serve(_spent(Office(ai_route(budget_rule({"maxTokensPerDay": 1_000})))))
+    done = await run(path, "budgets", "--agent", "nobody")
+    assert (done.code, done.out) == (0, "")
+    assert "no account of default/nobody's own so far" in done.err
+    path = await serve(lambda _: {"items": []})
+    assert "no budgets; declare an AIProviderRoute" in (await run(path, "budgets", "--agent", "nobody")).err
+
+
 async def test_what_callers_write_does_not_speak_to_the_terminal(serve):
     path = await serve(_spent(Office(ai_route(budget_rule({"maxTokensPerDay": 1_000, "key": "identity.tenant"})))))
     done = await run(path, "budgets")
