@@ -11,9 +11,9 @@ import socket
 import pytest
 from budget_runs import ai_route
 from credential_policies import AWS, SIGV4, policy
+from credentials_lab import BEDROCK, serving
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 from test_egress_budgets import HOST, USAGE, Provider, _ask, _lab, _post, _rule, _server, _taken
-from test_egress_credentials import BEDROCK, serving
 from test_egress_governor import CHUNKED, Judge, exchange, post
 from test_egress_mcp import JSON, Server, call, raw
 from test_egress_mcp import NAME as MCP
