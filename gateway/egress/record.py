@@ -85,7 +85,7 @@ def connect_time_ns(flow: FlowRecord) -> int:
 def full_url(head: RequestHead, redactor: Redactor) -> str:
     """Return url.full without secrets; there is no userinfo, since requests with it are refused."""
     target = f"{head.path}?{head.query}" if head.query else head.path
-    return f"{head.scheme}://{head.authority}{redactor.url(target)}"[:MAX_URL_SIZE]
+    return f"{head.scheme}://{redactor.url(head.authority)}{redactor.url(target)}"[:MAX_URL_SIZE]
 
 
 def request_attributes(head: RequestHead, redactor: Redactor) -> dict[str, AttributeValue]:

@@ -13,6 +13,7 @@ MAX_ITEMS: Final = 128
 _MAX_INT: Final = 2**63 - 1  # OTLP integers are signed 64 bit
 _CODE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,63}")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+_WORD: Final = re.compile(r"[\w.~+=%-]+")
 # What providers quote back in their messages about wrong keys.
 _SECRET: Final = re.compile(r"\b(?:sk|pk|rk|key|xox[a-z]|gh[a-z])[-_][\w*.-]{6,}|\bBearer\s+\S+", re.IGNORECASE)
 
@@ -21,14 +22,26 @@ def text(value: object, limit: int = MAX_TEXT) -> str | None:
     """Return a non-empty string, bounded, with runs of control characters as one space."""
     if not isinstance(value, str) or not value:
         return None
-    found = value[:limit]
+    found = clip(value, limit)
     return (found if found.isprintable() else _CONTROL.sub(" ", found)).strip() or None
 
 
 def message(value: object) -> str:
     """Return an error message for people, bounded and without what looks like a key."""
     found = text(value, 4 * MAX_TEXT)
-    return _SECRET.sub("[redacted]", found)[:MAX_TEXT] if found else ""
+    return clip(_SECRET.sub("[redacted]", found), MAX_TEXT) if found else ""
+
+
+def clip(text: str, limit: int) -> str:
+    """Return at most limit characters, without the word that would be cut: half a secret is none that anybody knows.
+
+    Shape: a text that is one word is cut in it.
+    """
+    kept = text[:limit]
+    if kept == text or _WORD.match(text, limit, limit + 1) is None:
+        return kept
+    word = _WORD.match(kept[::-1])
+    return kept[: limit - word.end()] or kept if word is not None else kept
 
 
 def code(value: object) -> str | None:

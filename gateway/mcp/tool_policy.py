@@ -16,6 +16,7 @@ import re2
 from clrk.core.egress_resources import EgressGateway
 from clrk.core.route_resources import MCPMatch, MCPRoute, MCPRule, ToolPolicy
 from clrk.gateway.globs import fits_glob
+from clrk.gateway.llm.values import clip
 from clrk.gateway.mcp.strict import TOOLS_CALL, Message
 from clrk.gateway.policy_names import HostPattern, plain_host
 
@@ -183,7 +184,7 @@ class HostPolicy:
         policies = [one for route in self.routes for one in route.policies(message)]
         for one in policies:
             if (why := one.denies(message.tool)) is not None:
-                return Verdict(TOOL_DENIED, one.label, f"tool {message.tool[:128]!r} is {why}")
+                return Verdict(TOOL_DENIED, one.label, f"tool {clip(message.tool, 128)!r} is {why}")
         counting = [one for one in policies if one.max_calls is not None]
         for one in counting:
             if counts.taken[one.account] + wanted[one.account] >= (one.max_calls or 0):

@@ -7,7 +7,10 @@ import base64
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 
-from clrk.gateway.interpret import Facts
+from clrk.gateway.egress.record import full_url
+from clrk.gateway.interpret import Facts, RequestHead
+from clrk.gateway.llm import values
+from clrk.gateway.redact import KNOWN_SECRETS
 
 RULES = [{"hostnames": ["tools.internal"], "http": {"paths": ["/open"]}}]
 SECRET = "uN-gu3ssable/value 17"
@@ -44,6 +47,21 @@ async def _echo(reader, writer) -> None:
     body = f'{{"sent": "{SECRET}", "coded": "{coded}", "staff": "EMP-1"}}'.encode()
     writer.write(answer(body, headers=f"Content-Type: application/json\r\nX-Echo: {SECRET} EMP-2 {KEY}\r\n"))
     await writer.drain()
+
+
+def test_a_host_is_redacted_in_a_url_too() -> None:
+    """What an agent looks up may be what it wants to tell somebody."""
+    head = RequestHead("GET", "https", "glpat-ab3de5gh7jk9.tools.internal", 8443, "/open", "", ())
+    assert full_url(head, KNOWN_SECRETS) == "https://REDACTED.tools.internal:8443/open"
+
+
+@pytest.mark.parametrize("cut", range(200, 257))
+def test_no_text_is_cut_inside_a_secret(cut: int) -> None:
+    """A half of it may be none that anybody knows any more, and says enough."""
+    told = "x " * (cut // 2) + KEY + " and more of it" * 9
+    for found in (values.text(told), values.message(told)):
+        assert not any(KEY[at : at + 5] in KNOWN_SECRETS.text(found or "") for at in range(len(KEY) - 5))
+        assert (found or "").startswith("x x x")
 
 
 @pytest.mark.parametrize("path", [f"/open/EMP-3/{KEY}?q=EMP-4&s=uN-gu3ssable%2Fvalue%2017", f"/closed/EMP-5/{KEY}"])
