@@ -66,8 +66,8 @@ class Inflate:
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Yield plain bytes; a bomb is given up after max_output bytes."""
-        pending = chunk
-        while pending and not self.failed and not self._ended:
+        pending, more = chunk, bool(chunk)
+        while more and not self.failed and not self._ended:
             if self._inner is None:
                 self._head, pending = self._head + pending, b""
                 if not self._begin():
@@ -75,6 +75,8 @@ class Inflate:
                 self._head, pending = b"", self._head
                 continue
             piece, pending = self._step(self._inner, pending)
+            # zlib may hold output when it has taken all its input.
+            more = bool(pending) or (self._inner is not None and len(piece) == _SLICE)
             self._left -= len(piece)
             if self._left < 0:
                 self.failed = True
@@ -122,7 +124,7 @@ class Brotli:
         while more and not self.failed:
             try:
                 piece = self._inner.process(pending, output_buffer_limit=_SLICE)
-                more = not self._inner.can_accept_more_data() and not self._inner.is_finished()
+                more = bool(piece) and not self._inner.is_finished()  # there may be more, all input taken or not
             except brotli.error:
                 self.failed = True
                 return

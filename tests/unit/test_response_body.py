@@ -108,6 +108,29 @@ def test_no_piece_is_large(coding: str, raw: bytes, piece: int) -> None:
     assert 0 < max(len(found) for found in reader.feed(raw)) <= piece
 
 
+def flushed(coding: str, size: int) -> bytes:
+    if coding == "br":
+        brotli_stream = brotli.Compressor()
+        return brotli_stream.process(bytes(size)) + brotli_stream.flush()
+    stream = zlib.compressobj(wbits=31 if coding == "gzip" else 15)
+    return stream.compress(bytes(size)) + stream.flush(zlib.Z_SYNC_FLUSH)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br"])
+def test_all_that_a_chunk_holds_comes_with_it(coding: str) -> None:
+    """The libraries hold output back when it would pass the limit of one call, though they have taken all input."""
+    for size in [*range((64 << 10) - 2, (64 << 10) + 300), 1 << 20, (1 << 20) + 1]:
+        reader = decoder(coding)
+        assert reader is not None
+        assert sum(map(len, reader.feed(flushed(coding, size)))) == size
+
+
+def test_the_next_gzip_member_may_come_in_the_next_chunk() -> None:
+    member = gzip.compress(bytes(64 << 10))
+    reader = Inflate(gzip=True)
+    assert sum(len(piece) for chunk in (member, member) for piece in reader.feed(chunk)) == 128 << 10
+
+
 def test_rubbish_behind_brotli_is_an_error_however_cut() -> None:
     raw = brotli.compress(TEXT) + b"rubbish"
     for chunks in cuts(raw):
