@@ -25,11 +25,12 @@ Headers = tuple[tuple[str, str], ...]
 # One line: nothing in it can match in two ways, so it is one pass over the block. Control characters are _CONTROLS.
 _FIELD: Final = re.compile(r"(?m)^([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+((?:[^\r\n]*[^ \t\r\n])?)[ \t]*+\r\n")
 _REQUEST_LINE: Final = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
+_OTHER_VERSION: Final = re.compile(r" HTTP/(?!1\.[01]$)\d(\.\d)?$")
 _STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _CONTROLS: Final = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F))
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
-_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})")
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 # RFC 9110, section 6.5.1: what frames, routes or authenticates a message has no place behind it. A server that merges
 # trailers into the headers would believe the agent's over what the gateway checked, or put there.
 _NOT_A_TRAILER: Final = frozenset(
@@ -93,11 +94,6 @@ class HeadReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    @property
-    def is_empty(self) -> bool:
-        """Say whether no byte of a head has come yet."""
-        return not self._buffer
-
     def feed(self, data: bytes) -> tuple[bytes, bytes] | None:
         """Return (head, what follows it), or None when more is needed.
 
@@ -125,11 +121,7 @@ def parse_request(head: bytes) -> Request:
     line, headers = _split_head(head)
     found = _REQUEST_LINE.fullmatch(line)
     if found is None:
-        code = (
-            "version"
-            if re.search(r" HTTP/\d(\.\d)?$", line) and not re.search(r" HTTP/1\.[01]$", line)
-            else "request_line"
-        )
+        code = "version" if _OTHER_VERSION.search(line) else "request_line"
         raise ProtocolError(code, "request line is not METHOD target HTTP/1.1")
     return Request(found[1], found[2], int(found[3]), headers)
 
@@ -258,19 +250,19 @@ class ChunkedBody(Body):
 
     def feed(self, data: bytes) -> bytes:
         """Return the decoded bytes in data."""
-        data = self._buffer + data if self._buffer else data
-        self._buffer = b""
+        data, self._buffer = self._buffer + data, b""
         pieces: list[bytes] = []
-        frames = self._frames
-        frames.clear()
+        self._frames.clear()
         at = 0
         while not self.done:
+            if self._state == self._SIZE:
+                at = self._read_whole(data, at, pieces)
             if self._state == self._DATA:
                 piece = data[at : at + self._left] if at or self._left < len(data) else data
                 if not piece:
                     break
                 pieces.append(piece)
-                frames.append(piece)
+                self._frames.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
                 if self._left:
@@ -289,6 +281,18 @@ class ChunkedBody(Body):
         """Return the chunks, or parts of them, of the last feed; without the last chunk and the trailers."""
         return b"".join(self._frames)
 
+    def _read_whole(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        """Take the chunks that are here from size to end, as most are; return where the last one ends."""
+        while (found := _CHUNK_SIZE.match(data, at)) is not None:
+            start = found.end()
+            end = start + int(found[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                break
+            pieces.append(piece := data[start:end])
+            self._frames.append(render_chunk(piece))
+            at = end + 2
+        return at
+
     def _read_line(self, data: bytes, at: int) -> int:
         """Take one framing line at `at`; return where it ends, or -1 when it is not complete."""
         if self._state == self._TRAILERS:
@@ -300,7 +304,7 @@ class ChunkedBody(Body):
             if len(data) - at > MAX_CHUNK_LINE + 1 or data.find(b"\n", at) >= 0:
                 raise ProtocolError("chunk", "a chunk's size line is too long or ends with a bare LF")
             return -1
-        found = (_CHUNK_SIZE if self._of_request else _CHUNK_LINE).fullmatch(data, at, end)
+        found = (_CHUNK_SIZE if self._of_request else _CHUNK_LINE).fullmatch(data, at, end + 2)
         if found is None or end - at > MAX_CHUNK_LINE:
             what = " without extension" if self._of_request else ""
             raise ProtocolError("chunk", f"a chunk's size is not a hexadecimal number{what}")
