@@ -54,7 +54,6 @@ CREATE TABLE accounts (
     agent TEXT NOT NULL DEFAULT '',
     UNIQUE (window, route, rule, key)
 );
-CREATE INDEX accounts_reserved ON accounts (id) WHERE reserved_tokens OR reserved_nano_usd;
 """
 _READ: Final = (
     "SELECT used_tokens, used_nano_usd, reserved_tokens, reserved_nano_usd FROM accounts "
@@ -271,6 +270,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         elif version != SCHEMA_VERSION:
             raise sqlite3.DatabaseError(f"schema version {version}, this clrk reads {SCHEMA_VERSION}")
+        connection.execute("DROP INDEX IF EXISTS accounts_reserved")  # of files by older ones: a quarter of each call
 
 
 def _spend_lost(connection: sqlite3.Connection) -> None:
