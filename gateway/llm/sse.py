@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_EVENT_BYTES: Final = 1 << 20
 MAX_BURST_EVENTS: Final = 8192  # in one read: each costs some 10 us of the event loop, and none of use is so small
 _EOL: Final = re.compile(rb"\r\n|\r|\n")
+# A whole event as nearly all are written: perhaps a name, and one line of data.
+_USUAL: Final = re.compile(rb"(?:event: ?([^\r\n]*)\r?\n)?data: ?([^\r\n]*)\r?\n\r?\n")
 _BOM: Final = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class SseEvent:
+class SseEvent(NamedTuple):
     """One block up to its blank line; blocks without data (comments, keep-alives) come too, with empty data.
 
     Shape: end is the offset in the chunk just fed, behind the blank line. name is empty without an `event` field.
@@ -57,7 +57,12 @@ class SseSplitter:
             return
         at = 1 if self._after_cr and chunk.startswith(b"\n") else 0
         self._after_cr = chunk.endswith(b"\r")
-        for eol in _EOL.finditer(chunk, at):
+        while True:
+            while not self._size and (usual := _USUAL.match(chunk, at)) is not None and usual.end() - at <= self._max:
+                at, self._first_line = usual.end(), False
+                yield SseEvent(usual[1] or b"", usual[2], at)
+            if (eol := _EOL.search(chunk, at)) is None:
+                break
             self._add(chunk, at, eol.start())
             at = eol.end()
             if (event := self._end_line(at)) is not None:
