@@ -8,16 +8,29 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from clrk.core.egress_resources import EgressGateway
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.budget_ledger import BudgetLedger
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
 from clrk.gateway.joint import JointGovernor
-from clrk.gateway.llm.budgets import Budgets
+from clrk.gateway.llm.budget_rules import compile_rules
+from clrk.gateway.llm.budgets import Budgets, tunnel_rule
 from clrk.gateway.mcp.governance import McpRun, named_host
 from clrk.gateway.mcp.governor import McpRunState
+from clrk.gateway.mcp.tool_policy import McpPolicy
 from clrk.gateway.recognise import KnownHosts, find_error_writer
 from clrk.gateway.run import Run
+
+
+def is_http_only(config: GatewayConfig, gateway: EgressGateway, host: str) -> bool:
+    """Say whether every exchange of a gateway's runs with a host has to be judged, so that nothing else may pass."""
+    if gateway.spec.mode != "Enforce":
+        return False
+    if McpPolicy.compile(gateway, config.mcp_routes).of_host((host,), is_mcp=False) is not None:
+        return True
+    rules = compile_rules(gateway, config.ai_routes)
+    return tunnel_rule(rules, KnownHosts(gateway, config.ai_routes).provider, host) is not None
 
 
 class Governance:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final, Literal
 
-from clrk.core.egress_resources import EgressGateway, EgressL4Route, HttpMatch, L4Rule
+from clrk.core.egress_resources import METHOD_PATTERN, EgressGateway, EgressL4Route, HttpMatch, L4Rule
 from clrk.core.wire import IPAddress, map_address, unmap
 from clrk.gateway.policy_names import HostPattern, normalise_name, parse_ip
 from clrk.gateway.policy_paths import PathPattern, path_readings
@@ -34,7 +34,7 @@ BY_DEFAULT: Final = "default_policy"
 
 # What another rule would allow: these alone are let through where the mode only watches.
 _LACKS_A_RULE: Final = frozenset((NO_RULE, PORT_NOT_ALLOWED, HTTP_NOT_ALLOWED, HTTP_ONLY, NAME_NOT_ALLOWED))
-METHOD: Final = re.compile(r"[A-Z]{1,32}")  # what a rule can name: core.egress_resources.HttpMatch
+METHOD: Final = re.compile(METHOD_PATTERN)  # what a rule can name
 _MAX_HINT_PATH: Final = 1024
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 

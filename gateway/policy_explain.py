@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -17,11 +17,13 @@ from clrk.core.errors import ClrkError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.core.wire import IPAddress
 from clrk.gateway.credential_hosts import compile_credentials
+from clrk.gateway.governance import is_http_only
 from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm.budget_rules import LlmCall, compile_rules
 from clrk.gateway.llm.interpreter import LlmInterpreter
-from clrk.gateway.policy import EgressPolicy, Verdict
+from clrk.gateway.policy import HTTP_ONLY, EgressPolicy, Verdict
 from clrk.gateway.policy_names import HostPattern, normalise_name, parse_ip
+from clrk.gateway.policy_requests import judge_request
 from clrk.gateway.recognise import KnownHosts, recognise
 from clrk.gateway.secret_values import SecretValues
 
@@ -45,6 +47,7 @@ class PlannedCall:
     address: IPAddress | None
     port: int
     path: str
+    query: str = ""
 
     @classmethod
     def parse(cls, method: str, url: str) -> PlannedCall:
@@ -74,7 +77,17 @@ class PlannedCall:
         if name is None and address is None:
             raise UnreadableCallError(f"{parts.hostname!r} is no host name: no rule can allow it")
         method = "" if parts.scheme in _TUNNEL else method
-        return cls(method, parts.scheme, name, address, port, parts.path or "/")
+        return cls(method, parts.scheme, name, address, port, parts.path or "/", parts.query)
+
+    @property
+    def host(self) -> str:
+        """Return the name, else the address."""
+        return self.name or str(self.address)
+
+    @property
+    def head(self) -> RequestHead:
+        """Return the request without headers."""
+        return RequestHead(self.method, self.scheme, self.host, self.port, self.path, self.query, ())
 
 
 def explain(
@@ -88,7 +101,7 @@ def explain(
     Shape: gateway is the agent's, None when there is none. refusal is AddressGuard's.
     """
     policy = EgressPolicy.compile(gateway, config.routes)
-    steps = _steps(policy, call)
+    steps = _steps(policy, call, is_http_only=gateway is not None and is_http_only(config, gateway, call.host))
     if (step := _address(policy, call, refusal)) is not None:
         steps.append(step)
     failed = next((step for step in steps if not step["allowed"]), None)
@@ -99,7 +112,7 @@ def explain(
         "gateway": f"{meta.namespace}/{meta.name}" if meta is not None else None,
         "mode": policy.mode,
         "method": call.method,
-        "host": call.name or str(call.address),
+        "host": call.host,
         "port": call.port,
         "path": call.path if call.method else "",
         "allowed": not holds,
@@ -119,13 +132,16 @@ def _rule_to_add(steps: list[dict[str, Any]]) -> str:
     return next((rule for rule in denied if "ports:" in rule), denied[0] if denied else "")
 
 
-def _steps(policy: EgressPolicy, call: PlannedCall) -> list[dict[str, Any]]:
+def _steps(policy: EgressPolicy, call: PlannedCall, *, is_http_only: bool) -> list[dict[str, Any]]:
     found = [_step("name", policy.name(call.name))] if call.name is not None else []
     where = (call.name, call.address, call.port)
     if not call.method or (call.scheme in ("https", "wss") and policy.is_passthrough(call.name)):
-        return [*found, _step("tunnel", policy.tunnel(*where))]
+        tunnel = policy.tunnel(*where)
+        if tunnel.allowed and is_http_only:
+            tunnel = Verdict(False, HTTP_ONLY, "an MCPRoute or a budget, which judge HTTP only", "")
+        return [*found, _step("tunnel", tunnel)]
     connect = policy.connect(*where)
-    request = policy.request(*where, call.method, call.path)
+    request, _ = judge_request(policy, call.name, call.address, call.head)
     return [*found, _step("connection", connect), _step("request", request)]
 
 
@@ -164,7 +180,7 @@ def _applied(
     """Return the names of what else applies to the call; which rule for models, its body decides."""
     if gateway is None or not call.method or _tls(policy, call) == "passthrough":
         return {"aiProviderRoutes": [], "mcpRoutes": [], "credentials": []}
-    host = call.name or str(call.address)
+    host = call.host
     mine = (gateway.metadata.namespace, gateway.metadata.name)
     mcp = [
         route.metadata.name
@@ -182,8 +198,7 @@ def _applied(
 
 def _ai_rules(config: GatewayConfig, gateway: EgressGateway, call: PlannedCall, host: str) -> list[str]:
     hosts = KnownHosts(gateway, config.ai_routes)
-    head = RequestHead(call.method, call.scheme, host, call.port, call.path, "", _JSON)
-    read = recognise(head, hosts=hosts)
+    read = recognise(replace(call.head, headers=_JSON), hosts=hosts)
     provider = read.provider if isinstance(read, LlmInterpreter) else hosts.provider(host)
     planned = LlmCall.of(host, call.path, provider, recognised=isinstance(read, LlmInterpreter))
     return [rule.label for rule in compile_rules(gateway, config.ai_routes) if rule.may_fit(planned)]

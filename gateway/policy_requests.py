@@ -14,12 +14,26 @@ from itertools import product
 from typing import Final
 from urllib.parse import parse_qsl
 
+from clrk.core.wire import IPAddress
 from clrk.gateway.interpret import RequestHead
+from clrk.gateway.policy import EgressPolicy, Verdict
 
 _METHODS: Final = frozenset(("x-http-method-override", "x-http-method", "x-method-override", "http-method-override"))
 _PATHS: Final = frozenset(("x-original-url", "x-rewrite-url", "x-original-uri", "x-override-url"))
 _PARAMETERS: Final = _METHODS | {"_method"}
 _MAX_MEANINGS: Final = 32  # more than these no honest request has
+
+
+def judge_request(
+    policy: EgressPolicy, name: str | None, address: IPAddress | None, head: RequestHead
+) -> tuple[Verdict, str]:
+    """Return the verdict on what a request may mean, and the method that it means then: the first denial, if any."""
+    written = policy.request(name, address, head.port, head.method, head.path)
+    for method, path in other_meanings(head) if written.allowed else ():
+        verdict = policy.request(name, address, head.port, method, path)
+        if not verdict.allowed:
+            return verdict, method
+    return written, head.method
 
 
 def other_meanings(head: RequestHead) -> Iterator[tuple[str, str]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 
 from clrk.gateway.admin.parameters import ParameterError
 from clrk.gateway.policy_explain import PlannedCall, UnreadableCallError
 
+_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")  # a token, as the relay takes it
 ExplainCall = Callable[[str, str, PlannedCall], dict[str, Any] | None]  # namespace, name of an agent; None: none such
 
 
@@ -29,7 +31,7 @@ class PolicyView:
         """Return the document. Raises: ParameterError, 404."""
         namespace, name = request.match_info["namespace"], request.match_info["name"]
         method, url = request.query.get("method", "GET"), request.query.get("url", "")
-        if not method.isascii() or not method.isalpha() or len(method) > 32:
+        if _METHOD.fullmatch(method) is None:
             raise ParameterError(f"method {method[:40]!r}: write a method such as GET")
         try:
             call = PlannedCall.parse(method, url)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clrk.core.errors import ProtocolError
-from clrk.core.wire import IPAddress
 from clrk.gateway.credentials import Credential
 from clrk.gateway.egress import forward
 from clrk.gateway.egress.failure import DialDeniedError
@@ -18,9 +17,9 @@ from clrk.gateway.egress.refusal import RefusedError, status_of
 from clrk.gateway.egress.upstream import Target
 from clrk.gateway.govern import Governor
 from clrk.gateway.interpret import Interpreter, RequestHead
-from clrk.gateway.policy import HTTP_ONLY, EgressPolicy, Verdict
+from clrk.gateway.policy import HTTP_ONLY
 from clrk.gateway.policy_names import parse_ip
-from clrk.gateway.policy_requests import other_meanings
+from clrk.gateway.policy_requests import judge_request
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import TraceContext
 from clrk.gateway.trace_context import parse_trace_context
@@ -123,7 +122,7 @@ def _check_policy(way_out: Exit, origin: Origin, head: RequestHead, call: Call) 
     address = None if destination.name is not None else destination.address
     if way_out.is_open(destination.name, address, destination.port):
         return True
-    verdict, method = _judge(way_out.policy, destination.name, address, destination.port, head)
+    verdict, method = judge_request(way_out.policy, destination.name, address, head)
     if way_out.policy.holds(verdict):
         what = f"{method} {destination.host}:{destination.port}"
         message = f"{what} is not allowed ({verdict.reason}); add a rule to an EgressL4Route to allow it"
@@ -137,7 +136,7 @@ def allows(way_out: Exit, origin: Origin, head: RequestHead) -> bool:
     """Say whether the rules of now allow a request that was admitted before."""
     destination = origin.destination
     address = None if destination.name is not None else destination.address
-    verdict, _ = _judge(way_out.policy, destination.name, address, destination.port, head)
+    verdict, _ = judge_request(way_out.policy, destination.name, address, head)
     return not way_out.policy.holds(verdict)
 
 
@@ -170,18 +169,6 @@ def allows_tunnel(way_out: Exit, origin: Origin, sni: str | None) -> bool:
     if policy.holds(policy.tunnel(destination.name, address, destination.port)):
         return False
     return not (policy.enforces and way_out.http_only(destination.host, origin.server_name, sni))
-
-
-def _judge(
-    policy: EgressPolicy, name: str | None, address: IPAddress | None, port: int, head: RequestHead
-) -> tuple[Verdict, str]:
-    """Return the verdict on what the request may mean, and the method that it means then: the first denial, if any."""
-    written = policy.request(name, address, port, head.method, head.path)
-    for method, path in other_meanings(head) if written.allowed else ():
-        verdict = policy.request(name, address, port, method, path)
-        if not verdict.allowed:
-            return verdict, method
-    return written, head.method
 
 
 def _continue_trace(way_out: Exit, request: Request, call: Call) -> TraceContext:

@@ -92,7 +92,7 @@ class RunBudgets:
             return BudgetGovernor(self._spender, call, rules, interpreter, known=known)
         if head.method != "POST" and carries_nothing(head) and is_harmless(head, b""):
             return None
-        rule = self._covering(self._call(head, host_is, recognised=False))
+        rule = _covering(self._rules, self._call(head, host_is, recognised=False))
         return None if rule is None else Unmetered(head, rule, self._find_error_writer(host_is, head))
 
     def _call(self, head: RequestHead, provider: Provider | None, *, recognised: bool) -> LlmCall:
@@ -100,18 +100,23 @@ class RunBudgets:
 
     def refuses_tunnel(self, host: str) -> bool:
         """Say whether nobody may tunnel to a host unread: what goes through a tunnel can not be metered."""
-        call = LlmCall(normalise_name(host) or host, (), self._find_provider(host), recognised=False)
-        return not self._spender.watches and self._covering(call) is not None
+        return not self._spender.watches and tunnel_rule(self._rules, self._find_provider, host) is not None
 
-    def _covering(self, call: LlmCall) -> BudgetRule | None:
-        """Return a rule with a budget that a request may fall under: its model is not known, so it may be any."""
-        for rule in self._rules:
-            if rule.may_fit(call):
-                if rule.budgets:
-                    return rule
-                if rule.fits_any_model(call):
-                    return None
-        return None
+
+def tunnel_rule(rules: Sequence[BudgetRule], find_provider: FindProvider, host: str) -> BudgetRule | None:
+    """Return a rule with a budget that what goes through a tunnel to a host may fall under."""
+    return _covering(rules, LlmCall(normalise_name(host) or host, (), find_provider(host), recognised=False))
+
+
+def _covering(rules: Sequence[BudgetRule], call: LlmCall) -> BudgetRule | None:
+    """Return a rule with a budget that a request may fall under: its model is not known, so it may be any."""
+    for rule in rules:
+        if rule.may_fit(call):
+            if rule.budgets:
+                return rule
+            if rule.fits_any_model(call):
+                return None
+    return None
 
 
 class Unmetered:

@@ -34,7 +34,7 @@ PATTERNS = {
     "^[a-z][a-z0-9_]{0,62}$": "not a field name: a-z, 0-9 and _, a letter first, at most 63 characters",
     r"^[a-z0-9.+-]+/([a-z0-9.+-]+|\*)$": "not a media type, such as application/json or text/*",
     "^/": "not an absolute path; it begins with /",
-    "^[A-Z]+$": "not a method in capitals, such as GET",
+    "^[A-Z]+(?:-[A-Z]+)*$": "not a method in capitals, such as GET",
     "^[A-Za-z_][A-Za-z0-9_]*$": "not a variable name: letters, digits and _, no digit first",
     "^/[^?#]*$": "not a path of a URL: it begins with /, and has neither ? nor #",
     r"^https?://[^/?#@\s]+/?$": (  # what is written is not shown: it may hold a password

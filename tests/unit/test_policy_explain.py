@@ -126,6 +126,36 @@ def test_rules_for_models_are_those_that_may_be_the_calls(method: str, url: str,
     assert found["aiProviderRoutes"] == [f"AIProviderRoute default/llm rules[{index}]" for index in rules]
 
 
+@pytest.mark.parametrize("query", ["?_method=delete", "?a=1&X-HTTP-Method-Override=DELETE", "?%5fmethod=PATCH"])
+def test_a_query_that_may_replace_the_method_is_judged_as_it_is_on_its_way(query: str) -> None:
+    assert told("GET", f"http://tools.example.com/open{query}")["reason"] == "http_not_allowed"
+    assert told("GET", "http://tools.example.com/open?method=of+payment")["allowed"]
+
+
+def test_a_method_of_two_words_can_be_allowed() -> None:
+    search = {"hostnames": ["media.example.com"], "http": {"methods": ["M-SEARCH"]}}
+    assert told("M-SEARCH", "http://media.example.com/", search)["allowed"]
+    hint = told("VERSION-CONTROL", "http://media.example.com/", search)["addRule"]
+    assert told("VERSION-CONTROL", "http://media.example.com/", search, *yaml.safe_load(hint))["allowed"]
+
+
+BUDGET = {"filters": [{"type": "TokenBudget", "tokenBudget": {"maxTokensPerDay": 10}}]}
+JUDGED = {
+    "mcp_routes": [MCPRoute.model_validate({"kind": "MCPRoute", "metadata": {"name": "m"}, "spec": {"hostnames": ["mcp.test"], "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": {"deniedTools": ["rm"]}}]}]}})],
+    "ai_routes": [AIProviderRoute.model_validate({"kind": "AIProviderRoute", "metadata": {"name": "a"}, "spec": {"rules": [{"matches": [{"hostnames": ["llm.test"]}], **BUDGET}]}})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("url", ["tcp://mcp.test:443", "tcp://llm.test:443", "https://mcp.test/", "https://llm.test/"])
+def test_no_tunnel_goes_to_a_host_whose_every_call_is_judged(url: str) -> None:
+    """As admission denies it: tests/unit/egress/test_egress_mcp.py and test_egress_budgets.py."""
+    spec = {"defaultPolicy": "allow-all", "tls": {"passthroughHosts": ["mcp.test", "llm.test"]}}
+    found = told("GET", url, more=JUDGED, **spec)
+    assert (found["allowed"], found["reason"], found["steps"][-1]["step"]) == (False, "http_only", "tunnel")
+    assert told("GET", url, more=JUDGED, mode="Shadow", **spec)["allowed"]
+    assert told("GET", "tcp://other.test:443", more=JUDGED, **spec)["allowed"]
+
+
 def test_the_rule_to_add_is_the_smallest_and_never_one_that_is_refused() -> None:
     found = told("GET", "https://evil.test/x")
     assert yaml.safe_load(found["addRule"]) == [

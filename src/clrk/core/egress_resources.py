@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -143,10 +143,13 @@ class EgressGateway(Resource):
     spec: EgressGatewaySpec = EgressGatewaySpec()
 
 
+METHOD_PATTERN: Final = "[A-Z]+(?:-[A-Z]+)*"  # of those that are registered, and of every other that anybody uses
+
+
 class HttpMatch(Model):
     """Narrows an HTTP host: methods upper-case, paths are prefixes or globs with `*`; a query is no part of a path."""
 
-    methods: list[Annotated[str, Field(pattern=r"^[A-Z]+$")]] = []
+    methods: list[Annotated[str, Field(pattern=f"^{METHOD_PATTERN}$")]] = []
     paths: list[Annotated[str, Field(pattern=r"^/[^?#]*$")]] = []
 
 
