@@ -40,7 +40,7 @@ def named_endpoint(head: RequestHead, event: SseEvent) -> Key | None:
     """Return the key of the conversation that a GET stream's event begins; None for an event that names no endpoint."""
     if event.name != b"endpoint":
         return None
-    base = f"{head.scheme}://{head.host}{head.path}"
+    base = f"{head.scheme}://{head.authority}{head.path}"
     try:
         url = urlsplit(urljoin(base, event.data.decode("utf-8", "replace").strip()))
     except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,8 +30,8 @@ def post(body: bytes, headers: str = BOTH, target: str = "/mcp", method: str = "
     return head.encode() + body
 
 
-def routes(**policy: Any) -> dict[str, Any]:
-    spec = {"hostnames": [NAME], "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
+def routes(hostnames: Sequence[str] = (NAME,), **policy: Any) -> dict[str, Any]:
+    spec = {"hostnames": list(hostnames), "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
     return {"mcp_routes": [{"kind": "MCPRoute", "metadata": {"name": "mcp-0"}, "spec": spec}]}
 
 
@@ -55,14 +56,21 @@ class Server:
 
 
 @asynccontextmanager
-async def lab(server, policy: dict[str, Any], mode: str = "Enforce", **gateway: Any):
+async def lab(
+    server,
+    policy: dict[str, Any] | None = None,
+    mode: str = "Enforce",
+    hostnames: Sequence[str] = (NAME,),
+    **gateway: Any,
+):
+    """A sandbox and a server at NAME; without a policy, no route governs it."""
     async with (
         upstream(server) as port,
         laboratory(
             gateway=aliased(port, NAME, "other.example.com") | {"mode": mode} | gateway,
             rules=ALLOW,
             recognise="real",
-            config=routes(**policy),
+            config=routes(hostnames, **policy) if policy else {},
         ) as one,
     ):
         yield one

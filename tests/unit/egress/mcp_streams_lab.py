@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Sequence
-from contextlib import asynccontextmanager
 from typing import Any
 
-from egress_lab import Lab, Wire, aliased, laboratory, read_request, upstream
+from egress_lab import Lab, Wire, read_request
+from mcp_lab import JSON, NAME, raw
 
-NAME = "mcp.example.com"
-JSON = "Content-Type: application/json\r\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ENDPOINT = b"event: endpoint\ndata: /messages/?session_id=7\n\n"
 SESSION = "Mcp-Session-Id: s-1\r\nMCP-Protocol-Version: 2025-06-18\r\n"
-
-
-def raw(value: Any) -> bytes:
-    return json.dumps(value).encode()
 
 
 def request(method: str, id_: Any = 1, **params: Any) -> bytes:
@@ -62,25 +54,6 @@ class SseServer:
 
     def end(self) -> None:
         self.streams[-1].write(b"0\r\n\r\n")
-
-
-def routes(hostnames: Sequence[str], **policy: Any) -> dict[str, Any]:
-    spec = {"hostnames": list(hostnames), "rules": [{"filters": [{"type": "ToolPolicy", "toolPolicy": policy}]}]}
-    return {"mcp_routes": [{"kind": "MCPRoute", "metadata": {"name": "r"}, "spec": spec}]}
-
-
-@asynccontextmanager
-async def lab(server, policy: dict[str, Any] | None = None, hostnames: Sequence[str] = (NAME,), **gateway: Any):
-    async with (
-        upstream(server) as port,
-        laboratory(
-            gateway=aliased(port, NAME) | gateway,
-            rules=[{"hostnames": [NAME]}],
-            recognise="real",
-            config=routes(hostnames, **policy) if policy else {},
-        ) as one,
-    ):
-        yield one
 
 
 async def listen(one: Lab, path: str = "/sse", headers: str = "") -> Wire:

@@ -178,8 +178,7 @@ async def test_a_plain_connection_to_an_address_is_judged_by_its_host_header() -
 
 async def test_a_server_that_a_route_names_by_its_address_is_governed() -> None:
     server = Server()
-    config = routes(deniedTools=["rm"])
-    config["mcp_routes"][0]["spec"]["hostnames"] = ["127.0.0.1"]
+    config = routes(["127.0.0.1"], deniedTools=["rm"])
     async with (
         upstream(server) as port,
         laboratory(gateway={}, rules=[{"cidrs": ["127.0.0.1/32"]}], recognise="real", config=config) as one,

@@ -6,21 +6,8 @@ import asyncio
 
 import pytest
 from egress_lab import answer, read_request
-from mcp_streams_lab import (
-    JSON,
-    NAME,
-    SESSION,
-    STREAM_HEAD,
-    chunk,
-    lab,
-    listen,
-    message,
-    named,
-    post,
-    read_event,
-    request,
-    result,
-)
+from mcp_lab import JSON, NAME, lab
+from mcp_streams_lab import SESSION, STREAM_HEAD, chunk, listen, message, named, post, read_event, request, result
 
 
 class StreamableServer:

@@ -7,19 +7,16 @@ import json
 
 import pytest
 from egress_lab import read_request
+from mcp_lab import JSON, NAME, lab, raw
 from mcp_streams_lab import (
     ENDPOINT,
-    JSON,
-    NAME,
     STREAM_HEAD,
     SseServer,
     chunk,
-    lab,
     listen,
     message,
     named,
     post,
-    raw,
     read_event,
     request,
     result,
