@@ -21,6 +21,7 @@ from clrk.core.resources import TaskAgent
 from clrk.gateway.agents import identity_of
 from clrk.gateway.envelope import EventContext
 from clrk.gateway.outcome import Outcome, Phase
+from clrk.gateway.redact import redact_url
 from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.records import InvocationRecord
 from clrk.gateway.telemetry.spans import (
@@ -205,7 +206,7 @@ def http_origin(request: web.BaseRequest, route: str, *, joins_trace: bool = Tru
     attributes: dict[str, AttributeValue] = {
         attr.HTTP_REQUEST_METHOD: request.method if known else "_OTHER",
         attr.URL_SCHEME: "http",
-        attr.URL_PATH: split_target(request)[0],
+        attr.URL_PATH: redact_url(split_target(request)[0]),
         attr.NETWORK_PROTOCOL_VERSION: f"{request.version.major}.{request.version.minor}",
         **peer,
     }

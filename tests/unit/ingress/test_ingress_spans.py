@@ -71,6 +71,14 @@ async def test_the_span_tree(gateway):
         assert span["start_time_unix_nano"] <= span["end_time_unix_nano"]
 
 
+async def test_a_secret_in_a_path_reaches_the_agent_and_no_span(gateway):
+    path = "/agents/echo/hooks/ghp_aB3dE5gH7jK9mN1pQ3sT5vX7zA9cE1gH3jL5"
+    _, answer, body = await gateway.call(path)
+    dispatch = await gateway.span(answer["X-Clrk-Invocation-ID"], "ingress.dispatch")
+    assert json.loads(body)["httpurl"] == path
+    assert dispatch["attributes"]["url.path"] == "/agents/echo/hooks/REDACTED"
+
+
 async def test_a_trace_without_a_caller(gateway):
     _, answer, body = await gateway.call("/agents/env", headers={"X-Clrk-Trigger": "cron", "traceparent": "nonsense"})
     invocation_id = answer["X-Clrk-Invocation-ID"]
