@@ -37,7 +37,9 @@ def test_the_resources_of_the_demo_are_valid(tmp_path: Path, capsys: pytest.Capt
     assert main(["check", "-c", str(demo)]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("document", ["README.md", "THREAT_MODEL.md", "docs/benchmarks.md", "docs/protocols.md"])
+@pytest.mark.parametrize(
+    "document", sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
 def test_files_and_tests_that_a_document_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -54,3 +56,19 @@ def test_every_line_of_the_conformance_matrix_names_its_test() -> None:
         line for at, line in enumerate(rows) if at not in heads and not re.search(r"`tests/[\w/]+\.py(::\w+)?`", line)
     ]
     assert bare == []
+
+
+def test_every_reason_that_is_given_stands_in_the_troubleshooting() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    sources = [path.read_text() for path in (ROOT / "gateway").rglob("*.py")]
+    raised = r"(?:Refused|DialDenied|DialFailed|Credential)Error\((?:\s*\d+, )?\s*\"([a-z_]+)\""
+    given = r"(?:Denial\(\d+, |HandshakeFailure\(|_rejected\(host, )\"([a-z_]+)\""
+    reasons = {word for source in sources for pattern in (raised, given) for word in re.findall(pattern, source)}
+    for module in ("policy.py", "mcp/governor.py", "mcp/tool_policy.py", "llm/budgets.py", "llm/budget_denial.py"):
+        reasons |= set(
+            re.findall(r'^[A-Z_]+: Final = "([a-z]+(?:_[a-z]+)+)"', (ROOT / "gateway" / module).read_text(), re.M)
+        )
+    failure, proxy = ((ROOT / "gateway/egress" / name).read_text() for name in ("failure.py", "proxy.py"))
+    reasons |= set(re.findall(r'"((?:tls|proxy)_[a-z_]+)"', failure + proxy))
+    assert len(reasons) > 50
+    assert sorted(reason for reason in reasons if f"`{reason}`" not in text) == ["default_policy"]  # why it was allowed
