@@ -29,7 +29,7 @@ import dns.reversename
 import dns.rrset
 
 from clrk.gateway._aio import spawn
-from clrk.gateway.names import NameTable, NameTableFullError
+from clrk.gateway.names import TOO_MANY_NAMES, NameTable, NameTableFullError
 from clrk.gateway.policy import Verdict
 from clrk.gateway.redact import KNOWN_SECRETS, Redactor
 from clrk.gateway.telemetry import attributes as attr
@@ -39,7 +39,8 @@ TTL_S: Final = 60
 MAX_UDP_QUERY: Final = 4096
 MAX_TCP_CONNECTIONS: Final = 32  # per sandbox
 TCP_IDLE_S: Final = 10.0
-MAX_DENIED_SPANS: Final = 256  # distinct names per sandbox: a loop over random names can not flood the store
+DENIED_WINDOW_S: Final = 60.0  # in it a name is told once: resolvers ask for A and AAAA, and programs try again
+MAX_DENIED_SPANS: Final = 256  # names of one sandbox in a window: a loop over random ones can not flood the store
 _UDP_BATCH: Final = 64  # packets per loop turn, so that one sandbox can not hold the loop
 
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -60,7 +61,7 @@ class NamePolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply in wire format; denied is the name, and why, if the policy can not allow it."""
+    """A reply in wire format; denied is the name, and why, if it got no address."""
 
     wire: bytes
     denied: tuple[str, Verdict] | None = None
@@ -100,7 +101,7 @@ def answer(query: bytes, *, names: NameTable, policy: NamePolicy, max_size: int)
 def _resolve(
     question: dns.rrset.RRset, reply: dns.message.Message, names: NameTable, policy: NamePolicy
 ) -> tuple[str, Verdict] | None:
-    """Fill the reply for one question; return the name, and why, if the policy can not allow it."""
+    """Fill the reply for one question; return the name, and why, if it gets no address."""
     if question.rdtype == dns.rdatatype.PTR:
         _answer_pointer(question, reply, names)
         return None
@@ -115,7 +116,7 @@ def _resolve(
             addresses = names.bind(name)
         except NameTableFullError:
             reply.set_rcode(dns.rcode.SERVFAIL)
-            return None
+            return name, Verdict(False, TOO_MANY_NAMES, "", "")
     by_type = {dns.rdatatype.A: addresses[0], dns.rdatatype.AAAA: addresses[1]}
     if (address := by_type.get(question.rdtype)) is not None:  # every other type: NODATA
         reply.answer.append(dns.rrset.from_text(question.name, TTL_S, "IN", question.rdtype, str(address)))
@@ -144,12 +145,14 @@ class SandboxResolver:
         names: NameTable,
         recorder: Recorder,
         redactor: Callable[[], Redactor] = lambda: KNOWN_SECRETS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._identity, self._redactor = identity, redactor
+        self._identity, self._redactor, self._clock = identity, redactor, clock
         self._policy = policy
         self._names = names
         self._recorder = recorder
         self._denied: set[str] = set()
+        self._denied_since_s = clock()
         self._udp: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -180,6 +183,9 @@ class SandboxResolver:
         return result.wire
 
     def _record_denied(self, name: str, verdict: Verdict) -> None:
+        if (now_s := self._clock()) - self._denied_since_s >= DENIED_WINDOW_S:
+            self._denied.clear()
+            self._denied_since_s = now_s
         if name in self._denied or len(self._denied) >= MAX_DENIED_SPANS:
             return
         self._denied.add(name)
@@ -195,6 +201,8 @@ class SandboxResolver:
         if verdict.hint:
             attributes[attr.CLRK_EGRESS_ADD_RULE] = verdict.hint
         message = f"no rule allows {name}" + ("; clrk.egress.add_rule is one that would" if verdict.hint else "")
+        if verdict.reason == TOO_MANY_NAMES:
+            message = f"{name}: the run has asked for more names than one run may have addresses for"
         now = time.time_ns()
         parent = self._identity.call_context()
         self._recorder.record(

@@ -11,6 +11,7 @@ from clrk.core.wire import IPAddress
 SYNTHETIC_V4: Final = IPv4Network("198.18.0.0/15")  # RFC 2544: benchmarking, never on a real network
 SYNTHETIC_V6: Final = IPv6Network("fd00:c1:0:1::/64")
 MAX_NAMES: Final = 8192  # of one sandbox; an agent that asks for more gets SERVFAIL
+TOO_MANY_NAMES: Final = "too_many_names"  # clrk.egress.deny_reason
 
 
 class NameTableFullError(ClrkError):

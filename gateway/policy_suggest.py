@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Any, Final
 
+from clrk.gateway.names import TOO_MANY_NAMES
 from clrk.gateway.policy import HTTP_NOT_ALLOWED, HTTP_ONLY, METHOD, NO_RULE, PORT_NOT_ALLOWED
 from clrk.gateway.policy_names import normalise_name, parse_ip
 from clrk.gateway.policy_paths import PathPattern, path_readings
@@ -59,7 +60,7 @@ class Recorded:
             return
         host, port, reason = found.get(attr.CLRK_DST_NAME), found.get(attr.SERVER_PORT), _reason(found)
         if span["name"] == attr.SPAN_EGRESS_DNS_DENIED:
-            if isinstance(host, str) and normalise_name(host) == host:
+            if isinstance(host, str) and normalise_name(host) == host and reason != TOO_MANY_NAMES:
                 self.names[host] += 1
             return
         if not isinstance(host, str) or not isinstance(port, int) or span["name"] == attr.SPAN_EGRESS_PROXY_MALFORMED:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clrk.core.ids import InvocationId, SandboxId, SpanId, TraceId
-from clrk.gateway.dns import MAX_DENIED_SPANS, SandboxResolver, answer
+from clrk.gateway.dns import DENIED_WINDOW_S, MAX_DENIED_SPANS, SandboxResolver, answer
 from clrk.gateway.names import NameTable
 from clrk.gateway.policy import Verdict
 from clrk.gateway.telemetry.spans import Identity, StatusCode, TraceContext
@@ -181,6 +181,32 @@ async def test_a_flood_of_denied_names_is_bounded() -> None:
         query = dns.message.make_query(f"n{number}.evil.net", "A")
         assert resolver._answer(query.to_wire(), 4096) is not None
     assert len(spans.recorded) == MAX_DENIED_SPANS
+
+
+async def test_a_name_that_is_denied_for_days_is_told_again() -> None:
+    """A daemon's first denial is out of the store one day, while its program still asks."""
+    spans, clock = Spans(), [0.0]
+    resolver = SandboxResolver(
+        identity=IDENTITY, policy=AllowExample, names=NameTable(), recorder=spans, clock=lambda: clock[0]
+    )
+    query = dns.message.make_query("evil.net", "A").to_wire()
+    for second, told in ((0, 1), (DENIED_WINDOW_S - 1, 1), (DENIED_WINDOW_S, 2), (DENIED_WINDOW_S + 1, 2)):
+        clock[0] = second
+        assert resolver._answer(query, 4096) is not None
+        assert len(spans.recorded) == told
+
+
+async def test_a_run_that_asks_for_too_many_names_is_told_so() -> None:
+    spans = Spans()
+    resolver = SandboxResolver(identity=IDENTITY, policy=AllowExample, names=NameTable(limit=1), recorder=spans)
+    for name, rcode in (("a.example.com", "NOERROR"), ("b.example.com", "SERVFAIL"), ("a.example.com", "NOERROR")):
+        reply = resolver._answer(dns.message.make_query(name, "A").to_wire(), 4096)
+        assert dns.message.from_wire(reply).rcode() == dns.rcode.from_text(rcode)
+    [span] = spans.recorded
+    assert span["name"] == "egress.dns.denied"
+    assert span["attributes"]["clrk.egress.deny_reason"] == "too_many_names"
+    assert "clrk.egress.add_rule" not in span["attributes"]
+    assert "b.example.com" in span["status"].message
 
 
 async def test_close_ends_idle_tcp_clients() -> None:

@@ -51,6 +51,11 @@ def policy_of(*spans: dict[str, Any], paths: bool = False) -> EgressPolicy:
     return EgressPolicy.compile(gateway("team-b", "main"), [route])
 
 
+def test_a_name_that_found_no_room_needs_no_rule() -> None:
+    text = text_of(span("egress.dns.denied", "one-more.example.com", 0, clrk__egress__deny_reason="too_many_names"))
+    assert "one-more" not in text
+
+
 def test_the_text_is_a_route_that_can_be_applied_as_it_is() -> None:
     text = text_of(
         call("api.example.com"), call("api.example.com"), call("b.example.com"), span("egress.tcp", "db.internal", 5432),
