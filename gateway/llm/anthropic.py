@@ -46,7 +46,9 @@ class _Document(msgspec.Struct):
     error: Any = None
 
 
-_GENERATED: Final = ("text", "thinking", "partial_json")  # of a content_block_delta
+_GENERATED: Final = ("text", "thinking", "partial_json", "content")  # of a content_block_delta; content: a compaction
+_BESIDE: Final = frozenset(("compaction", "advisor_message"))  # iterations that the counts of usage leave out
+_COUNTS: Final = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 _LISTED: Final = {"speed": ("standard",), "inference_geo": ("global", "not_available")}  # of usage: the list's prices
 _ERROR_TYPES: Final = {
     400: "invalid_request_error",
@@ -143,14 +145,16 @@ class AnthropicMessages(JsonDialect):
     def _usage(self, reported: object, *, final: bool) -> None:
         """Merge counts: input_tokens leaves out what was read from or written to the cache, semconv wants it in."""
         self._billing(reported)
-        usage = self.completion.usage
-        plain = values.count(values.member(reported, "input_tokens"))
-        if plain is not None:
-            usage = _larger(usage, _input_side(plain, reported, usage))
-        output = values.count(values.member(reported, "output_tokens"))
+        usage, counts = self.completion.usage, _all_counts(reported)
+        if counts["input_tokens"] is not None:
+            usage = _larger(usage, _input_side(counts, reported, usage))
+        output = counts["output_tokens"]
         searches = values.count(values.member(values.member(reported, "server_tool_use"), "web_search_requests"))
         usage = replace(usage, web_searches=max(usage.web_searches, searches or 0))
-        self.completion.usage = replace(usage, output_tokens=output) if final and output is not None else usage
+        if final and output is not None:
+            thought = values.count(values.member(values.member(reported, "output_tokens_details"), "thinking_tokens"))
+            usage = replace(usage, output_tokens=output, reasoning=usage.reasoning if thought is None else thought)
+        self.completion.usage = usage
 
     def _billing(self, reported: object) -> None:
         """Note what makes a call cost something else than the list says: tier, fast mode, where it was served."""
@@ -161,22 +165,36 @@ class AnthropicMessages(JsonDialect):
         for key, listed in _LISTED.items():
             found = values.code(values.member(reported, key))
             done.off_list = done.off_list or found not in (None, *listed)
+        models = {values.text(values.member(item, "model")) for item in _iterations(reported)}
+        done.off_list = done.off_list or bool(models - {None, done.model, self.request_model})
 
 
-def _input_side(plain: int, reported: object, before: Usage) -> Usage:
-    def cached(value: object, key: str, known: int | None) -> int | None:
-        found = values.count(values.member(value, key))
-        return known if found is None else found
+def _iterations(reported: object) -> list[object]:
+    found = values.member(reported, "iterations")
+    return found[: values.MAX_ITEMS] if isinstance(found, list) else []
 
-    read = cached(reported, "cache_read_input_tokens", before.cache_read)
-    written = cached(reported, "cache_creation_input_tokens", before.cache_creation)
-    by_age = values.member(reported, "cache_creation")
+
+def _all_counts(reported: object) -> dict[str, int | None]:
+    """Return the counts, with those of the iterations that they leave out."""
+    parts = [reported, *(item for item in _iterations(reported) if values.member(item, "type") in _BESIDE)]
+    counts = {name: [values.count(values.member(part, name)) for part in parts] for name in _COUNTS}
+    return {
+        name: values.count(sum(one or 0 for one in found)) if any(one is not None for one in found) else None
+        for name, found in counts.items()
+    }
+
+
+def _input_side(counts: dict[str, int | None], reported: object, before: Usage) -> Usage:
+    read, written = counts["cache_read_input_tokens"], counts["cache_creation_input_tokens"]
+    read = before.cache_read if read is None else read
+    written = before.cache_creation if written is None else written
+    an_hour = values.count(values.member(values.member(reported, "cache_creation"), "ephemeral_1h_input_tokens"))
     return replace(
         before,
-        input_tokens=values.count(plain + (read or 0) + (written or 0)),
+        input_tokens=values.count((counts["input_tokens"] or 0) + (read or 0) + (written or 0)),
         cache_read=read,
         cache_creation=written,
-        cache_creation_1h=cached(by_age, "ephemeral_1h_input_tokens", before.cache_creation_1h),
+        cache_creation_1h=before.cache_creation_1h if an_hour is None else an_hour,
     )
 
 

@@ -28,7 +28,8 @@ class Provider:
 class Usage:
     """What a call used. input_tokens holds the cached ones too, output_tokens the reasoning ones (semconv 1.41.1).
 
-    Shape: generates False: the API has no output to count. Searches are those that the provider made and bills.
+    Shape: generates False: the API has no output to count. Searches are those that the provider made and bills. What is
+    sound, picture or video is counted in both; cache_audio is how much sound was read from the cache.
     """
 
     input_tokens: int | None = None
@@ -40,6 +41,10 @@ class Usage:
     input_audio: int | None = None
     output_audio: int | None = None
     cache_audio: int | None = None
+    input_image: int | None = None
+    output_image: int | None = None
+    input_video: int | None = None
+    output_video: int | None = None
     web_searches: int = 0
     storage_searches: int = 0
     generates: bool = True

@@ -239,8 +239,11 @@ class GeminiContent(JsonDialect):
         read, cached = values.count(reported.get("cachedContentTokenCount")), reported.get("cacheTokensDetails")
         given = _sum(prompt, reported.get("toolUsePromptTokenCount"))
         produced = _sum(answer, thoughts)
+        given_as = [reported.get(name) for name in ("promptTokensDetails", "toolUsePromptTokensDetails")]
+        made_as = reported.get("candidatesTokensDetails")
         if self.operation == names.OPERATION_EMBEDDINGS:
-            return Usage(given, generates=False)
+            media = [_tokens_of(kinds, *given_as) for kinds in (_AUDIO, _IMAGE, _VIDEO)]
+            return Usage(given, input_audio=media[0], input_image=media[1], input_video=media[2], generates=False)
         if produced is None and self._ended and given is not None and before.output_tokens is None:
             produced = 0
         return Usage(
@@ -248,9 +251,13 @@ class GeminiContent(JsonDialect):
             output_tokens=before.output_tokens if produced is None else produced,
             cache_read=before.cache_read if read is None else read,
             reasoning=before.reasoning if thoughts is None else thoughts,
-            input_audio=_audio(reported.get("promptTokensDetails")) or before.input_audio,
-            output_audio=_audio(reported.get("candidatesTokensDetails")) or before.output_audio,
-            cache_audio=(_audio(cached) or 0) if isinstance(cached, list) else before.cache_audio,
+            input_audio=_tokens_of(_AUDIO, *given_as) or before.input_audio,
+            output_audio=_tokens_of(_AUDIO, made_as) or before.output_audio,
+            cache_audio=(_tokens_of(_AUDIO, cached) or 0) if isinstance(cached, list) else before.cache_audio,
+            input_image=_tokens_of(_IMAGE, *given_as) or before.input_image,
+            output_image=_tokens_of(_IMAGE, made_as) or before.output_image,
+            input_video=_tokens_of(_VIDEO, *given_as) or before.input_video,
+            output_video=_tokens_of(_VIDEO, made_as) or before.output_video,
         )
 
     def _predictions(self, body: bytes) -> None:
@@ -278,11 +285,14 @@ class _Settings:
 
 
 _REFUSALS: Final = frozenset(
-    ("SAFETY", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT")
+    ("SAFETY", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "MODEL_ARMOR")
 )
 _LIST_TIERS: Final = frozenset(
     ("", "auto", "default", "standard", "unspecified", "on_demand", "traffic_type_unspecified")
 )
+_AUDIO: Final = ("AUDIO",)
+_IMAGE: Final = ("IMAGE", "DOCUMENT")  # a page costs what a picture does
+_VIDEO: Final = ("VIDEO",)
 _SNAKE: Final = re.compile(r"[A-Z]")
 
 
@@ -306,7 +316,7 @@ def _sum(*parts: object) -> int | None:
     return values.count(sum(known)) if known else None
 
 
-def _audio(details: object) -> int | None:
-    """Return the tokens of the modality AUDIO."""
-    items = details[: values.MAX_ITEMS] if isinstance(details, list) else ()
-    return _sum(*(values.member(item, "tokenCount") for item in items if values.member(item, "modality") == "AUDIO"))
+def _tokens_of(modalities: tuple[str, ...], *details: object) -> int | None:
+    """Return the tokens of some modalities."""
+    items = [item for one in details if isinstance(one, list) for item in one[: values.MAX_ITEMS]]
+    return _sum(*(values.member(item, "tokenCount") for item in items if values.member(item, "modality") in modalities))

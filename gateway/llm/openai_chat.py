@@ -212,6 +212,7 @@ def _usage(reported: dict[object, object]) -> Usage:
         input_tokens=given,
         output_tokens=output,
         cache_read=values.count(reported.get("prompt_cache_hit_tokens")) if cached is None else cached,  # DeepSeek
+        cache_creation=values.count(values.member(prompt, "cache_write_tokens")),
         reasoning=reasoning,
         input_audio=values.count(values.member(prompt, "audio_tokens")),
         output_audio=values.count(values.member(answer, "audio_tokens")),

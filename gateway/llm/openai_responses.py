@@ -187,6 +187,7 @@ def _usage(reported: dict[object, object], output: list[_Item]) -> Usage:
         input_tokens=values.count(reported.get("input_tokens")),
         output_tokens=values.count(reported.get("output_tokens")),
         cache_read=values.count(values.member(given, "cached_tokens")),
+        cache_creation=values.count(values.member(given, "cache_write_tokens")),
         reasoning=values.count(values.member(made, "reasoning_tokens")),
         web_searches=sum(map(_searches, output)),
         storage_searches=sum(item.type == "file_search_call" for item in output),

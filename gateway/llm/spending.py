@@ -56,10 +56,11 @@ _STORED: Final = (
     "conversation",
     "cachedContent",
     "cached_content",
+    "promptVariables",
 )  # of a request; `prompt` too, where it is an object
 _SERVER_TOOLS: Final = (
     "web_search", "web_fetch", "file_search", "code_interpreter", "code_execution", "mcp", "image_generation",
-    "google", "url_context", "urlContext", "retrieval",
+    "google", "url_context", "urlContext", "retrieval", "advisor",
 )  # fmt: skip
 
 
