@@ -27,7 +27,7 @@ _STREAMS: Final = frozenset(
     ("text/event-stream", "application/x-ndjson", "application/ndjson", "application/jsonl", "application/json-seq")
 )
 _TEXT: Final = _STREAMS | {"application/x-www-form-urlencoded", "application/graphql", "application/xml"}
-_CHARSETS: Final = frozenset(("utf-8", "ascii", "iso8859-1", "cp1252", "utf-16", "utf-16-le", "utf-16-be"))
+_CHARSETS: Final = frozenset(("utf-8", "ascii", "iso8859-1", "cp1252"))  # in which ASCII is ASCII, whoever lies
 _LOG: Final = logging.getLogger(__name__)
 
 

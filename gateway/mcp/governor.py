@@ -90,7 +90,7 @@ class McpGovernor:
         return body
 
     def _refuse(self, status: int, error: UnreadableError, reason: str) -> Answer:
-        body = _render(None, error.code, str(error), {"reason": reason})
+        body = _render(None, error.code, str(error), {"reason": reason, "rule": self._policy.label})
         return Answer(status, _JSON, json.dumps(body).encode(), reason, str(error), self._policy.label)
 
     def _deny(self, post: Post, verdicts: Sequence[Verdict | None], denied: Verdict) -> Answer:

@@ -221,6 +221,8 @@ def test_compressed_bodies_are_shown_as_text():
         (coded(b"no gzip at all", "gzip"), "encoding"),
         (answer(b"a\0b", headers="Content-Type: text/plain\r\n"), "binary"),
         (answer("sk-abcdefgh".encode("utf-16-le"), headers="Content-Type: text/plain\r\n"), "binary"),
+        (answer("abc".encode("utf-16"), headers="Content-Type: text/plain; charset=utf-16\r\n"), "binary"),
+        (answer(b"said to be: sk-abcdefgh", headers="Content-Type: text/plain; charset=utf-16-le\r\n"), "binary"),
         (answer(b"abc", headers="Content-Type: text/plain; charset=utf-7\r\n"), "binary"),
         (answer(b"abc", headers="Content-Type: text/plain; charset=rot13\r\n"), "binary"),
     ],
@@ -242,7 +244,7 @@ def test_a_body_whose_coding_breaks_shows_what_came_before():
 
 def test_other_charsets():
     text = "pässword and sk-abcdefghij"
-    for charset, header in (("utf-16", "UTF-16"), ("latin-1", "ISO-8859-1"), ("cp1252", '"windows-1252"')):
+    for charset, header in (("utf-8", "UTF8"), ("latin-1", "ISO-8859-1"), ("cp1252", '"windows-1252"')):
         response = answer(text.encode(charset), headers=f"Content-Type: text/plain; charset={header}\r\n")
         assert content(_watch(request(b"{}"), response)) == "pässword and [redacted]"
 

@@ -249,6 +249,7 @@ async def test_what_can_not_be_judged_is_a_json_rpc_error_without_id() -> None:
     assert head.startswith(b"HTTP/1.1 400 ")
     found = json.loads(body)
     assert (found["id"], found["error"]["code"], found["error"]["data"]["reason"]) == (None, -32700, "mcp_unreadable")
+    assert found["error"]["data"]["rule"] == "MCPRoute default/mcp-0"
     assert span.attributes["clrk.egress.deny_reason"] == "mcp_unreadable"
     assert span.attributes["clrk.egress.route"] == "MCPRoute default/mcp-0"
 
