@@ -81,7 +81,7 @@ class _Tools:
         return cls(
             label,
             account,
-            frozenset(policy.allowed_tools),
+            frozenset(policy.allowed_tools or ()),
             _regex(policy.allowed_tools_regex),
             frozenset(policy.denied_tools),
             _regex(policy.denied_tools_regex),

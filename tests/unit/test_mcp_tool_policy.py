@@ -112,6 +112,8 @@ def test_the_first_rule_that_fits_decides_alone() -> None:
 def test_a_list_of_no_tools_is_an_error() -> None:
     with pytest.raises(ValueError, match="allows every tool"):
         route(rules=[tools(allowedTools=[])])
+    handed_over = route(rules=[tools()]).model_dump_json(by_alias=True)
+    assert MCPRoute.model_validate_json(handed_over) == route(rules=[tools()])
 
 
 def test_only_tools_are_restricted() -> None:

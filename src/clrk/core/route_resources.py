@@ -112,7 +112,7 @@ class ToolPolicy(Model):
     Shape: regular expressions are RE2 and have to fit the whole name.
     """
 
-    allowed_tools: list[str] = []
+    allowed_tools: list[str] | None = None
     denied_tools: list[str] = []
     allowed_tools_regex: Regex | None = None
     denied_tools_regex: Regex | None = None
@@ -120,8 +120,8 @@ class ToolPolicy(Model):
 
     @field_validator("allowed_tools")
     @classmethod
-    def _some_tool(cls, tools: list[str]) -> list[str]:
-        if not tools:  # only where it is written down: without it, nothing is said about names
+    def _some_tool(cls, tools: list[str] | None) -> list[str] | None:
+        if tools == []:
             raise ValueError("an empty list allows every tool; to allow none, give deniedToolsRegex '.*'")
         return tools
 
