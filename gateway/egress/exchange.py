@@ -52,10 +52,13 @@ class _DeadPooledError(Exception):
 
 
 class Exchange:
-    """One request of one agent connection."""
+    """One request of one agent connection. follows says that another came before it."""
 
-    def __init__(self, way_out: Exit, origin: Origin, agent: Channel, request: Request, call: Call) -> None:
+    def __init__(
+        self, way_out: Exit, origin: Origin, agent: Channel, request: Request, call: Call, *, follows: bool
+    ) -> None:
         self._exit, self._origin, self._agent, self._request, self._call = way_out, origin, agent, request, call
+        self._follows = follows
         self._loop = asyncio.get_running_loop()
         self._status: int | None = None
         self._answered = False  # the response head went to the agent
@@ -119,20 +122,24 @@ class Exchange:
 
     async def _carry(self, admitted: Admitted, upload: Upload) -> None:
         upload.take_credentials(self._exit.credentials.values)
-        upstream, reused = await self._exit.upstream.acquire(admitted.target)
-        repeatable = reused and self._request.method in _REPEATABLE and not upload.has_body
+        pool, target = self._exit.upstream, admitted.target
+        repeatable = self._request.method in _REPEATABLE and not upload.has_body
+        if repeatable or self._follows:
+            upstream, reused = await pool.acquire(target)
+        else:  # who has just connected does not expect a connection that has been idle, and may be dead
+            upstream, reused = await pool.dial(target), False
         try:
-            await self._talk(admitted, upload, upstream, repeatable=repeatable)
+            await self._talk(admitted, upload, upstream, repeatable=reused and repeatable)
         except _DeadPooledError:
             self._call.attributes[attr.HTTP_REQUEST_RESEND_COUNT] = 1
-            await self._talk(admitted, upload, await self._exit.upstream.dial(admitted.target), repeatable=False)
+            await self._talk(admitted, upload, await pool.dial(target), repeatable=False)
 
     async def _talk(self, admitted: Admitted, upload: Upload, upstream: Channel, *, repeatable: bool) -> None:
         self._call.peer = upstream.peer
         self._agent.on_lost(lambda: upstream.fail(AgentGoneError("the agent closed the connection")))
         upstream.set_idle_timeout(self._exit.request_timeout_s)
         sending: asyncio.Task[None] | None = None
-        reusable = False
+        kept_s = 0.0
         try:
             if self._agent.is_broken:  # it left while the upstream was dialled: on_lost comes once
                 raise AgentGoneError("the agent closed the connection")
@@ -151,15 +158,15 @@ class Exchange:
             goes_on = await self._relay(admitted, upload, upstream, response)
             if sending is not None and not sending.done() and self._can_complete:
                 await end_of(sending, upstream)  # the upstream has answered, and may go on reading
-            reusable = goes_on and upload.done
+            kept_s = forward.kept_for_s(response) if goes_on and upload.done else 0.0
         finally:
             self._agent.on_lost(None)
             if sending is not None:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
             upstream.set_idle_timeout(0)
-            if reusable:
-                self._exit.upstream.release(admitted.target, upstream)
+            if kept_s > 0:
+                self._exit.upstream.release(admitted.target, upstream, kept_s)
             else:
                 upstream.abort()
 

@@ -26,6 +26,11 @@ _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9_.-]*)(?::
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?#]*)([/?].*)?", re.IGNORECASE)
 
 
+_KEEP_ALIVE: Final = re.compile(r"timeout=([0-9]{1,9})")
+POOL_IDLE_S: Final = 30.0
+_ON_ITS_WAY_S: Final = 1.0  # so much earlier than the upstream we let go: its end may be on its way
+
+
 class Framing(Enum):
     """How a response's body goes on to the agent."""
 
@@ -80,6 +85,15 @@ def asked_upgrade(request: Request, *, is_open: bool) -> str:
     if asked[0] == "websocket":
         return asked[0] if request.method == "GET" else ""
     return asked[0] if is_open and _NEVER_AN_UPGRADE.fullmatch(asked[0]) is None else ""
+
+
+def kept_for_s(response: Response) -> float:
+    """Return for how long the connection may be idle and then carry another request; 0 or less for not at all.
+
+    Source: the `timeout` of Keep-Alive, as Apache httpd and Node.js send it (RFC 2068, section 19.7.1.1).
+    """
+    said = [int(found[1]) for word in response.tokens("keep-alive") if (found := _KEEP_ALIVE.fullmatch(word))]
+    return min(POOL_IDLE_S, *(timeout - _ON_ITS_WAY_S for timeout in said)) if said else POOL_IDLE_S
 
 
 def check_connection(head: Head) -> frozenset[str]:

@@ -31,8 +31,8 @@ async def relay_http(way_out: Callable[[], Exit], origin: Origin, agent: Channel
     try:
         while (request := await _next_request(way_out, origin, agent, start_ns)) is not None:
             call = origin.call(start_ns or time.time_ns())
+            exchange = Exchange(way_out(), origin, agent, request, call, follows=not start_ns)
             start_ns = 0
-            exchange = Exchange(way_out(), origin, agent, request, call)
             try:
                 if not await exchange.run():
                     unread = exchange.leaves_unread

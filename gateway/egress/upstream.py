@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Final
+from typing import Any, Final
 
 from aiohappyeyeballs import start_connection
 
@@ -30,7 +30,6 @@ from clrk.gateway.policy import EgressPolicy
 
 CONNECT_TIMEOUT_S: Final = 10.0
 HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # RFC 8305, section 5
-POOL_IDLE_S: Final = 30.0
 POOL_SIZE: Final = 32  # idle connections of one run
 PROXY_ANSWER_S: Final = 30.0  # the proxy connects meanwhile, with a timeout of its own
 LOCAL_LOOKUP_S: Final = 2.0  # of a name that the proxy resolves
@@ -96,10 +95,9 @@ class Upstream:
 
         Raises: DialDeniedError, DialFailedError.
         """
-        idle = self._idle.get(target, [])
-        while idle:
-            channel = idle.pop()
-            self._idle_count -= 1
+        while (idle := self._idle.get(target)) is not None:
+            channel = idle[-1]
+            self._forget(target, channel)
             channel.on_lost(None)
             channel.set_idle_timeout(0)
             if channel.is_idle_and_open:
@@ -107,8 +105,8 @@ class Upstream:
             channel.abort()
         return await self.dial(target), False
 
-    def release(self, target: Target, channel: Channel) -> None:
-        """Take back a connection whose exchange ended cleanly."""
+    def release(self, target: Target, channel: Channel, kept_s: float) -> None:
+        """Take back a connection whose exchange ended cleanly; it may be idle for kept_s."""
         if target.server_name is not None and target not in self._sessions:
             self._remember(target, channel)
         if self._closed or self._idle_count >= POOL_SIZE or not channel.is_idle_and_open:
@@ -118,7 +116,7 @@ class Upstream:
         idle.append(channel)
         self._idle_count += 1
         channel.on_lost(lambda: self._forget(target, channel))
-        channel.set_idle_timeout(POOL_IDLE_S)
+        channel.set_idle_timeout(kept_s)
 
     async def dial(self, target: Target) -> Channel:
         """Open a new connection. Raises: DialDeniedError, DialFailedError."""
@@ -161,7 +159,8 @@ class Upstream:
     def _remember(self, target: Target, channel: Channel) -> None:
         """Keep the session for the next handshake; each is used once (RFC 8446, appendix C.4)."""
         session = session_of(channel.ssl_object)
-        if session is not None and len(self._sessions) < MAX_REMEMBERED:
+        if session is not None:
+            _bound(self._sessions)
             self._sessions[target] = session
 
     # --- through the proxy ------------------------------------------------------------------------------------------
@@ -215,8 +214,7 @@ class Upstream:
             except (OSError, UnicodeError):  # the usual case behind a proxy: only the proxy can resolve it
                 found = []
             if not found:
-                while len(self._unresolved) >= MAX_REMEMBERED:
-                    self._unresolved.pop(next(iter(self._unresolved)))
+                _bound(self._unresolved)
                 self._unresolved[target.name] = loop.time() + UNRESOLVED_S
         _, refusals = self._judge(found, target.port)
         if refusals:  # one is enough: which of them the proxy would take, nobody knows
@@ -247,12 +245,17 @@ class Upstream:
         return allowed, refusals
 
     def _forget(self, target: Target, channel: Channel) -> None:
-        idle = self._idle.get(target, [])
-        if channel in idle:
-            idle.remove(channel)
-            self._idle_count -= 1
+        idle = self._idle[target]
+        idle.remove(channel)
+        self._idle_count -= 1
         if not idle:
-            self._idle.pop(target, None)
+            del self._idle[target]
+
+
+def _bound(remembered: dict[Any, Any]) -> None:
+    """Forget the oldest, so that there is room for one more."""
+    while len(remembered) >= MAX_REMEMBERED:
+        del remembered[next(iter(remembered))]
 
 
 async def _ask_for_tunnel(

@@ -180,3 +180,44 @@ async def test_connections_are_reused_and_a_dead_one_costs_only_requests_with_an
         head, _ = await wire.response()
         assert head.startswith(b"HTTP/1.1 502 ")
         assert len(connections) == 2
+
+
+async def test_who_has_just_connected_gets_no_dead_connection_for_a_request_with_an_effect():
+    """A client that connects anew does not expect the end of a connection that was idle, as one that keeps its own."""
+    connections = []
+
+    async def handle(reader, writer):
+        connections.append(writer)
+        head, _ = await read_request(reader)
+        writer.write(answer(head.split()[0]))
+        await read_request(reader)  # the second request of a connection dies unanswered
+        writer.transport.abort()
+
+    async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
+        for count, method in enumerate([b"GET", b"POST", b"PUT", b"DELETE"], 1):
+            wire = await lab.dial(NAME, 80)
+            wire.writer.write(method + b" / HTTP/1.1\r\nHost: tools.internal\r\nContent-Length: 1\r\n\r\nx")
+            head, body = await wire.response()
+            assert (head[:13], body) == (b"HTTP/1.1 200 ", method)
+            assert len(connections) == count
+
+
+@pytest.mark.parametrize(
+    ("said", "kept_s"),
+    [("", 30.0), ("Keep-Alive: timeout=5\r\n", 4.0), ("Keep-Alive: max=3, timeout=600\r\n", 30.0),
+     ("keep-alive: Timeout=9, max=1\r\nKeep-Alive: timeout=7\r\n", 6.0), ("Keep-Alive: timeout=x\r\n", 30.0),
+     ("Keep-Alive: timeout=1\r\n", None), ("Keep-Alive: timeout=0\r\n", None)],
+)  # fmt: skip
+async def test_a_connection_is_let_go_before_the_upstream_ends_it(said, kept_s):
+    async def handle(reader, writer):
+        await read_request(reader)
+        writer.write(answer(b"hi", headers=said))
+        await reader.read()
+
+    async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
+        wire = await lab.dial(NAME, 80)
+        wire.writer.write(b"GET / HTTP/1.1\r\nHost: tools.internal\r\n\r\n")
+        assert (await wire.response())[1] == b"hi"
+        await lab.recorder.wait()
+        idle = [channel for kept in lab.egress._acceptor.way_out.upstream._idle.values() for channel in kept]
+    assert [channel._idle_s for channel in idle] == ([] if kept_s is None else [kept_s])
