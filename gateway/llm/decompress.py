@@ -68,15 +68,15 @@ class Inflate:
         """Yield plain bytes; a bomb is given up after max_output bytes."""
         pending, more = chunk, bool(chunk)
         while more and not self.failed and not self._ended:
-            if self._inner is None:
+            if (inner := self._inner) is None:
                 self._head, pending = self._head + pending, b""
                 if not self._begin():
                     return
                 self._head, pending = b"", self._head
                 continue
-            piece, pending = self._step(self._inner, pending)
+            piece, pending = self._step(inner, pending)
             # zlib may hold output when it has taken all its input.
-            more = bool(pending) or (self._inner is not None and len(piece) == _SLICE)
+            more = bool(pending) or (self._inner is inner and len(piece) == _SLICE)
             self._left -= len(piece)
             if self._left < 0:
                 self.failed = True
