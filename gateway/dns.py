@@ -200,7 +200,7 @@ class SandboxResolver:
             attributes[attr.CLRK_EGRESS_ROUTE] = verdict.rule
         if verdict.hint:
             attributes[attr.CLRK_EGRESS_ADD_RULE] = verdict.hint
-        message = f"no rule allows {name}" + ("; clrk.egress.add_rule is one that would" if verdict.hint else "")
+        message = f"{name} is not allowed ({verdict.reason})"
         if verdict.reason == TOO_MANY_NAMES:
             message = f"{name}: the run has asked for more names than one run may have addresses for"
         now = time.time_ns()

@@ -186,7 +186,9 @@ def _rule(hosts: list[str], ports: tuple[int, ...], need: tuple[Any, ...], comme
 
 def _comment(seen: list[_Seen], *, narrowed: bool) -> str:
     calls, denied, odd = (sum(getattr(one, name) for one in seen) for name in ("calls", "denied", "odd"))
-    text = f"{calls} calls, {denied} of them denied, or would have been" if denied else f"{calls} calls"
+    text = f"{calls} call{'' if calls == 1 else 's'}"
+    if denied:
+        text += f", {denied} denied now or when enforced"
     if narrowed and any(len(one.requests) > _MAX_PATHS for one in seen):
         text += f"; over {_MAX_PATHS} different requests: not narrowed"
     return text + (f"; {odd} with a path or method that no rule can name are left out" if narrowed and odd else "")

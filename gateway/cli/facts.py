@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -75,12 +76,24 @@ class SpanFacts:
 
     @property
     def status(self) -> str:
-        """denied, the error's type, the HTTP status, or ok."""
+        """denied, the error's type, the HTTP status, or ok; and whether a gateway that enforces would have denied it."""
         if self.denied:
             return "denied"
-        if self.failed:
-            return f"error {self.get(attr.ERROR_TYPE) or ''}".rstrip()
-        return str(self.get(attr.HTTP_RESPONSE_STATUS_CODE) or "ok")
+        said = f"error {self.get(attr.ERROR_TYPE) or ''}".rstrip() if self.failed else ""
+        said = said or str(self.get(attr.HTTP_RESPONSE_STATUS_CODE) or "ok")
+        return f"{said}, would be denied" if self.would_deny else said
+
+    @property
+    def would_deny(self) -> str:
+        """Why a gateway that enforces would have denied what went out; empty where it would not."""
+        return str(self.get(attr.CLRK_EGRESS_WOULD_DENY) or "")
+
+    @property
+    def rule_to_add(self) -> str:
+        """The item of EgressL4Route spec.rules that would allow it, in one line; empty where none would."""
+        lines = str(self.get(attr.CLRK_EGRESS_ADD_RULE) or "").splitlines()
+        fields = [line.removeprefix("- ").strip() for line in lines if not line.startswith("#")]
+        return f"- {{{', '.join(fields)}}}" if fields else ""
 
     @property
     def tokens_in(self) -> int | None:
@@ -187,4 +200,8 @@ def show_duration(ns: int) -> str:
 
 def show_cost(usd: float | None) -> str:
     """Return dollars with as many digits as small amounts need."""
-    return "" if usd is None else f"${usd:.4f}" if usd >= 0.001 or usd == 0 else f"${usd:.2g}"
+    if usd is None:
+        return ""
+    if usd >= 0.001 or usd <= 0:
+        return f"${usd:.4f}"
+    return f"${usd:.{1 - math.floor(math.log10(usd))}f}"

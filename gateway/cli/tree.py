@@ -101,7 +101,7 @@ def _caller(root: SpanFacts) -> str:
 
 
 def _usage(spans: list[SpanFacts]) -> str:
-    llm = [span for span in spans if span.is_llm_call]
+    llm = [span for span in spans if span.is_llm_call and not span.denied]
     denied = sum(span.denied for span in spans)
     errors = sum(span.failed and not span.denied and not span.is_whole_run for span in spans)  # `outcome` tells that
     costs = [span.cost_usd for span in llm if span.cost_usd is not None]
@@ -165,10 +165,14 @@ def _line(span: SpanFacts) -> Text:
     if span.denied:
         reason = str(span.get(attr.CLRK_EGRESS_DENY_REASON) or "")
         add(f"DENIED {span.message if reason in span.message else f'{reason}: {span.message}'}", "red")
+        add(span.rule_to_add, "green")
     elif span.failed:
         add(f"ERROR {span.get(attr.ERROR_TYPE) or ''} {span.message}".strip(), "red")
     elif (code := span.get(attr.HTTP_RESPONSE_STATUS_CODE)) is not None:
         add(str(code), "green")
+    if span.would_deny:
+        add(f"WOULD BE DENIED {span.would_deny}", "yellow")
+        add(span.rule_to_add, "green")
     if span.get(attr.CLRK_SANDBOX_WARM):
         add("warm")
     add(span.process, "dim")

@@ -68,10 +68,10 @@ def test_the_text_is_a_route_that_can_be_applied_as_it_is() -> None:
         "apiVersion: clrk/v1alpha1\nkind: EgressL4Route\n"
         "metadata:\n  name: support-recorded\n  namespace: team-b\n"
         "spec:\n  gatewayRef: {name: main}\n  rules:\n"
-        '    # 1 calls, 1 of them denied, or would have been\n    - cidrs: ["192.0.2.7/32"]\n      ports: [22]\n'
-        "    # 4 calls, 1 of them denied, or would have been\n"
+        '    # 1 call, 1 denied now or when enforced\n    - cidrs: ["192.0.2.7/32"]\n      ports: [22]\n'
+        "    # 4 calls, 1 denied now or when enforced\n"
         '    - hostnames: ["api.example.com", "b.example.com", "c.example.com"]\n      ports: [443]\n'
-        '    # 1 calls\n    - hostnames: ["db.internal"]\n      ports: [5432]\n'
+        '    # 1 call\n    - hostnames: ["db.internal"]\n      ports: [5432]\n'
         "# Names that were asked for and denied; nobody knows with which port they would have been dialled:\n"
         '#   - hostnames: ["new.example.com"]\n'
     )

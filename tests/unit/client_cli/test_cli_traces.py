@@ -5,10 +5,14 @@ import re
 import time
 from dataclasses import replace
 
+import pytest
+import yaml
 from clrk_command import HOSTILE, on_terminal
 from span_samples import identity, invocation_record, record, record_invocation
 
+from clrk.gateway.cli.facts import show_cost
 from clrk.gateway.outcome import Phase
+from clrk.gateway.telemetry import attributes as attr
 
 
 async def test_traces_of_an_agent_and_of_one_invocation(daemon):
@@ -190,3 +194,46 @@ async def test_a_daemons_call_is_of_no_invocation(daemon):
     record(daemon.telemetry, replace(identity(), agent_kind="DaemonAgent", invocation_id=""))
     (_, row) = (await daemon.clrk("traces")).out.splitlines()
     assert "None" not in row
+
+
+async def test_the_rule_to_add_stands_beside_what_was_denied_or_would_be(daemon):
+    who = identity()
+    rule = '- hostnames: ["api.test"]\n  ports: [443]\n  http: {methods: ["GET"], paths: ["/v1"]}\n'
+    call = {"http__request__method": "GET", "url__full": "https://api.test/v1", "server__address": "api.test"}
+    record(
+        daemon.telemetry, who, attr.SPAN_EGRESS_DIAL_DENIED, error="GET api.test:443 is not allowed (no_rule)",
+        clrk__egress__deny_reason="no_rule", clrk__egress__add_rule=rule, **call,
+    )  # fmt: skip
+    record(
+        daemon.telemetry, who, "GET api.test", http__response__status_code=200,
+        clrk__egress__would_deny="port_not_allowed", clrk__egress__add_rule=rule, **call,
+    )  # fmt: skip
+    record(
+        daemon.telemetry, who, attr.SPAN_EGRESS_DIAL_DENIED, error="no way", clrk__egress__deny_reason="no_rule",
+        clrk__egress__add_rule="# no rule can allow this path\n",
+    )  # fmt: skip
+    drawn_tree = (await daemon.clrk("trace", who.invocation_id)).out
+    pasted = '- {hostnames: ["api.test"], ports: [443], http: {methods: ["GET"], paths: ["/v1"]}}'
+    assert yaml.safe_load(pasted) == yaml.safe_load(rule)
+    assert f"DENIED GET api.test:443 is not allowed (no_rule)  {pasted}" in drawn_tree
+    assert f"200  WOULD BE DENIED port_not_allowed  {pasted}" in drawn_tree
+    assert "# no rule" not in drawn_tree
+    assert "200, would be denied" in (await daemon.clrk("traces")).out
+
+
+async def test_a_model_call_that_was_denied_is_no_call_of_a_model(daemon):
+    who = identity()
+    record_invocation(daemon.telemetry, who)
+    record(
+        daemon.telemetry, who, "chat claude-opus-4-5", error="over", gen_ai__request__model="claude-opus-4-5",
+        clrk__budget__denied=True,
+    )  # fmt: skip
+    assert "1 LLM call, 320 tokens in, 85 out, $0.0022, 2 denied" in (await daemon.clrk("trace", who.invocation_id)).out
+
+
+@pytest.mark.parametrize(
+    ("usd", "shown"),
+    [(None, ""), (0.0, "$0.0000"), (1.5, "$1.5000"), (0.001, "$0.0010"), (0.00007, "$0.000070"), (3.2e-9, "$0.0000000032")],
+)  # fmt: skip
+def test_small_costs_have_digits_and_no_exponents(usd, shown):
+    assert show_cost(usd) == shown
