@@ -76,7 +76,7 @@ class SpanFacts:
 
     @property
     def status(self) -> str:
-        """denied, the error's type, the HTTP status, or ok; and whether a gateway that enforces would have denied it."""
+        """denied, the error's type, the HTTP status, or ok; and whether Enforce would have denied it."""
         if self.denied:
             return "denied"
         said = f"error {self.get(attr.ERROR_TYPE) or ''}".rstrip() if self.failed else ""

@@ -233,7 +233,7 @@ async def test_a_model_call_that_was_denied_is_no_call_of_a_model(daemon):
 
 @pytest.mark.parametrize(
     ("usd", "shown"),
-    [(None, ""), (0.0, "$0.0000"), (1.5, "$1.5000"), (0.001, "$0.0010"), (0.00007, "$0.000070"), (3.2e-9, "$0.0000000032")],
+    [(None, ""), (0.0, "$0.0000"), (0.001, "$0.0010"), (7e-5, "$0.000070"), (3e-9, "$0.0000000030")],
 )  # fmt: skip
 def test_small_costs_have_digits_and_no_exponents(usd, shown):
     assert show_cost(usd) == shown
