@@ -260,7 +260,8 @@ class Acceptor:
         if failure.rejected_ca is not False and host not in self._advised and len(self._advised) < MAX_ADVISED:
             self._advised.add(host)
             extra = {"sandbox_id": self._run.identity.sandbox_id}
-            _LOG.warning("agent %s: %s", self._run.identity.agent_name, failure.message, extra=extra)
+            message = self._exit.spans.redactor.text(failure.message)
+            _LOG.warning("agent %s: %s", self._run.identity.agent_name, message, extra=extra)
         self._exit.spans.failed(call, failure.error_type, failure.message)
 
     async def _refuse_http2(self, sock: socket.socket, call: Call) -> None:

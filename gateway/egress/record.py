@@ -197,12 +197,13 @@ class EgressSpans:
     def would_deny(self, call: Call, reason: str, rule: str = "", hint: str = "") -> None:
         """Note what a gateway that enforces would refuse here; the call goes on, and its span says so."""
         call.attributes |= {attr.CLRK_EGRESS_WOULD_DENY: reason, **_decided(rule, hint)}
-        where = (call.destination.host, call.destination.port, reason)
+        host, port = call.destination.host, call.destination.port
+        where = (host, port, reason)
         if where not in self._told and len(self._told) < MAX_TOLD:
             self._told.add(where)
             text = "%s/%s: %s:%d would be denied (%s) if the EgressGateway enforced"
             identity = self.identity
-            _LOG.info(text, identity.agent_namespace, identity.agent_name, *where)
+            _LOG.info(text, identity.agent_namespace, identity.agent_name, self.redactor.text(host), port, reason)
 
     def failed(self, call: Call, error: str, message: str, events: Sequence[SpanEvent] = ()) -> None:
         """The upstream could not be reached or did not answer."""

@@ -70,6 +70,18 @@ async def test_a_request_without_a_rule_goes_out_and_its_span_says_so(mode: str,
     assert told == ["default/agent: other.internal:80 would be denied (no_rule) if the EgressGateway enforced"]
 
 
+async def test_the_log_has_no_secret_that_stands_in_a_name(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    name = "glpat-ab3de5gh7jk9.other.internal"
+    async with upstream(serve) as port, laboratory(gateway=spec(port, "Record", name), rules=[]) as lab:
+        await (await lab.dial(name, 80)).ask(GET % name.encode())
+        with pytest.raises(OSError):  # noqa: PT011 - the client does not trust the gateway
+            await lab.dial_tls(name, 443, context=Authority("another").client_context())
+        await lab.recorder.wait(2)
+    assert caplog.text.count("[redacted].other.internal") == 3  # twice in the advice
+    assert "glpat" not in caplog.text + repr(lab.spans)
+
+
 @WATCHING
 async def test_a_request_that_no_rule_narrows_to_goes_out(mode: str) -> None:
     rules = [{"hostnames": [NAME], "ports": [80], "http": {"methods": ["GET"], "paths": ["/open"]}}]
