@@ -21,7 +21,7 @@ _REFUSED: Final[tuple[tuple[str, IPv4Network | IPv6Network], ...]] = (
     ("loopback", IPv4Network("127.0.0.0/8")),
     ("metadata", IPv4Network("169.254.169.254/32")),
     ("metadata", IPv4Network("169.254.170.2/32")),  # AWS ECS task credentials
-    ("link-local", IPv4Network("169.254.0.0/16")),
+    ("link_local", IPv4Network("169.254.0.0/16")),
     ("metadata", IPv4Network("100.100.100.200/32")),  # Alibaba Cloud
     ("metadata", IPv4Network("168.63.129.16/32")),  # Azure wire server
     ("metadata", IPv4Network("192.0.0.192/32")),  # Oracle Cloud
@@ -30,8 +30,8 @@ _REFUSED: Final[tuple[tuple[str, IPv4Network | IPv6Network], ...]] = (
     ("reserved", IPv4Network("240.0.0.0/4")),
     ("unspecified", IPv6Network("::/128")),
     ("loopback", IPv6Network("::1/128")),
-    ("link-local", IPv6Network("fe80::/10")),
-    ("site-local", IPv6Network("fec0::/10")),
+    ("link_local", IPv6Network("fe80::/10")),
+    ("site_local", IPv6Network("fec0::/10")),
     ("multicast", IPv6Network("ff00::/8")),
     ("metadata", IPv6Network("fd00:ec2::254/128")),  # AWS
     ("metadata", IPv6Network("fd20:ce::254/128")),  # Google Cloud

@@ -195,10 +195,10 @@ async def test_the_name_an_agent_presents_does_not_vouch_for_an_address_it_chose
     ("address", "reason"),
     [
         ("127.0.0.1", "loopback"), ("127.8.9.10", "loopback"), ("0.0.0.0", "unspecified"),
-        ("169.254.1.2", "link-local"),
+        ("169.254.1.2", "link_local"),
         ("169.254.169.254", "metadata"), ("100.100.100.200", "metadata"), ("224.0.0.1", "multicast"),
         ("198.18.0.1", "synthetic"), ("255.255.255.255", "reserved"), ("::1", "loopback"), ("::", "unspecified"),
-        ("fe80::1", "link-local"), ("ff02::1", "multicast"), ("fd00:ec2::254", "metadata"), ("fd00:c1::1", "synthetic"),
+        ("fe80::1", "link_local"), ("ff02::1", "multicast"), ("fd00:ec2::254", "metadata"), ("fd00:c1::1", "synthetic"),
         ("::ffff:127.0.0.1", "loopback"), ("::ffff:169.254.169.254", "metadata"), ("64:ff9b::7f00:1", "loopback"),
         ("2002:7f00:1::", "loopback"), ("::127.0.0.1", "loopback"), ("2001:db8::5efe:7f00:1", "loopback"),
         ("192.0.2.77", "host"),
