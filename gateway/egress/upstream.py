@@ -292,7 +292,8 @@ def _feed(reader: HeadReader, data: bytes, proxy: Proxy) -> tuple[bytes, bytes] 
 
 def _refused(target: Target, address: IPAddress, refusal: str) -> DialDeniedError:
     hint = f'- cidrs: ["{address}/{address.max_prefixlen}"]\n  ports: [{target.port}]\n'
-    return DialDeniedError(f"address_{refusal}", f"{target.label} is at {address}, a {refusal.replace('_', '-')} address", hint)
+    message = f"{target.label} is at {address}, a {refusal.replace('_', '-')} address"
+    return DialDeniedError(f"address_{refusal}", message, hint)
 
 
 def _address_info(
