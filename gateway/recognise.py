@@ -35,7 +35,7 @@ from clrk.gateway.policy_names import HostPattern, normalise_name
 # Values of gen_ai.provider.name: semconv 1.41.1; gen_ai.system: CONTRACT section 13, the protocol spoken.
 _ANTHROPIC: Final = Provider("anthropic", "anthropic", "anthropic")
 _OPENAI: Final = Provider("openai", "openai", "openai", asks_usage=True)
-_AZURE: Final = Provider("azure.ai.openai", "azure_openai", "azure")
+_AZURE: Final = Provider("azure.ai.openai", "azure_openai", "azure", asks_usage=True)
 _COMPATIBLE: Final = Provider("openai_compatible", "openai", asks_usage=True)
 _GEMINI: Final = Provider("gcp.gemini", "google_genai", "google", asks_usage=True)
 _VERTEX: Final = Provider("gcp.vertex_ai", "google_genai", "google", asks_usage=True)

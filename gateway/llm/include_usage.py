@@ -24,8 +24,11 @@ _OTHER: Final = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]|(?:\A|[\r\n])(?::|dat
 
 
 def ask_for_usage(body: bytes) -> bytes:
-    """Return the request body with include_usage set; the same object when it does not stream, or asks itself."""
-    if b'"stream"' not in body or len(body) > MAX_DOCUMENT_BYTES:
+    """Return the request body with include_usage set; the same object when it does not stream, or asks itself.
+
+    Azure refuses the two together: answers out of `data_sources` have no usage.
+    """
+    if b'"stream"' not in body or b'"data_sources"' in body or len(body) > MAX_DOCUMENT_BYTES:
         return body
     try:
         text = body.decode()

@@ -15,7 +15,14 @@ from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Completion, Usage
 from clrk.gateway.llm.dialect import JsonDialect
-from clrk.gateway.llm.openai_common import OpenAiErrors, deployment_of, output_type, take_error, take_tier
+from clrk.gateway.llm.openai_common import (
+    OpenAiErrors,
+    deployment_of,
+    output_type,
+    take_error,
+    take_tier,
+    takes_include_usage,
+)
 from clrk.gateway.llm.reading import ABSENT, MALFORMED, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
@@ -84,13 +91,13 @@ _PROMPTS: Final = msgspec.json.Decoder(list[msgspec.Raw])
 class OpenAiChat(OpenAiErrors, JsonDialect):
     """Dialect of Chat Completions (see dialect.Dialect)."""
 
-    takes_include_usage = True
     api_type: str | None = "chat_completions"  # semconv 1.41.1, openai.api.type
     output_limit_name: str | None = "max_completion_tokens"
 
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         self._deployment = deployment_of(head)
+        self.takes_include_usage = takes_include_usage(head)
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
@@ -176,6 +183,10 @@ class OpenAiCompletions(OpenAiChat):
     operation = names.OPERATION_TEXT_COMPLETION
     output_limit_name: str | None = "max_tokens"
     api_type = None  # semconv 1.41.1 has no value for it
+
+    def __init__(self, head: RequestHead) -> None:
+        super().__init__(head)
+        self.takes_include_usage &= self._deployment is None  # Azure's has no stream_options
 
 
 def _prompts(prompt: msgspec.Raw) -> int:

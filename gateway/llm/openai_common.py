@@ -22,6 +22,8 @@ _TYPES: Final = {  # platform.openai.com/docs/guides/error-codes, and the `type`
     429: "rate_limit_error",
 }
 _DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")
+_API_VERSION: Final = re.compile(r"(?:^|&)api-version=([^&]*)")
+_TAKES_USAGE_SINCE: Final = "2024-10-21"  # of Azure's versions, the first stable one with stream_options
 _OUTPUT_TYPES: Final = {"text": "text", "json_object": "json", "json_schema": "json"}
 _LISTED_TIERS: Final = frozenset(("default", "standard", "auto", "on_demand"))  # what price lists are about
 
@@ -63,6 +65,14 @@ def output_type(asked: object) -> str | None:
     """Return gen_ai.output.type of a response_format."""
     kind = values.code(values.member(asked, "type"))
     return _OUTPUT_TYPES.get(kind) if kind is not None else None
+
+
+def takes_include_usage(head: RequestHead) -> bool:
+    """Say whether an API of OpenAI's shape has stream_options: Azure's older versions, named in the query, do not."""
+    found = _API_VERSION.search(head.query)
+    if found is None:
+        return _DEPLOYMENT.search(head.path) is None
+    return found[1] >= _TAKES_USAGE_SINCE  # `preview` is later than any date
 
 
 def deployment_of(head: RequestHead) -> str | None:

@@ -82,10 +82,9 @@ class VertexAnthropic(AnthropicMessages):
 class VertexOpenAi(OpenAiChat):
     """Mistral AI and others who speak Chat Completions."""
 
-    takes_include_usage = False  # they tell it by themselves
-
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
+        self.takes_include_usage = False  # they tell it by themselves
         self._model, self._streams = _from_path(head)
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:

@@ -56,10 +56,11 @@ def test_every_provider_that_we_price_is_in_the_bundle() -> None:
 
 
 def test_who_is_asked_for_usage() -> None:
+    azure = [".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com"]
     google = ["generativelanguage.googleapis.com", "aiplatform.googleapis.com"]
-    assert [host for host, found in PROVIDERS.items() if found.asks_usage] == ["api.openai.com", *google]
+    assert [host for host, found in PROVIDERS.items() if found.asks_usage] == ["api.openai.com", *azure, *google]
     asked = [name for name, found in BY_OPERATOR.items() if found.asks_usage]
-    assert asked == ["openai", "openai_compatible", "google_genai", "aws_bedrock"]
+    assert asked == ["openai", "azure_openai", "openai_compatible", "google_genai", "aws_bedrock"]
     assert not any(api.elsewhere.asks_usage for api in APIS if api.elsewhere is not None)
 
 

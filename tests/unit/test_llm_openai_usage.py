@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,6 +100,31 @@ def test_only_servers_that_are_known_to_take_it_are_asked(head: Any) -> None:
     facts, sent, received = exchange(head, raw(ONE), OK_SSE, [STREAM])
     assert (sent, received) == (raw(ONE), STREAM)
     assert facts.attributes["gen_ai.usage.input_tokens"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "asked"),
+    [
+        ("/openai/deployments/dep/chat/completions", "api-version=2024-10-21", True),
+        ("/openai/deployments/dep/chat/completions", "x=1&api-version=2025-04-01-preview", True),
+        ("/openai/v1/chat/completions", "", True),
+        ("/openai/v1/chat/completions", "api-version=preview", True),
+        ("/openai/deployments/dep/chat/completions", "api-version=2024-06-01", False),
+        ("/openai/deployments/dep/chat/completions", "", False),
+        ("/openai/deployments/dep/completions", "api-version=2024-10-21", False),
+        ("/models/chat/completions", "api-version=2024-05-01-preview", False),
+    ],
+)
+def test_azure_is_asked_where_its_version_takes_it(path: str, query: str, asked: bool) -> None:
+    head = replace(post("me.openai.azure.com", path), query=query)
+    _, sent, received = exchange(head, raw(ONE), OK_SSE, [STREAM])
+    assert (sent != raw(ONE)) is asked
+    assert received == (BEFORE + DONE if asked else STREAM)
+
+
+def test_azure_answers_out_of_the_operators_data_have_no_usage_to_ask_for() -> None:
+    body = raw(ONE | {"data_sources": [{"type": "azure_search"}]})
+    assert ask_for_usage(body) is body
 
 
 # --- The usage chunk ------------------------------------------------------------------------------------------------
