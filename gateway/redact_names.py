@@ -12,11 +12,13 @@ from typing import Final
 
 from clrk.gateway.redact_shapes import Budget, Span, any_of, matches_behind
 
+_KEYS: Final = (
+    "access", "account", "api", "auth", "client", "encryption", "functions", "master", "private", "session", "shared",
+    "signing", "subscription",
+)  # fmt: skip
 _WORDS: Final = (
     b"password", b"passwd", b"passphrase", b"passcode", b"secret", b"token", b"authorization", b"credential",
-    b"cookie", b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key", b"access-key", b"privatekey",
-    b"private_key", b"private-key", b"authkey", b"auth_key", b"auth-key", b"pwd",
-    b"accountkey", b"account_key", b"account-key", b"signingkey", b"signing_key", b"encryptionkey", b"encryption_key",
+    b"cookie", b"pwd", *(f"{kind}{dash}key".encode() for kind in _KEYS for dash in ("", "_", "-")),
 )  # fmt: skip
 _SUFFIX: Final = rb"(?:(?<!token)s|[_-]?(?:key|value|id|hash)){0,2}"  # plural tokens are a count
 # What stands for a member or an item of what is named so: `user[password]=`, `token[]=`.

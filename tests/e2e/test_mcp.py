@@ -113,7 +113,7 @@ async def test_the_typescript_server(running: Daemon, caller: aiohttp.ClientSess
     assert found["prompt"] == "This is a simple prompt without arguments."
     denial = made["get-env"]
     assert denial["code"] == -32010
-    assert "tool 'get-env' is not allowed by MCPRoute default/names rules[0]" in denial["message"]
+    assert "tool 'get-env' is denied by deniedTools of MCPRoute default/names rules[0]" in denial["message"]
     assert denial["data"] == {"reason": "tool_denied", "rule": "MCPRoute default/names rules[0]"}
     by_name = calls(spans)
     assert by_name.keys() >= {

@@ -92,6 +92,7 @@ NAMED = [
     ('{"secrets":[["a"],"hunter2"],"x":1}', '{"secrets":[redacted],"x":1}'),
     ('{"secrets":[["a"],"hunter2"', '{"secrets":[redacted]'),
     ("Server=db;Uid=me;Pwd=hunter2;", "Server=db;Uid=me;Pwd=[redacted];"),
+    ('{"primaryMasterKey": "hunter2", "subscription_key": "hunter2", "primary_key": "id"}', '{"primaryMasterKey": "[redacted]", "subscription_key": "[redacted]", "primary_key": "id"}'),
     ("user[name]=al&user[password]=hunter2&x=1", "user[name]=al&user[password]=[redacted]&x=1"),
     ("user%5Bpassword%5D=hunter2&tokens[api_token][]=hunter2", "user%5Bpassword%5D=[redacted]&tokens[api_token][]=[redacted]"),
     ('Content-Disposition: form-data; name="user[password]"\r\n\r\nhunter2\r\n--b--', 'Content-Disposition: form-data; name="user[password]"\r\n\r\n[redacted]\r\n--b--'),
