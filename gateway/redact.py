@@ -146,7 +146,7 @@ class Redactor:
             elif not isinstance(value, int | float):
                 texts += value
         unknown = [text for text in texts if not self._is_clean(text)]
-        if not unknown or not self._may_find("\n".join(unknown).encode("utf-8", "replace")):
+        if not any(self._fits_own(text) for text in unknown) and not self._may_find("\n".join(unknown)):
             for text in unknown:
                 self._remember(text)
             return found
@@ -169,11 +169,15 @@ class Redactor:
                 self._clean.clear()
             self._clean.add(text)
 
-    def _may_find(self, raw: bytes) -> bool:
-        """Say whether there is anything to look for: the same for a text by itself and for one among others."""
-        if self._patterns or _GATE.search(raw) is not None:
-            return True
-        return self._values().may_stand_in(raw) or next(layers(raw), None) is not None
+    def _may_find(self, text: str) -> bool:
+        """Say whether there is anything to look for beside patterns: the same for a text by itself and among others."""
+        raw = text.encode("utf-8", "replace")
+        return _GATE.search(raw) is not None or self._values().may_stand_in(raw) or next(layers(raw), None) is not None
+
+    def _fits_own(self, text: str) -> bool:
+        """Say whether a pattern fits, which may ask for a text's beginning or end."""
+        raw = text.encode("utf-8", "replace") if self._patterns else b""
+        return any(pattern.search(raw) is not None for pattern in self._patterns)
 
     def _find(self, raw: bytes) -> list[Span]:
         return _everywhere(raw, lambda text: (*_find_known(text), *self._find_own(text)))

@@ -214,6 +214,7 @@ def test_attributes_are_looked_through_one_by_one() -> None:
     """What holds for the beginning or the end of a text holds for that of each attribute."""
     own = Redactor(["^EMP-[0-9]+$"])
     assert own.attributes({"a": "EMP-1", "b": "plain"}) == {"a": REDACTED, "b": "plain"}
+    assert own.attributes({"a": "\udc80 is no text", "b": "EMP-2"}) == {"a": "\udc80 is no text", "b": REDACTED}
     found = Redactor().attributes({"a": "<Secret>hunter2", "b": "<x"})
     assert found == {"a": f"<Secret>{REDACTED}", "b": "<x"}
 
