@@ -71,13 +71,17 @@ class Usage:
 NO_USAGE: Final = Usage()
 
 
+MEDIA_SHARE: Final = 50  # bytes of base64 for which a byte of text counts: pictures have 600 a token, sound 2,000
+
+
 @dataclass(slots=True)
 class Completion:
     """Collects while the response passes.
 
     Shape: extra holds attributes of one API only. output_bytes counts what a stream has generated so far, in bytes of
-    UTF-8 (text, reasoning, arguments of tools), for whoever has to judge it before the usage comes. refused: the model
-    declined. off_list: the call is billed by other prices than the listed ones (service tier, fast mode, region).
+    UTF-8 (text, reasoning, arguments of tools; media by their share), for whoever has to judge it before the usage
+    comes. refused: the model declined. off_list: the call is billed by other prices than the listed ones (service tier,
+    fast mode, region).
     """
 
     response_id: str | None = None
@@ -101,6 +105,10 @@ class Completion:
         for piece in pieces:
             if isinstance(piece, str):
                 self.output_bytes += len(piece) if piece.isascii() else len(piece.encode())
+
+    def generated_media(self, size: int) -> None:
+        """Count so many bytes of pictures or sound."""
+        self.output_bytes += size // MEDIA_SHARE
 
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the gen_ai.response and gen_ai.usage attributes that are known."""

@@ -84,8 +84,8 @@ BUNDLED: Final = PriceList()
 def _own_cost(price: ModelPrice, usage: Usage) -> float | None:
     read, written = usage.cache_read or 0, usage.cache_creation or 0
     plain = (usage.input_tokens or 0) - read - written
-    if plain < 0:
-        return None  # counts that contradict each other
+    if plain < 0 or usage.web_searches or usage.storage_searches:
+        return None  # counts that contradict each other; searches, whose price the operator can not give
     read_price = price.input if price.cache_read is None else price.cache_read
     write_price = price.input if price.cache_write is None else price.cache_write
     total = plain * price.input + read * read_price + written * write_price + (usage.output_tokens or 0) * price.output

@@ -61,6 +61,7 @@ class _Part(msgspec.Struct):
     text: Any = None
     functionCall: msgspec.Raw = ABSENT
     executableCode: msgspec.Raw = ABSENT
+    inlineData: msgspec.Raw = ABSENT
 
 
 class _Content(msgspec.Struct):
@@ -230,6 +231,7 @@ class GeminiContent(JsonDialect):
             for part in candidate.content.parts or ():
                 called = bytes(part.functionCall) + bytes(part.executableCode)
                 self.completion.generated(part.text, called.decode(errors="replace"))
+                self.completion.generated_media(len(bytes(part.inlineData)))
 
     def _usage(self, reported: dict[str, object]) -> Usage:
         """Add up: thoughts are output beside the candidates, results of tools are input beside the prompt."""

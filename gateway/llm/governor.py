@@ -20,7 +20,7 @@ from clrk.gateway.govern import Answer, Cut, Inject
 from clrk.gateway.interpret import Facts, ResponseHead
 from clrk.gateway.llm.budget_denial import EXCEEDED, Asks, Denial, DeniedError, answer_of, describe_shortage
 from clrk.gateway.llm.budget_rules import BudgetRule, LlmCall
-from clrk.gateway.llm.completion import Usage
+from clrk.gateway.llm.completion import MEDIA_SHARE, Usage
 from clrk.gateway.llm.interpreter import LlmInterpreter
 from clrk.gateway.llm.output_plan import NO_OUTPUT, OutputPlan, plan_output
 from clrk.gateway.llm.spender import Spender
@@ -30,7 +30,6 @@ from clrk.gateway.telemetry.spans import AttributeValue
 
 _LOG: Final = logging.getLogger(__name__)
 BYTES_PER_TOKEN: Final = 4  # of generated text, while it streams: what is usual, since an honest answer must not be cut
-SKIPPED_BYTES_PER_TOKEN: Final = 200  # of events that are too large to read: images take 600 and more, sound 2,000
 MUTE_BYTES: Final = 1 << 20  # without anything generated in them: more of such a stream is taken for text
 TOP_UP_TOKENS: Final = 1_024
 _CACHES: Final = frozenset(("openai", "azure_openai"))  # without being told to; GPT-5.6 and later bill what they write
@@ -239,8 +238,8 @@ class BudgetGovernor:
         return self._read_output() + (self._unread_output() if self._dialect.streams else 0)
 
     def _read_output(self) -> int:
-        done, skipped = self._dialect.completion, self._skipped_bytes() // SKIPPED_BYTES_PER_TOKEN
-        return max(done.usage.output_tokens or 0, done.output_bytes // BYTES_PER_TOKEN + skipped)
+        done, skipped = self._dialect.completion, self._skipped_bytes() // MEDIA_SHARE  # no text is so large
+        return max(done.usage.output_tokens or 0, (done.output_bytes + skipped) // BYTES_PER_TOKEN)
 
     def _skipped_bytes(self) -> int:
         return self._interpreter.body.skipped_bytes if self._interpreter.body is not None else 0

@@ -205,6 +205,10 @@ def count_chat_delta(done: Completion, delta: dict[str, object]) -> None:
     done.generated(delta.get("content"), delta.get("refusal"), delta.get("reasoning_content"), delta.get("reasoning"))
     if values.text(delta.get("refusal")) is not None:
         done.refused = True
+    sound = delta.get("audio")
+    done.generated(values.member(sound, "transcript"))
+    if isinstance(data := values.member(sound, "data"), str):
+        done.generated_media(len(data))
     called = delta.get("tool_calls")
     functions = [values.member(call, "function") for call in called] if isinstance(called, list) else []
     for function in (delta.get("function_call"), *functions):

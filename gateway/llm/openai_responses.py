@@ -70,6 +70,7 @@ class _Event(msgspec.Struct):
     type: Any = None
     response: msgspec.Raw = ABSENT
     delta: Any = None
+    partial_image_b64: Any = None
     code: Any = None
     message: Any = None
     error: Any = None
@@ -126,7 +127,9 @@ class OpenAiResponses(OpenAiErrors, JsonDialect):
         kind = values.code(found.type) if found is not None else None
         if found is None or kind is None:
             return False
-        if kind.endswith(".delta") and kind != "response.audio.delta":
+        if isinstance(media := found.delta if kind == "response.audio.delta" else found.partial_image_b64, str):
+            self.completion.generated_media(len(media))
+        elif kind.endswith(".delta"):
             self.completion.generated(found.delta)
             self.completion.refused |= kind == "response.refusal.delta"
         elif kind == "error":

@@ -178,3 +178,13 @@ def test_a_body_that_was_given_a_limit_says_so():
     call = openai_call(office, office.run(), max_tokens=100)
     call.head()
     assert call.end() == {}
+
+
+def test_a_stream_of_sound_is_heard_and_not_taken_for_text():
+    office = office_of({"maxTokensPerDay": 50_000})
+    call = _stream_of(office)
+    _head(call, 200, SSE)
+    chunk = {"choices": [{"index": 0, "delta": {"audio": {"data": "A" * 64_000}}}]}
+    event = b"data: " + json.dumps(chunk).encode() + b"\n\n"
+    assert _passes(call, event, 60) == (60 * len(event), None)  # a minute
+    assert office.entry().reserved.tokens >= 60 * 64_000 // 200

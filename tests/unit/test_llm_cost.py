@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -128,6 +129,13 @@ def test_the_operators_prices_go_first(
     price_id = "azure" if provider.startswith("azure") else "openai" if provider == "openai" else None
     found = PriceList(OWN).cost_usd(Provider(provider, "openai", price_id), models, usage, AT)
     assert found == (pytest.approx(usd) if usd is not None else None)
+
+
+def test_a_search_has_no_price_of_the_operators() -> None:
+    prices = PriceList([ModelPrice(model="*", input=1, output=1)])
+    who = Provider("openai", "openai", "openai")
+    assert prices.cost_usd(who, ("gpt-4o",), USAGE, AT) is not None
+    assert prices.cost_usd(who, ("gpt-4o",), replace(USAGE, web_searches=1), AT) is None
 
 
 def test_pricing_opens_no_socket_and_starts_no_thread() -> None:

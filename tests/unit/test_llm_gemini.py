@@ -343,10 +343,10 @@ def test_generated_text_and_arguments_are_counted() -> None:
     interpreter.response_head(STREAMED, 0.1)
     code = {"language": "PYTHON", "code": "print(1)"}
     parts = [
-        {"text": "Yé"}, {"functionCall": {"name": "f", "args": {}}}, {"inlineData": {"data": "AAAA"}},
+        {"text": "Yé"}, {"functionCall": {"name": "f", "args": {}}}, {"inlineData": {"data": "A" * 180}},
         {"executableCode": code}, {"codeExecutionResult": {"outcome": "OUTCOME_OK", "output": "1"}},
     ]  # fmt: skip
     interpreter.response_data(event({"candidates": [{"content": {"parts": parts}}]}), 0.2)
-    assert interpreter.dialect.completion.output_bytes == 3 + len(
+    assert interpreter.dialect.completion.output_bytes == 3 + 3 + len(
         json.dumps(parts[1]["functionCall"]) + json.dumps(code)
     )

@@ -226,10 +226,12 @@ def test_generated_bytes_and_the_end_that_is_put_in() -> None:
     from clrk.gateway.llm.openai_responses import OpenAiResponses
     from clrk.gateway.llm.sse import SseSplitter
 
+    sound = typed("response.audio.delta", delta="A" * 150)
+    picture = typed("response.image_generation_call.partial_image", partial_image_b64="A" * 250)
     dialect = OpenAiResponses(HEAD)
-    for found in SseSplitter().feed(BEFORE + typed("response.audio.delta", delta="AAAA")):
+    for found in SseSplitter().feed(BEFORE + sound + picture):
         dialect.event(found)
-    assert dialect.completion.output_bytes == 4 + 2
+    assert dialect.completion.output_bytes == 4 + 2 + 3 + 5
     last = dialect.error_event("budget_exceeded", "no more")
     facts, _, _ = exchange(HEAD, raw(REQUEST), OK_SSE, [BEFORE + last])
     assert (facts.error_type, facts.status_message) == ("budget_exceeded", "no more")

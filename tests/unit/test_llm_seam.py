@@ -57,9 +57,13 @@ DELTAS: dict[str, tuple[RequestHead, list[bytes], int]] = {
             chunk({"index": 0, "delta": {"refusal": "no", "reasoning_content": "hm"}}),
             chunk({"index": 0, "delta": {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}, 7]}}),
             chunk({"index": 0, "delta": {"function_call": {"name": "f", "arguments": "{}"}}}),
-            chunk({"index": 0, "delta": {"content": 7, "tool_calls": "x"}}, {"index": 1, "delta": "y"}),
+            chunk({"index": 0, "delta": {"audio": {"transcript": "Yes", "data": "A" * 99}}}),
+            chunk(
+                {"index": 0, "delta": {"content": 7, "tool_calls": "x", "audio": {"data": 7}}},
+                {"index": 1, "delta": "y"},
+            ),
         ],
-        3 + 4 + 3 + 3,
+        3 + 4 + 3 + 3 + 3 + 1,
     ),
     "anthropic": (
         ANTHROPIC,
