@@ -14,10 +14,8 @@ import msgspec
 from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Completion, Usage
-from clrk.gateway.llm.dialect import JsonDialect
 from clrk.gateway.llm.openai_common import (
-    OpenAiErrors,
-    deployment_of,
+    OpenAiDialect,
     output_type,
     take_error,
     take_tier,
@@ -88,7 +86,7 @@ _MAX_PROMPTS_BYTES: Final = 1 << 20
 _PROMPTS: Final = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-class OpenAiChat(OpenAiErrors, JsonDialect):
+class OpenAiChat(OpenAiDialect):
     """Dialect of Chat Completions (see dialect.Dialect)."""
 
     api_type: str | None = "chat_completions"  # semconv 1.41.1, openai.api.type
@@ -96,7 +94,6 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
 
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
-        self._deployment = deployment_of(head)
         self.takes_include_usage = takes_include_usage(head)
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
@@ -104,7 +101,7 @@ class OpenAiChat(OpenAiErrors, JsonDialect):
         request = _read_request(body)
         if request is None:
             return {}
-        self.request_model = values.text(request.model) or self._deployment
+        self.take_model(request.model)
         self.streams = request.stream is True
         limit = values.count(request.max_completion_tokens)
         self.max_output_tokens = values.count(request.max_tokens) if limit is None else limit

@@ -11,6 +11,7 @@ import msgspec
 from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Completion
+from clrk.gateway.llm.dialect import JsonDialect
 from clrk.gateway.telemetry import attributes as names
 
 _TYPES: Final = {  # platform.openai.com/docs/guides/error-codes, and the `type` that comes with each
@@ -28,8 +29,23 @@ _OUTPUT_TYPES: Final = {"text": "text", "json_object": "json", "json_schema": "j
 _LISTED_TIERS: Final = frozenset(("default", "standard", "auto", "on_demand"))  # what price lists are about
 
 
-class OpenAiErrors:
-    """Writes errors for clients of OpenAI."""
+class OpenAiDialect(JsonDialect):
+    """What the dialects of OpenAI's APIs have in common: models, and errors for their clients."""
+
+    def __init__(self, head: RequestHead) -> None:
+        super().__init__(head)
+        self._deployment = _deployment_of(head)
+        self._named: str | None = None
+
+    @property
+    def price_models(self) -> tuple[str | None, ...]:
+        """See Dialect: a deployment may have a name that nothing costs by."""
+        return self.completion.model, self.request_model, self._named
+
+    def take_model(self, model: object) -> None:
+        """Take the model that the body names. Azure obeys the deployment in the path, whatever the body says."""
+        self._named = values.text(model)
+        self.request_model = self._deployment or self._named
 
     def error_body(self, status: int, code: str, message: str) -> tuple[str, bytes]:
         """See Dialect."""
@@ -75,7 +91,6 @@ def takes_include_usage(head: RequestHead) -> bool:
     return found[1] >= _TAKES_USAGE_SINCE  # `preview` is later than any date
 
 
-def deployment_of(head: RequestHead) -> str | None:
-    """Return the deployment in a path of Azure OpenAI: there it stands for the model, which the body need not name."""
+def _deployment_of(head: RequestHead) -> str | None:
     found = _DEPLOYMENT.search(head.path)
     return values.text(unquote(found.group(1))) if found is not None else None

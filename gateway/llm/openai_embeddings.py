@@ -9,8 +9,7 @@ import msgspec
 from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Usage
-from clrk.gateway.llm.dialect import JsonDialect
-from clrk.gateway.llm.openai_common import OpenAiErrors, deployment_of, take_error
+from clrk.gateway.llm.openai_common import OpenAiDialect, take_error
 from clrk.gateway.llm.reading import reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
@@ -35,7 +34,7 @@ _read_request = reader(_Request)
 _read_document = reader(_Document)
 
 
-class OpenAiEmbeddings(OpenAiErrors, JsonDialect):
+class OpenAiEmbeddings(OpenAiDialect):
     """Dialect of the Embeddings API (see dialect.Dialect). Nothing is generated, so there is no output to count."""
 
     operation = names.OPERATION_EMBEDDINGS
@@ -43,14 +42,13 @@ class OpenAiEmbeddings(OpenAiErrors, JsonDialect):
     def __init__(self, head: RequestHead) -> None:
         super().__init__(head)
         self.max_output_tokens = 0
-        self._deployment = deployment_of(head)
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
         request = _read_request(body)
         if request is None:
             return {}
-        self.request_model = values.text(request.model) or self._deployment
+        self.take_model(request.model)
         return values.known(
             {
                 names.GEN_AI_REQUEST_MODEL: self.request_model,

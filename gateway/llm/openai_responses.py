@@ -10,11 +10,9 @@ from typing import Any, Final
 
 import msgspec
 
-from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm import values
 from clrk.gateway.llm.completion import Usage
-from clrk.gateway.llm.dialect import JsonDialect
-from clrk.gateway.llm.openai_common import OpenAiErrors, deployment_of, output_type, take_error, take_tier
+from clrk.gateway.llm.openai_common import OpenAiDialect, output_type, take_error, take_tier
 from clrk.gateway.llm.reading import ABSENT, MALFORMED, SMALL_BYTES, reader
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.telemetry import attributes as names
@@ -84,21 +82,17 @@ _PARTS: Final = msgspec.json.Decoder(list[_Part])
 _ENDED: Final = frozenset(("completed", "incomplete", "failed", "cancelled"))
 
 
-class OpenAiResponses(OpenAiErrors, JsonDialect):
+class OpenAiResponses(OpenAiDialect):
     """Dialect of the Responses API (see dialect.Dialect). Usage is part of the protocol."""
 
     output_limit_name: str | None = "max_output_tokens"
-
-    def __init__(self, head: RequestHead) -> None:
-        super().__init__(head)
-        self._deployment = deployment_of(head)
 
     def request(self, body: bytes) -> dict[str, AttributeValue]:
         """Return the request's attributes; empty when it is malformed."""
         request = _read_request(body)
         if request is None:
             return {}
-        self.request_model = values.text(request.model) or self._deployment
+        self.take_model(request.model)
         self.streams = request.stream is True
         self.max_output_tokens = values.count(request.max_output_tokens)
         tier = values.code(request.service_tier)

@@ -127,3 +127,14 @@ def test_a_tunnel_to_a_budgeted_host_is_refused():
     assert run.refuses_tunnel("LLM.internal.")
     assert not run.refuses_tunnel("db.internal")
     assert not run.refuses_tunnel("api.anthropic.com")
+
+
+def test_azure_obeys_the_deployment_so_a_model_in_the_body_chooses_no_rule():
+    office = Office(ai_route({"matches": [{"models": ["free"]}]}, budget_rule({"maxTokensPerDay": 10})))
+    host, path = "me.openai.azure.com", "/openai/deployments/{}/chat/completions"
+    assert raw_call(office, b'{"model":"free"}', host=host, path=path.format("dear")).answer.status == 429
+    assert raw_call(office, b'{"model":"dear"}', host=host, path=path.format("free")).answer is None
+    priced = office_of({"maxUSDPerDay": 1})  # a deployment's name may have no price
+    body = b'{"model":"gpt-4o","max_tokens":1}'
+    assert raw_call(priced, body, host=host, path=path.format("dear")).answer is None
+    assert raw_call(priced, b'{"max_tokens":1}', host=host, path=path.format("dear")).answer.status == 403

@@ -132,9 +132,10 @@ def test_embeddings_that_fail() -> None:
     ("path", "body", "name"),
     [
         ("/openai/deployments/my-gpt%204o/chat/completions", {}, "chat my-gpt 4o"),
-        ("/openai/deployments/dep/chat/completions", {"model": "gpt-4o"}, "chat gpt-4o"),
+        ("/openai/deployments/dep/chat/completions", {"model": "gpt-4o"}, "chat dep"),
         ("/openai/deployments/dep/completions", {}, "text_completion dep"),
         ("/openai/deployments/dep/embeddings", {}, "embeddings dep"),
+        ("/openai/deployments/dep/embeddings", {"model": "gpt-4o"}, "embeddings dep"),
         ("/openai/v1/chat/completions", {"model": "gpt-4o"}, "chat gpt-4o"),
         ("/openai/v1/responses", {"model": "gpt-4o"}, "chat gpt-4o"),
         ("/openai/responses", {"model": "gpt-4o"}, "chat gpt-4o"),
