@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl
+from base64 import b64encode
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
 
-from clrk.gateway.credentials import drop_parameters, fold_header, replace_header, replace_parameter
+from clrk.core.route_resources import QueryParamTarget
+from clrk.gateway.credentials import Credential, Filled, drop_parameters, replace_header, replace_parameter
+from clrk.gateway.egress.echo import withhold
+from clrk.gateway.egress.http1 import Response
+from clrk.gateway.header_names import fold_header
+
+SECRET = "r3al/key of+mine"
+SENT = (
+    Filled(Credential("p", "s", ("k",), (), QueryParamTarget(type="QueryParam", query_param_name="k")), {"k": SECRET}),
+)
+CODED = b64encode(SECRET.encode()).decode()
+FORMS = (
+    SECRET,
+    quote(SECRET),
+    quote(SECRET, safe=""),
+    quote(quote(SECRET, safe=""), safe=""),
+    quote_plus(SECRET),
+    CODED,
+)
 
 
 def credential_query(data: bytes) -> None:
@@ -30,4 +49,21 @@ def credential_headers(data: bytes) -> None:
     assert [one for one in replaced if fold_header(one[0]) != "x_api_key"] == others
 
 
-TARGETS = {"credential_query": credential_query, "credential_headers": credential_headers}
+def credential_echo(data: bytes) -> None:
+    """A value in a head does not reach the agent, in whatever form and among whatever; what frames the body stays."""
+    around = data.decode("latin-1")
+    for form in FORMS:
+        told = f"{around}{form}{around}"
+        shown = withhold(Response(1, 200, told, (("Location", told), ("Content-Length", "3"))), SENT)
+        for text in (shown.reason, shown.headers[0][1]):
+            for reading in (text, unquote(text), unquote(unquote(text)), unquote_plus(text)):
+                assert SECRET not in reading, text
+                assert CODED[2:-4] not in reading, text
+        assert shown.headers[1] == ("Content-Length", "3")
+
+
+TARGETS = {
+    "credential_query": credential_query,
+    "credential_headers": credential_headers,
+    "credential_echo": credential_echo,
+}
