@@ -22,9 +22,10 @@ MAX_CHUNK_LINE: Final = 1024
 
 Headers = tuple[tuple[str, str], ...]
 
+_TCHAR: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 # One line: nothing in it can match in two ways, so it is one pass over the block. Control characters are _CONTROLS.
-_FIELD: Final = re.compile(r"(?m)^([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+((?:[^\r\n]*[^ \t\r\n])?)[ \t]*+\r\n")
-_REQUEST_LINE: Final = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
+_FIELD: Final = re.compile(rf"(?m)^({_TCHAR}+):[ \t]*((?:[^ \t\r\n](?:[^\r\n]*[^ \t\r\n])?)?)[ \t]*\r\n")
+_REQUEST_LINE: Final = re.compile(rf"({_TCHAR}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 _OTHER_VERSION: Final = re.compile(r" HTTP/(?!1\.[01]$)\d(\.\d)?$")
 _STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _CONTROLS: Final = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F))
@@ -119,8 +120,7 @@ class HeadReader:
 def parse_request(head: bytes) -> Request:
     """Read a request head. Raises: ProtocolError(request_line | version | header | …)."""
     line, headers = _split_head(head)
-    found = _REQUEST_LINE.fullmatch(line)
-    if found is None:
+    if (found := _REQUEST_LINE.fullmatch(line)) is None:
         code = "version" if _OTHER_VERSION.search(line) else "request_line"
         raise ProtocolError(code, "request line is not METHOD target HTTP/1.1")
     return Request(found[1], found[2], int(found[3]), headers)
