@@ -106,7 +106,7 @@ class Redactor:
 
     def url(self, url: str) -> str:
         """Return a URL, or the path and query of one, without credentials, as semconv asks for url.full."""
-        if self._is_clean(url):
+        if url in self._known_clean():
             return url
         raw = url.encode("utf-8", "replace")
         if spans := self._find(raw):
@@ -121,7 +121,7 @@ class Redactor:
         Cost: about 1 ms for 64 KiB, some ten ms for what is made to be slow; of that the end may not be shown.
         """
         is_cut = cut_start or cut_end
-        if not is_cut and self._is_clean(text):
+        if not is_cut and text in self._known_clean():
             return text
         raw = text.encode("utf-8", "replace")
         spans = self._find(raw)
@@ -138,14 +138,16 @@ class Redactor:
         self, attributes: Mapping[str, AttributeValue], but: Container[str] = ()
     ) -> dict[str, AttributeValue]:
         """Return attributes without secrets in their texts; `but` names those that stay as they are."""
-        found = dict(attributes)
-        texts: list[str] = []
+        found, clean = dict(attributes), self._known_clean()
+        unknown: list[str] = []
         for name, value in found.items():
             if isinstance(value, str):
-                texts += (value,) if name not in but else ()
-            elif not isinstance(value, int | float):
-                texts += value
-        unknown = [text for text in texts if not self._is_clean(text)]
+                if value not in clean and name not in but:
+                    unknown.append(value)
+            elif not isinstance(value, (int, float)):
+                unknown += [text for text in value if text not in clean]
+        if not unknown:
+            return found
         if not any(self._fits_own(text) for text in unknown) and not self._may_find("\n".join(unknown)):
             for text in unknown:
                 self._remember(text)
@@ -157,11 +159,12 @@ class Redactor:
                 found[name] = [self.text(one) for one in value]
         return found
 
-    def _is_clean(self, text: str) -> bool:
-        """Say whether a text was looked through before, and nothing found; for the values of now."""
-        if self._values() is not self._clean_of:
-            self._clean, self._clean_of = set(), self._values()
-        return text in self._clean
+    def _known_clean(self) -> set[str]:
+        """Return the texts that were looked through before, and nothing found; for the values of now."""
+        values = self._values()
+        if values is not self._clean_of:
+            self._clean, self._clean_of = set(), values
+        return self._clean
 
     def _remember(self, text: str) -> None:
         if len(text) <= _MAX_REMEMBERED_CHARS:

@@ -61,8 +61,6 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     call.attributes.update(request_attributes(head, way_out.spans.redactor))
     _check_names(origin, name, port)
     is_open = _check_policy(way_out, origin, head, call)
-    server_name = verified if origin.is_tls else None
-    target = Target(destination.name, destination.address, destination.port, server_name)
     interpreter = recognise_guarded(way_out.recognise, head)
     governor = govern_guarded(way_out.govern, head, interpreter, enforces=way_out.policy.enforces)
     # What is judged stays HTTP: behind a change of protocol nobody counts.
@@ -70,13 +68,13 @@ def admit(way_out: Exit, origin: Origin, request: Request, call: Call) -> Admitt
     return Admitted(
         request=request,
         head=head,
-        target=target,
+        target=origin.target,
         body=body,
         interpreter=interpreter,
         governor=governor,
         context=_continue_trace(way_out, request, call),
         upgrade=forward.asked_upgrade(request, is_open=is_open) if may_change else "",
-        credentials=_credentials(way_out, target, request, call),
+        credentials=_credentials(way_out, origin.target, request, call),
         enforces=way_out.policy.enforces,
     )
 
@@ -158,8 +156,7 @@ def admit_tunnel(way_out: Exit, origin: Origin, call: Call, sni: str | None = No
             what = f"{destination.host}:{destination.port} has an MCPRoute or a budget, which judge HTTP only"
             raise DialDeniedError(HTTP_ONLY, what)
         way_out.spans.would_deny(call, HTTP_ONLY)
-    server_name = (origin.name or str(destination.address)) if origin.is_tls else None
-    return Target(destination.name, destination.address, destination.port, server_name)
+    return origin.target
 
 
 def allows_tunnel(way_out: Exit, origin: Origin, sni: str | None) -> bool:

@@ -14,7 +14,8 @@ from clrk.gateway.egress.http1 import Body, Head, Request, Response, render_head
 from clrk.gateway.telemetry.spans import TraceContext
 
 _HOP_BY_HOP: Final = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"))
-_TRACE: Final = frozenset(("traceparent", "tracestate"))
+_NOT_OURS: Final = _HOP_BY_HOP | {"traceparent", "tracestate"}
+_NOT_THEIRS: Final = _HOP_BY_HOP | {"alt-svc"}
 # What a client may find changed against a direct connection, and nothing else. The differential run holds us to it.
 CHANGED_IN_REQUESTS: Final = _HOP_BY_HOP - {"transfer-encoding"} | {"traceparent", "tracestate", "baggage"}
 CHANGED_IN_RESPONSES: Final = _HOP_BY_HOP - {"transfer-encoding"} | {"alt-svc"}
@@ -121,7 +122,7 @@ def request_headers(
         expect lets the agent's Expect pass: nobody has answered it yet.
         The context's baggage goes out only where the agent sends none.
     """
-    dropped = _HOP_BY_HOP | _TRACE | check_connection(request)
+    dropped = _NOT_OURS | check_connection(request)
     # Each of these stands where the agent's first one stood, or at the end; "" takes it away.
     ours: dict[str, str] = {}
     if options := [*(["Upgrade"] if upgrade else ()), *(["TE"] if "trailers" in request.tokens("te") else ())]:
@@ -149,7 +150,7 @@ def request_headers(
                 kept.append((name, fresh))
         elif lower not in dropped:
             kept.append((name, value))
-    kept.extend(("Connection" if name == "connection" else name, value) for name, value in ours.items() if value)
+    kept += [("Connection" if name == "connection" else name, value) for name, value in ours.items() if value]
     return kept
 
 
@@ -184,7 +185,7 @@ def response_headers(
         the connection ends with this response. Alt-Svc goes: it would send the agent to UDP, which goes nowhere.
     Raises: ProtocolError(connection).
     """
-    dropped = _HOP_BY_HOP | check_connection(response) | {"alt-svc"}
+    dropped = _NOT_THEIRS | check_connection(response)
     if response.status == 101:
         dropped -= {"connection", "upgrade"}
     if response.status < 200:

@@ -61,7 +61,8 @@ class Head:
 
     def tokens(self, name: str) -> list[str]:
         """Return the lower-case elements of a comma-separated header."""
-        found = self._index.get(name, ())
+        if not (found := self._index.get(name)):
+            return []
         return [item.strip(" \t").lower() for value in found for item in value.split(",") if item.strip(" \t")]
 
 
@@ -149,8 +150,7 @@ def _refuse_controls(raw: bytes, where: str) -> None:
 
 def _parse_fields(text: str) -> Headers:
     """Read header lines, each with its CRLF, from what _refuse_controls let pass: what is left out is no field."""
-    lines = text.count("\n")
-    if lines > MAX_HEADERS:
+    if (lines := text.count("\n")) > MAX_HEADERS:
         raise ProtocolError("too_many_headers", f"more than {MAX_HEADERS} headers")
     fields = _FIELD.findall(text)
     if len(fields) != lines:
@@ -160,8 +160,8 @@ def _parse_fields(text: str) -> Headers:
 
 def render_head(start_line: str, headers: list[tuple[str, str]] | Headers) -> bytes:
     """Write a head. Names and values were read by this module, or are ours."""
-    lines = [start_line, *(f"{name}: {value}" for name, value in headers), "", ""]
-    return "\r\n".join(lines).encode("latin-1")
+    fields = [f"{name}: {value}\r\n" for name, value in headers]
+    return "".join((start_line, "\r\n", *fields, "\r\n")).encode("latin-1")
 
 
 # --- body framing ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 from clrk.core.wire import FlowRecord, IPAddress
@@ -11,7 +12,7 @@ from clrk.gateway.credential_hosts import Credentials
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.record import Call, Destination, EgressSpans
 from clrk.gateway.egress.tunnels import OpenTunnels
-from clrk.gateway.egress.upstream import Upstream
+from clrk.gateway.egress.upstream import Target, Upstream
 from clrk.gateway.govern import ErrorWriter, Govern, ungoverned
 from clrk.gateway.interpret import Allowance, Interpreter, RequestHead
 from clrk.gateway.policy import EgressPolicy
@@ -57,7 +58,7 @@ class Exit:
         return known
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Origin:
     """One agent connection: who dialled what, and what TLS said. server_name is the SNI; None without TLS or SNI."""
 
@@ -76,6 +77,13 @@ class Origin:
     def name(self) -> str | None:
         """Return the name bound to the connection, by the resolver or by TLS (which the upstream must prove)."""
         return self.destination.name or self.server_name
+
+    @cached_property
+    def target(self) -> Target:
+        """Return where what comes on it goes, and what the upstream must prove there."""
+        destination = self.destination
+        server_name = (self.name or str(destination.address)) if self.is_tls else None
+        return Target(destination.name, destination.address, destination.port, server_name)
 
     def call(self, start_ns: int) -> Call:
         """Begin a span of this connection."""

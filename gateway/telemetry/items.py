@@ -124,7 +124,7 @@ def decode(payload: bytes) -> Journaled:
 
 def is_agents_own(item: SpanItem) -> bool:
     """Say whether an agent reported the span itself: then nothing is concluded from it."""
-    return item.otlp is not None or item.record.resource.get(attr.CLRK_COMPONENT) == Component.AGENT.value
+    return item.otlp is not None or item.record.resource.get(attr.CLRK_COMPONENT) == Component.AGENT
 
 
 def size_bytes(item: Item, payload: bytes | None) -> int:

@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final, Self
 from urllib.parse import unquote
@@ -295,9 +296,7 @@ def clean_attributes(attributes: Attributes) -> dict[str, AttributeValue]:
     Values come from agents and upstreams; what does not fit is cut or left out, never an error.
     """
     cleaned: dict[str, AttributeValue] = {}
-    for key, value in attributes.items():
-        if len(cleaned) >= MAX_ATTRIBUTES:
-            break
+    for key, value in islice(attributes.items(), MAX_ATTRIBUTES):
         match value:
             case str() if type(value) is str and len(value) <= MAX_VALUE_CHARS and value.isascii():
                 cleaned[key] = value  # most are

@@ -87,7 +87,8 @@ class StoreWriter(threading.Thread):
         self._applied = self._last = self._journal.start
         self._behind = False  # the queue was full: what came then is in the journal only
         self._held: list[_Queued] = []  # barriers that wait for what is in the journal only
-        self._wake = threading.Condition()
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
         self._stopping = False
 
     # --- any thread -------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ class StoreWriter(threading.Thread):
         except ITEM_ERRORS as exc:
             return self._refuse(exc)
         size = size_bytes(item, payload)
-        with self._wake:
+        with self._lock:
             position = self._journal.append(payload) if payload is not None and not self._stopping else None
             if position is not None:
                 self._last = position
@@ -133,7 +134,7 @@ class StoreWriter(threading.Thread):
             payload = encode(item)
         except ITEM_ERRORS as exc:
             return self._refuse(exc)
-        with self._wake:
+        with self._lock:
             return not self._stopping and self._journal.begin(item.record.span_id, payload) is not None
 
     def _refuse(self, exc: Exception) -> bool:
