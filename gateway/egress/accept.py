@@ -267,7 +267,8 @@ class Acceptor:
     async def _refuse_http2(self, sock: socket.socket, call: Call) -> None:
         """Say no in the handshake (RFC 7301, section 3.2), where every client looks for it."""
         host = call.destination.host
-        message = f"the client offers HTTP/2 only, and clrk reads HTTP/1.1: have it offer http/1.1, {passthrough(host)}"
+        why = "the client offers HTTP/2 only, and clrk reads HTTP/1.1: have it offer http/1.1"
+        message = f"{host}:{call.destination.port}: {why}, {passthrough(host)}"
         self._exit.spans.denied(call, "alpn_http2_only", message)
         agent = await _open(sock, None)
         await self._end_with(agent, _send_alert(agent))
