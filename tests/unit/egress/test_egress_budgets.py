@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 
 import pytest
@@ -105,6 +106,24 @@ async def test_a_hundred_calls_at_once_against_a_budget_for_ten(tmp_path):
             wires[answers.index(next(one for one in answers if one[0] == 429))], _post(max_tokens=9)
         )
         assert status == 200
+
+
+async def test_a_reload_forgets_nothing_that_a_run_has_spent():
+    provider = Provider()
+    async with _server(provider) as port, _lab(provider, port, _rule(maxTokensPerExecution=350)) as lab:
+        for sent in (1, 2, 3):  # 15 of them each; what a call may use at most fits once
+            wire = await lab.dial_tls(HOST)
+            status, _, _ = await _ask(wire, _post(max_tokens=100))
+            assert status == 200
+            await lab.recorder.wait(sent)
+            other = ai_route(_rule(maxTokensPerExecution=350 - 15 * sent if sent == 3 else 350))
+            config = lab.config.model_copy(update={"ai_routes": [other]})
+            lab.service.reconfigure(config)
+            lab.egress.reconfigure(config.gateways[0])
+            gc.collect()  # nobody holds the budgets of the rules before
+        status, _, body = await _ask(await lab.dial_tls(HOST), _post(max_tokens=290))
+        assert status == 429
+        assert "maxTokensPerExecution is 305, 45 used" in json.loads(body)["error"]["message"]
 
 
 async def test_a_denied_call_tells_the_agent_and_the_trace_and_the_connection_goes_on():
