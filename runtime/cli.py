@@ -16,6 +16,7 @@ from clrk.core.errors import ClrkError, ConfigError
 from clrk.core.layout import HostLayout
 from clrk.core.resources import RuntimeSpec
 from clrk.core.route_resources import AIProviderRoute, MCPRoute
+from clrk.runtime.config.budgets import shared_accounts
 from clrk.runtime.config.credentials import missing_credentials
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.config.load import DEFAULT_PATH, load
@@ -166,7 +167,7 @@ def _summarise(resources: Resources) -> list[str]:
         )
     for (namespace, name), values in sorted(resources.secrets.items()):
         lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
-    lines += [f"  note: {note}" for note in missing_credentials(resources)]
+    lines += [f"  note: {note}" for note in (*missing_credentials(resources), *shared_accounts(resources))]
     if not resources.agents and not resources.daemons:
         lines.append("  no agent is declared")
     return lines

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from clrk.core.egress_resources import EgressGateway
+from clrk.core.resources import Agent, TaskAgent
 from clrk.core.route_resources import AIProviderRoute
-from clrk.runtime.config.declared import Declared, Problems
+from clrk.runtime.config.declared import Declared, Problems, Resources
 
 _LATER = "is part of the contract but not in this version; remove it"
 
@@ -29,6 +32,28 @@ def check_budgets(one: Declared, route: AIProviderRoute, gateway: EgressGateway 
                     text += "can not be metered, and would be refused"
                     where = ("spec", "rules", index, "matches", number, "hostnames", place)
                     problems.add_at(one, where, text)
+
+
+def shared_accounts(resources: Resources) -> Iterator[str]:
+    """Yield the budgets by an identity that agents of their gateway do not have: all callers of those are one."""
+    agents = [*resources.agents.values(), *resources.daemons.values()]
+    for (namespace, name), route in sorted(resources.ai_routes.items()):
+        mine = [
+            agent for agent in agents
+            if (agent.metadata.namespace, agent.gateway_name) == (namespace, route.spec.gateway_ref.name)
+        ]  # fmt: skip
+        for index, rule in enumerate(route.spec.rules):
+            for key in dict.fromkeys(one.token_budget.key for one in rule.filters):
+                field = key.partition("identity.")[2]
+                without = sorted(agent.metadata.name for agent in mine if field and field not in _identity_of(agent))
+                if without:
+                    where = f"AIProviderRoute {namespace}/{name} rules[{index}], key {key}"
+                    what = f"no extractor of {', '.join(without)} has that field, so their callers share one account"
+                    yield f"{where}: {what}"
+
+
+def _identity_of(agent: Agent) -> set[str]:
+    return {one.field for one in agent.spec.identity.extractors} if isinstance(agent, TaskAgent) else set()
 
 
 def _covers(pattern: str, host: str) -> bool:

@@ -57,6 +57,28 @@ def test_check_of_valid_resources_says_what_was_found(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("key", "field", "noted"),
+    [("identity.tenant", "user", True), ("identity.tenant", "tenant", False), ("agent", "user", False)],
+)
+def test_check_notes_budgets_by_an_identity_that_an_agent_does_not_have(key, field, noted, tmp_path, capsys):
+    route = (
+        "---\napiVersion: clrk/v1alpha1\nkind: AIProviderRoute\nmetadata: {name: llm}\nspec:\n"
+        f"  rules: [{{filters: [{{type: TokenBudget, tokenBudget: {{maxTokensPerDay: 1k, key: {key}}}}}]}}]\n"
+        "---\napiVersion: clrk/v1alpha1\nkind: TaskAgent\nmetadata: {name: asked}\nspec:\n"
+        f"  identity: {{extractors: [{{type: Header, name: X-Who, field: {field}}}]}}\n"
+        "  template: {spec: {command: [/bin/true]}}\n"
+    )
+    gateway = "---\n{apiVersion: clrk/v1alpha1, kind: EgressGateway, metadata: {name: default}}\n"
+    (tmp_path / "a.yaml").write_text(gateway + route)
+    assert main(["check", "-c", str(tmp_path)]) == 0
+    note = (
+        "  note: AIProviderRoute default/llm rules[0], key identity.tenant: no extractor of asked has that field, "
+        "so their callers share one account\n"
+    )
+    assert (note in capsys.readouterr().out) is noted
+
+
+@pytest.mark.parametrize(
     ("secret", "key", "note"),
     [
         ("s", "token", None),
