@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from clrk.core.egress_resources import EgressGateway
-from clrk.core.resources import Agent, TaskAgent
+from clrk.core.resources import AgentResource, TaskAgent
 from clrk.core.route_resources import AIProviderRoute
 from clrk.runtime.config.declared import Declared, Problems, Resources
 
@@ -52,7 +52,7 @@ def shared_accounts(resources: Resources) -> Iterator[str]:
                     yield f"{where}: {what}"
 
 
-def _identity_of(agent: Agent) -> set[str]:
+def _identity_of(agent: AgentResource) -> set[str]:
     return {one.field for one in agent.spec.identity.extractors} if isinstance(agent, TaskAgent) else set()
 
 
