@@ -171,9 +171,15 @@ _TELEGRAM_MARK: Final = b":AA"  # behind the bot's number
 _AZURE_MARK: Final = b"Q~"  # in a client secret of Entra ID: three characters, a digit, `Q~`
 
 
-def any_of(words: Iterable[bytes], before: bytes = b"", *, any_case: bool = False) -> re2._Regexp:
-    """Return the automaton that finds the first of the words, in group 1; of two at one place, the longer one."""
+def any_of(
+    words: Iterable[bytes], before: bytes = b"", *, any_case: bool = False, max_mem: int = 8 << 20
+) -> re2._Regexp:
+    """Return the automaton that finds the first of the words, in group 1; of two at one place, the longer one.
+
+    Shape: max_mem is the most bytes that it takes; with less than it needs it is a thousand times slower.
+    """
     options = re2.Options()
+    options.max_mem = max_mem
     options.log_errors = False  # the words may be secrets
     options.encoding, options.case_sensitive = re2.Options.Encoding.LATIN1, not any_case
     ordered = sorted(set(words), key=len, reverse=True)

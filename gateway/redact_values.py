@@ -16,6 +16,8 @@ from clrk.gateway.redact_shapes import Span, any_of
 
 MIN_VALUE_BYTES: Final = 4  # of a value that is looked for: a shorter one stands everywhere
 EDGE_BYTES: Final = 4096  # at a cut, that may be half of a secret
+_GATE_BYTES: Final = 8  # of a value that show whether it is worth looking for it
+_GATE_MEMORY: Final = 64 << 20  # at most, for thousands of values
 _MIN_ENCODED: Final = 8  # characters of base64: a value of 6 or 7 bytes
 
 
@@ -26,7 +28,8 @@ class HiddenValues:
         self._forms = tuple(dict.fromkeys(form for value in values for form in _forms(value)))
         self._gate: re2._Regexp | None = None
         try:
-            self._gate = any_of(self._forms) if self._forms else None
+            ends = {form[-_GATE_BYTES:] for form in self._forms}  # beginnings are alike: `sk-`, `eyJ`
+            self._gate = any_of(ends, max_mem=_GATE_MEMORY) if ends else None
         except re2.error:  # too much for one automaton: each form is looked for by itself
             self._gate = None
 

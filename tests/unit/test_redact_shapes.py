@@ -13,7 +13,7 @@ from functools import partial
 from urllib.parse import quote, quote_plus
 
 import pytest
-from cost import assert_proportional
+from cost import assert_cheap, assert_proportional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -229,6 +229,19 @@ def test_hostile_text_under_the_gateways_patterns_takes_time_in_proportion(patte
     text = SLOW[pattern] * (2**19 // len(SLOW[pattern]))
     redactor = Redactor([pattern], values("aaaa", "x" * 4096))
     assert_proportional(partial(redactor.text, cut_start=True, cut_end=True), text[: 2**16], text)
+
+
+@pytest.mark.parametrize("size", [40, 1200])
+def test_many_values_are_looked_for_in_one_pass(size: int) -> None:
+    """Session keys that are rotated each hour are some hundred values after a few days."""
+    source = random.Random(7)
+    letters = "ABCDEFGHIJKLMNOPabcdefghijklmnop0123456789"
+    many = HiddenValues("".join(source.choices(letters, k=size)) for _ in range(300))
+    few = HiddenValues(["one-value-that-is-secret"])
+    text = bytes(source.choices(letters.encode(), k=400))
+    assert_cheap(
+        lambda: [list(many.find(text)) for _ in range(100)], lambda: [list(few.find(text)) for _ in range(100)], 10
+    )
 
 
 @pytest.mark.parametrize("unit", ["%41", "\\u0041", "&#65;", "%2541", "%25" * 3, "\\" * 8 + "u0041", "-EAAA", " re_", ":AA", "Q~", "/1//0", "%22token%22%3a"])  # fmt: skip
