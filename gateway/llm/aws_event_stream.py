@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from clrk.gateway.llm.sse import MAX_EVENT_BYTES, SseEvent
+from clrk.gateway.llm.sse import MAX_EVENT_BYTES, Room, SseEvent
 
 MEDIA_TYPE: Final = "application/vnd.amazon.eventstream"
 MAX_HEADERS_BYTES: Final = 128 << 10
@@ -48,7 +48,7 @@ class EventStreamSplitter:
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.failed = False
         self.skipped_bytes = 0
-        self._max = max_event_bytes
+        self.room = Room(max_event_bytes)
         self._message = bytearray()
         self._headers_size = 0
         self._wanted = _PRELUDE.size  # bytes of the message that have to be there before the next step
@@ -89,7 +89,7 @@ class EventStreamSplitter:
             or not headers + _OVERHEAD <= total <= MAX_MESSAGE_BYTES
         ):
             self._fail()
-        elif total > self._max:
+        elif not self.room.fits(total):
             self._skip = total - _PRELUDE.size
             self._message.clear()
         else:
@@ -98,6 +98,7 @@ class EventStreamSplitter:
     def _end_message(self, end: int) -> SseEvent | None:
         message = bytes(self._message)
         self._message.clear()
+        self.room.release()
         self._wanted = _PRELUDE.size
         if _CRC.unpack_from(message, len(message) - _CRC.size)[0] != zlib.crc32(message[: -_CRC.size]):
             self._fail()
@@ -124,6 +125,7 @@ class EventStreamSplitter:
 
     def _fail(self) -> None:
         self.failed = True
+        self.room.release()
         self._message.clear()
 
 

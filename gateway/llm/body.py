@@ -8,7 +8,7 @@ from typing import Final
 from clrk.gateway.interpret import Allowance, ResponseHead
 from clrk.gateway.llm.decompress import Decoder, Identity, decoder
 from clrk.gateway.llm.framing import Splitter, splitter
-from clrk.gateway.llm.sse import MAX_BURST_EVENTS, SseEvent
+from clrk.gateway.llm.sse import MAX_BURST_EVENTS, MAX_EVENT_BYTES, Room, SseEvent
 
 MAX_DOCUMENT_BYTES: Final = 16 << 20
 MAX_BURST_BYTES: Final = 1 << 20  # of events out of one compressed chunk: a bomb would hold the event loop for a minute
@@ -72,6 +72,8 @@ class ResponseBody:
         self, head: ResponseHead, allowance: Allowance, framing: Callable[[str], Splitter | None] = splitter
     ) -> None:
         self._splitter = framing(media_type(head.header("content-type")))
+        if self._splitter is not None:
+            self._splitter.room = Room(MAX_EVENT_BYTES, allowance.take, allowance.give_back)
         self._decoder: Decoder | None = decoder(
             ",".join(value for name, value in head.headers if name.lower() == "content-encoding")
         )
@@ -83,8 +85,10 @@ class ResponseBody:
         self.has_begun = False
 
     def __del__(self) -> None:
-        """Give back the decoder's window."""
+        """Give back the decoder's window, and an event's room."""
         self._allowance.give_back(self._window)
+        if self._splitter is not None:
+            self._splitter.room.release()
 
     @property
     def is_stream(self) -> bool:

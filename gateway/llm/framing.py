@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Final, Protocol
 
-from clrk.gateway.llm.sse import MAX_EVENT_BYTES, SseEvent, SseSplitter
+from clrk.gateway.llm.sse import MAX_EVENT_BYTES, Room, SseEvent, SseSplitter
 
 EVENT_STREAM: Final = "text/event-stream"
 JSON_LINES: Final = frozenset(f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines"))
@@ -25,9 +25,11 @@ _SPACE: Final = b" \t\r\n"
 class Splitter(Protocol):
     """Cuts one body into events as it passes; feed() is to be iterated to its end.
 
-    Shape: failed: nothing behind this can be found. skipped_bytes are those of events over the bound, so far.
+    Shape: failed: nothing behind this can be found. skipped_bytes are those of events over the bound, so far. room is
+    the bound, and may be replaced before the first feed().
     """
 
+    room: Room
     failed: bool
     skipped_bytes: int
 
@@ -49,7 +51,7 @@ class LineSplitter:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.skipped_bytes = 0
-        self._max = max_event_bytes
+        self.room = Room(max_event_bytes)
         self._line = bytearray()
         self._over = False
 
@@ -68,8 +70,9 @@ class LineSplitter:
         return self._take(0)
 
     def _add(self, chunk: bytes, start: int, end: int) -> None:
-        if self._over or len(self._line) + end - start > self._max:
+        if self._over or not self.room.fits(len(self._line) + end - start):
             self._over = True
+            self.room.release()
             self.skipped_bytes += len(self._line) + end - start
             self._line.clear()
         else:
@@ -78,6 +81,7 @@ class LineSplitter:
     def _take(self, end: int) -> SseEvent | None:
         line = self._line.strip(_SPACE)
         self._line.clear()
+        self.room.release()
         self._over = False
         return SseEvent(b"", bytes(line), end) if line else None
 
@@ -93,7 +97,7 @@ class ArraySplitter:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.skipped_bytes = 0
-        self._max = max_event_bytes
+        self.room = Room(max_event_bytes)
         self._value = bytearray()
         self._over = False
         self._depth = 0  # of brackets inside the current element
@@ -155,8 +159,9 @@ class ArraySplitter:
     def _keep(self, chunk: bytes, start: int, end: int) -> None:
         if self._depth == 0:
             return
-        if self._over or len(self._value) + end - start > self._max:
+        if self._over or not self.room.fits(len(self._value) + end - start):
             self._over = True
+            self.room.release()
             self.skipped_bytes += len(self._value) + end - start
             self._value.clear()
         else:
@@ -165,6 +170,7 @@ class ArraySplitter:
     def _take(self, end: int) -> SseEvent:
         value = bytes(self._value)
         self._value.clear()
+        self.room.release()
         self._over = False
         return SseEvent(b"", value, end)
 

@@ -8,10 +8,11 @@ but its lines are still followed, so the next blank line is found and the stream
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 MAX_EVENT_BYTES: Final = 1 << 20
+MAX_LARGE_EVENT_BYTES: Final = 8 << 20  # with a picture in it
 MAX_BURST_EVENTS: Final = 8192  # in one read: each costs some 10 us of the event loop, and none of use is so small
 _EOL: Final = re.compile(rb"\r\n|\r|\n")
 # A whole event as nearly all are written: perhaps a name, and one line of data.
@@ -30,6 +31,38 @@ class SseEvent(NamedTuple):
     end: int
 
 
+class Room:
+    """How large an event may become: free bytes, and more while somebody pays for them.
+
+    Shape: take asks for so many bytes more, give returns them all.
+    """
+
+    def __init__(
+        self,
+        free: int = MAX_EVENT_BYTES,
+        take: Callable[[int], bool] = lambda size: False,
+        give: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self.bytes = self._free = free
+        self._take, self._give = take, give
+
+    def fits(self, size: int) -> bool:
+        """Say whether an event of this size is kept."""
+        if size <= self.bytes:
+            return True
+        wanted = min(max(size, 2 * self.bytes), MAX_LARGE_EVENT_BYTES)
+        if size > wanted or not self._take(wanted - self.bytes):
+            return False
+        self.bytes = wanted
+        return True
+
+    def release(self) -> None:
+        """The event is over."""
+        if self.bytes > self._free:
+            self._give(self.bytes - self._free)
+            self.bytes = self._free
+
+
 class SseSplitter:
     """Splits one stream (see framing.Splitter)."""
 
@@ -37,7 +70,8 @@ class SseSplitter:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.skipped_bytes = 0
-        self._max = max_event_bytes
+        self.room = Room(max_event_bytes)
+        self._over = False
         self._line = bytearray()
         self._line_seen = False  # the line has bytes, even if they were not kept
         self._name = b""
@@ -57,8 +91,9 @@ class SseSplitter:
             return
         at = 1 if self._after_cr and chunk.startswith(b"\n") else 0
         self._after_cr = chunk.endswith(b"\r")
+        usual_bytes = self.room.bytes
         while True:
-            while not self._size and (usual := _USUAL.match(chunk, at)) is not None and usual.end() - at <= self._max:
+            while not self._size and (usual := _USUAL.match(chunk, at)) is not None and usual.end() - at <= usual_bytes:
                 at, self._first_line = usual.end(), False
                 yield SseEvent(usual[1] or b"", usual[2], at)
             if (eol := _EOL.search(chunk, at)) is None:
@@ -80,9 +115,11 @@ class SseSplitter:
             return
         self._line_seen = True
         self._size += end - start
-        if self._size <= self._max:
+        if not self._over and self.room.fits(self._size):
             self._line += chunk[start:end]
         else:
+            self._over = True
+            self.room.release()
             self.skipped_bytes += end - start + len(self._line) + sum(map(len, self._data))
             self._line.clear()
             self._data.clear()
@@ -90,7 +127,7 @@ class SseSplitter:
     def _end_line(self, end: int) -> SseEvent | None:
         if not self._line_seen:
             return self._end_event(end)
-        if self._size <= self._max:
+        if not self._over:
             self._field(bytes(self._line))
         self._line.clear()
         self._line_seen = self._first_line = False
@@ -107,7 +144,8 @@ class SseSplitter:
             self._name = value
 
     def _end_event(self, end: int) -> SseEvent:
-        event = SseEvent(self._name, b"\n".join(self._data) if self._size <= self._max else b"", end)
-        self._name, self._size, self._first_line = b"", 0, False
+        event = SseEvent(self._name, b"" if self._over else b"\n".join(self._data), end)
+        self._name, self._size, self._first_line, self._over = b"", 0, False, False
         self._data.clear()
+        self.room.release()
         return event

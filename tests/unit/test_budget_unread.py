@@ -79,8 +79,8 @@ def test_a_stream_that_says_nothing_this_api_knows_is_not_endless():
     call = _stream_of(office)
     _head(call, 200, SSE)
     event = b'data: {"text":"' + b"word " * 2_000 + b'"}\n\n'
-    passed, cut = _passes(call, event, 200)
-    assert passed < 1_200_000
+    passed, cut = _passes(call, event, 1_000)
+    assert 3_900_000 < passed <= 4_000_000
     assert (
         "maxTokensPerExecution" in json.loads(cut.last.removeprefix(event).partition(b"data: ")[2])["error"]["message"]
     )
@@ -90,12 +90,11 @@ def test_an_event_that_is_too_large_to_read_counts_as_pictures_do_and_is_no_way_
     office = office_of({"maxTokensPerDay": 50_000})
     call = _stream_of(office)
     _head(call, 200, SSE)
-    picture = b"data: " + b"A" * 2_000_000 + b"\n\n"
-    assert call.data(picture) == picture
-    assert 10_000 <= office.entry().reserved.tokens < 20_000
-    passed, cut = _passes(call, BLOCK * 10, 1_000)
+    assert _passes(call, BLOCK, 500) == (5_000_000, None)  # an event that goes on
+    assert 25_000 <= office.entry().reserved.tokens < 30_000
+    passed, cut = _passes(call, BLOCK, 1_000)
     assert cut == Cut(b"", "budget_exceeded", cut.message)
-    assert passed < 50_000 * 200
+    assert passed < 50_000 * 200 - 5_000_000
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -188,3 +187,18 @@ def test_a_stream_of_sound_is_heard_and_not_taken_for_text():
     event = b"data: " + json.dumps(chunk).encode() + b"\n\n"
     assert _passes(call, event, 60) == (60 * len(event), None)  # a minute
     assert office.entry().reserved.tokens >= 60 * 64_000 // 200
+
+
+def test_a_picture_and_the_count_behind_it_are_read():
+    office = office_of({"maxTokensPerDay": 50_000})
+    call = raw_call(office, b'{"model":"gpt-5.4","input":"draw","stream":true}', path="/v1/responses")
+    _head(call, 200, SSE)
+    picture = {"type": "image_generation_call", "result": "A" * 3_000_000}
+    done = {"type": "response.output_item.done", "item": picture}
+    response = {"status": "completed", "output": [picture], "usage": {"input_tokens": 9, "output_tokens": 700}}
+    for event in (done, {"type": "response.completed", "response": response}):
+        raw = b"data: " + json.dumps(event).encode() + b"\n\n"
+        for at in range(0, len(raw), 65_536):
+            assert isinstance(call.data(raw[at : at + 65_536]), bytes)
+    call.end()
+    assert office.entry().used.tokens == 709

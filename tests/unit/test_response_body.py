@@ -204,3 +204,39 @@ def test_a_document_up_to_its_bound() -> None:
 )
 def test_json_content_types(content_type: str | None, json: bool) -> None:
     assert is_json(content_type) is json
+
+
+@pytest.mark.parametrize(
+    ("content_type", "event", "emptied"),
+    [
+        ("text/event-stream", b"data: " + b"A" * 3_000_000 + b"\n\n", [0, 0]),
+        ("application/x-ndjson", b"A" * 3_000_000 + b" \n", []),
+    ],
+)
+def test_a_large_event_is_kept_while_the_run_has_room_and_gives_it_back(
+    content_type: str, event: bytes, emptied: list[int]
+) -> None:
+    head = ResponseHead(200, (("Content-Type", content_type),))
+    allowance = Allowance(10 << 20)
+    bodies = [ResponseBody(head, allowance) for _ in range(5)]
+    for body in bodies:
+        for at in range(0, len(event) - 2, 50_000):
+            assert list(body.feed(event[at : at + 50_000][: len(event) - 2 - at])) == []
+    kept = [len(found.data) for body in bodies for found in body.feed(event[-2:])]
+    assert sorted(kept) == [*emptied, *[3_000_000] * 3]  # as many as 10 MiB, and a free one each, hold
+    assert allowance.left == 10 << 20
+    assert sorted(body.skipped_bytes > 0 for body in bodies) == [False, False, False, True, True]
+    assert [len(found.data) for found in bodies[-1].feed(event)] == [3_000_000]  # in step again
+    list(bodies[0].feed(event[:2_500_000]))
+    assert allowance.left < 10 << 20
+    del bodies, body
+    assert allowance.left == 10 << 20
+
+
+def test_an_event_without_end_is_let_go() -> None:
+    allowance = Allowance(100 << 20)
+    body = ResponseBody(ResponseHead(200, (("Content-Type", "text/event-stream"),)), allowance)
+    for _ in range(200):
+        assert list(body.feed(b"x" * 100_000)) == []
+    assert allowance.left == 100 << 20
+    assert body.skipped_bytes >= 11 << 20
