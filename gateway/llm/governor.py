@@ -125,9 +125,10 @@ class BudgetGovernor:
         self._output = plan.tokens
         charges = rule.charges(spender.identity, day_of(spender.clock()))
         try:
-            if not plan.limited and 0 < (fitting := self._fitting_output(rule, charges)) < self._output:
-                self._output = fitting  # all that is left: a stream is cut there, a document is the last that goes over
             amount = self._amount(rule, self._output)
+            if not plan.limited and 0 < (fitting := self._fitting_output(rule, charges, amount)) < self._output:
+                self._output = fitting  # all that is left: a stream is cut there, a document is the last that goes over
+                amount = self._amount(rule, fitting)
             shortage = self._ask(charges, amount)
             balances = {} if shortage is None else spender.ledger.balances([one.account for one in charges])
         except LedgerError as exc:
@@ -144,13 +145,13 @@ class BudgetGovernor:
         agent = f"{identity.agent_namespace}/{identity.agent_name}"
         return self._spender.ledger.reserve(charges, amount, agent=agent, force=self._spender.watches)
 
-    def _fitting_output(self, rule: BudgetRule, charges: tuple[Charge, ...]) -> int:
-        """Return how much output every account has room for. Raises: LedgerError."""
+    def _fitting_output(self, rule: BudgetRule, charges: tuple[Charge, ...], amount: Amount) -> int:
+        """Return how much output every account has room for; amount is what is asked for. Raises: LedgerError."""
         tokens, nano_usd = self._spender.ledger.left(charges)
         fitting = self._output if tokens is None else tokens - self._input
-        if nano_usd is not None:
+        if nano_usd is not None and amount.nano_usd > nano_usd:
             for_input = self._amount(rule, 0).nano_usd
-            each = (self._amount(rule, self._output).nano_usd - for_input) / max(1, self._output)
+            each = (amount.nano_usd - for_input) / max(1, self._output)
             fitting = min(fitting, int((nano_usd - for_input) / each) - 1 if each > 0 else fitting)
         return fitting
 

@@ -84,6 +84,8 @@ class Demand:
         """Say whether any of some ASCII words stands in the text, however it is spelled in JSON."""
         if any(word in self.text for word in words):
             return True
+        if "\\u00" not in self.text:
+            return False
         plain = _ASCII_ESCAPE.sub(lambda found: chr(int(found[1], 16)), self.text)
         return any(word in plain for word in words)
 
