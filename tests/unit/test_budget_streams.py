@@ -4,6 +4,7 @@ import json
 
 import pytest
 from budget_runs import Office, ai_route, budget_rule, claude_call, office_of, openai_call, raw_call, usage
+from llm_exchange import cuts
 
 from clrk.gateway.budget import Amount
 from clrk.gateway.budget_ledger import BudgetLedger
@@ -155,3 +156,19 @@ def test_embeddings_generate_nothing():
     assert office.entry().reserved.tokens < 200
     call.finish(object="list", data=[], model="text-embedding-3-small", usage={"prompt_tokens": 2, "total_tokens": 2})
     assert office.entry().used.tokens == 2
+
+
+@pytest.mark.parametrize("asks", [{"max_tokens": 500}, {}], ids=["limited", "open"])
+def test_what_a_stream_cost_and_what_it_shows_do_not_depend_on_how_it_came(asks):
+    usage_chunk = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":40}}\n\n'
+    before = _delta("Hello ") + b": still here\n\n" + _delta("world")
+    found = set()
+    for chunks in cuts(before + usage_chunk + b"data: [DONE]\n\n"):
+        office = office_of({"maxTokensPerDay": 20_000})
+        call = openai_call(office, office.run(), stream=True, **asks)
+        call.interpreter.rewrite_request(call.sent)
+        call.head(200, "text/event-stream")
+        shown = b"".join(call.data(piece) for piece in chunks)
+        call.end()
+        found.add((shown, office.entry().used.tokens, office.entry().reserved.tokens))
+    assert found == {(before + b"data: [DONE]\n\n", 49, 0)}
