@@ -31,6 +31,7 @@ class _Request(msgspec.Struct):
     top_k: Any = None
     stop_sequences: Any = None
     stream: Any = None
+    output_config: Any = None
 
 
 class _Document(msgspec.Struct):
@@ -76,6 +77,7 @@ class AnthropicMessages(JsonDialect):
         self.request_model = values.text(request.model)
         self.streams = request.stream is True
         self.max_output_tokens = values.count(request.max_tokens)
+        asks_json = values.member(values.member(request.output_config, "format"), "type") == "json_schema"
         return values.known(
             {
                 names.GEN_AI_REQUEST_MODEL: self.request_model,
@@ -85,6 +87,7 @@ class AnthropicMessages(JsonDialect):
                 names.GEN_AI_REQUEST_TOP_K: values.number(request.top_k),
                 names.GEN_AI_REQUEST_STOP_SEQUENCES: values.texts(request.stop_sequences),
                 names.GEN_AI_REQUEST_STREAM: True if self.streams else None,
+                names.GEN_AI_OUTPUT_TYPE: "json" if asks_json else None,
             }
         )
 

@@ -28,6 +28,7 @@ REQUEST: dict[str, Any] = {
     "top_p": 0.9,
     "top_k": 40,
     "stop_sequences": ["END", "\n\nHuman:"],
+    "output_config": {"format": {"type": "json_schema", "schema": {}}, "effort": "low"},
     "system": "Answer in one word.",
     "messages": [{"role": "user", "content": "Is the build green?"}],
 }
@@ -58,6 +59,7 @@ BASE: dict[str, AttributeValue] = {
     "gen_ai.request.top_p": 0.9,
     "gen_ai.request.top_k": 40.0,
     "gen_ai.request.stop_sequences": ["END", "Human:"],
+    "gen_ai.output.type": "json",
 }
 ANSWER: dict[str, AttributeValue] = {
     "gen_ai.response.id": "msg_01XFDUDYJgAACzvnptvVoYEL",
