@@ -66,5 +66,9 @@ class JointGovernor:
         return last if isinstance(last, Cut) else shown + last
 
     def settle(self, facts: Facts | None, *, sent: bool) -> Mapping[str, AttributeValue]:
-        """See Governor."""
-        return {**self._first.settle(facts, sent=sent), **self._second.settle(facts, sent=sent)}
+        """See Governor. Both settle, whatever becomes of one."""
+        try:
+            found = self._first.settle(facts, sent=sent)
+        finally:
+            also = self._second.settle(facts, sent=sent)
+        return {**found, **also}

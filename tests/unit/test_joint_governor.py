@@ -107,3 +107,14 @@ def test_only_the_first_talks() -> None:
     assert second.inject is None
     JointGovernor(Judge(b"1"), second).stream_opened(lambda _: True)
     assert second.inject is None
+
+
+def test_one_that_fails_to_settle_leaves_nothing_held_by_the_other() -> None:
+    class Broken(Judge):
+        def settle(self, facts, *, sent: bool):
+            raise ValueError
+
+    other = Judge(b"2")
+    with pytest.raises(ValueError, match=""):
+        JointGovernor(Broken(b"1"), other).settle(None, sent=True)
+    assert other.asked == [True]
