@@ -145,8 +145,10 @@ class OpenAiChat(OpenAiDialect):
         if envelope is None:
             return None
         done = self.completion
-        done.response_id = values.text(envelope.id) or done.response_id
-        done.model = values.text(envelope.model) or done.model
+        if envelope.id != done.response_id:  # each chunk of a stream repeats both
+            done.response_id = values.text(envelope.id) or done.response_id
+        if envelope.model != done.model:
+            done.model = values.text(envelope.model) or done.model
         if isinstance(envelope, _Document):
             document = envelope
             for position, choice in enumerate(document.choices or ()):
@@ -199,17 +201,26 @@ def _prompts(prompt: msgspec.Raw) -> int:
 
 def count_chat_delta(done: Completion, delta: dict[str, object]) -> None:
     """Count what a chunk adds: text, refusal, reasoning as DeepSeek and vLLM send it, calls of tools and functions."""
-    done.generated(delta.get("content"), delta.get("refusal"), delta.get("reasoning_content"), delta.get("reasoning"))
-    if values.text(delta.get("refusal")) is not None:
-        done.refused = True
-    sound = delta.get("audio")
-    done.generated(values.member(sound, "transcript"))
-    if isinstance(data := values.member(sound, "data"), str):
-        done.generated_media(len(data))
-    called = delta.get("tool_calls")
-    functions = [values.member(call, "function") for call in called] if isinstance(called, list) else []
-    for function in (delta.get("function_call"), *functions):
-        done.generated(values.member(function, "name"), values.member(function, "arguments"))
+    for name, value in delta.items():  # one or two, of all that there may be
+        match name:
+            case "content" | "reasoning_content" | "reasoning":
+                done.generated(value)
+            case "refusal":
+                done.generated(value)
+                done.refused = done.refused or values.text(value) is not None
+            case "audio":
+                done.generated(values.member(value, "transcript"))
+                if isinstance(data := values.member(value, "data"), str):
+                    done.generated_media(len(data))
+            case "function_call":
+                _count_function(done, value)
+            case "tool_calls" if isinstance(value, list):
+                for call in value:
+                    _count_function(done, values.member(call, "function"))
+
+
+def _count_function(done: Completion, function: object) -> None:
+    done.generated(values.member(function, "name"), values.member(function, "arguments"))
 
 
 def _usage(reported: dict[object, object]) -> Usage:
