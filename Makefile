@@ -4,6 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
+export PYTHONDONTWRITEBYTECODE := # a daemon that compiles all of itself at each start takes a second more
 
 OUT := .output
 # Caches per user: root's `make test` must not spoil a user's `make check`, nor a foreign checkout stop it.
@@ -65,7 +66,7 @@ bench: setup need-root ## Measure, as ratios in alternation; the figures of docs
 	@$(BIN)/python -P tests/bench/run.py
 
 soak: setup need-root ## 2,000 invocations, ten at a time, with everything failing at random; all accounted for (root, minutes)
-	@PYTHONPATH=tests/e2e $(BIN)/python -P tests/e2e/soak.py $(SOAK)
+	@PYTHONPATH=tests/e2e:tests $(BIN)/python -P tests/e2e/soak.py $(SOAK)
 
 fuzz: need-venv ## Fuzz every parser with coverage as a guide: TARGET=one of tests/fuzz/targets.py (all), SECONDS_EACH=60
 	@for target in $${TARGET:-$$(PYTHONPATH=tests/fuzz $(BIN)/python -P -c 'from targets import TARGETS; print(*TARGETS)')}; do \

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/e2e"))
+sys.path[:0] = [str(ROOT / "tests/e2e"), str(ROOT / "tests")]
 from stack import Daemon, agent, document  # noqa: E402 - tests are folders, not packages
 
 from clrk.core import wire  # noqa: E402

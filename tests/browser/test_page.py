@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from instances import DIES_WITH_US
 from page_samples import PAYLOADS, Health, States, fill, invocation_record, page_config, record_many, record_run
 from span_samples import MS, identity
 
@@ -84,8 +85,8 @@ async def drive(served, made):
     """Run the driver to its end; returns what each check found, "" when nothing."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
     driver = await asyncio.create_subprocess_exec(
-        "node", "drive.mjs", cwd=HERE, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**20,
-        env=os.environ | {"HOME": str(OUTPUT)},
+        *DIES_WITH_US, "node", "drive.mjs", cwd=HERE, limit=2**20,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=os.environ | {"HOME": str(OUTPUT)},
     )  # fmt: skip
     found = {}
 

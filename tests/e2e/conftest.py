@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
+from instances import clean_host, instance  # noqa: F401 - a fixture
 from span_contract import violations
 from stack import FETCH_AND_RUN, ROOT, RUN_PYTHON, RUN_SHELL, Daemon, StandIn, agent, egress, stand_in
 
@@ -56,7 +56,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dia
         agent("whole", [*python, RUN_PYTHON], streaming={"enabled": False}),
         agent("leapling", ["/bin/true"], schedule="0 0 29 2 *", scheduleInput={"report": "leap day"}),
     ]  # fmt: skip
-    running = Daemon(tmp_path_factory.mktemp("daemon"), f"e2e{os.getpid() % 100_000}", documents)
+    running = Daemon(tmp_path_factory.mktemp("daemon"), instance("e"), documents)
     running.start()
     yield running
     spans = [json.loads(line) for line in running.clrk("traces", "--json").splitlines()]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from instances import DEADLINE_S
 from stack import Daemon
 
 # linux/bpf.h, enum bpf_cmd and enum bpf_map_type; x86-64 system call numbers.
@@ -54,12 +55,12 @@ def footprint(daemon: Daemon) -> Footprint:
     )  # fmt: skip
 
 
-def settled(daemon: Daemon, wanted: Footprint | None = None, timeout_s: float = 15.0) -> Footprint:
+def settled(daemon: Daemon, wanted: Footprint | None = None) -> Footprint:
     """Return the footprint once it differs from `wanted` in nothing, or (without one) has not changed for a second.
 
-    After the timeout the last one is returned: the caller's assertion then shows the difference.
+    After DEADLINE_S the last one is returned: the caller's assertion then shows the difference.
     """
-    deadline, last, since = time.monotonic() + timeout_s, footprint(daemon), time.monotonic()
+    deadline, last, since = time.monotonic() + DEADLINE_S, footprint(daemon), time.monotonic()
     while time.monotonic() < deadline:
         time.sleep(0.1)  # a poll of the kernel's tables: nothing announces that a cgroup is gone
         now = footprint(daemon)

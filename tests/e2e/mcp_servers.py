@@ -12,11 +12,11 @@ import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
+from instances import DEADLINE_S, DIES_WITH_US
 from stack import ROOT, free_port
 from tls_material import Authority
 
 EVERYTHING = ROOT / "tests/node/node_modules/@modelcontextprotocol/server-everything/dist/index.js"
-READY_S = 20.0
 
 
 @contextlib.contextmanager
@@ -25,11 +25,11 @@ def everything(folder: Path, mode: str) -> Iterator[int]:
     port = free_port()
     with (folder / f"everything-{mode}.log").open("wb") as log:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", "/usr/bin/node", EVERYTHING, mode],
+            [*DIES_WITH_US, "/usr/bin/node", EVERYTHING, mode],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={"PORT": str(port), "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + READY_S
+            deadline = time.monotonic() + DEADLINE_S
             while True:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
@@ -38,7 +38,7 @@ def everything(folder: Path, mode: str) -> Iterator[int]:
             yield port
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(DEADLINE_S)
 
 
 @contextlib.contextmanager

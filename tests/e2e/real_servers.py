@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stack import STOP_TIMEOUT_S, free_port
+from instances import DEADLINE_S, instance
+from stack import free_port
 
-START_TIMEOUT_S = 60.0
 PASSWORD = "opensesame"
 # Exists with a shell where PostgreSQL is installed: an sshd without power lets its own user in, and nobody else.
 USER = "postgres"
@@ -69,7 +69,7 @@ class Server:
 @contextlib.contextmanager
 def home() -> Iterator[Path]:
     """A folder that the server's user owns, and that sandboxes can read."""
-    folder = Path(tempfile.mkdtemp(prefix="clrk-server-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{instance('sv')}-"))
     try:
         owner = pwd.getpwnam(USER)
         shutil.chown(folder, owner.pw_uid, owner.pw_gid)
@@ -94,7 +94,7 @@ def running(server: Server, *command: object, stdin: bytes = b"") -> Iterator[Se
     with (server.folder / "log").open("wb") as log, source.open("rb") as given:
         process = subprocess.Popen(as_user(*command), stdin=given, stdout=log, stderr=log, cwd=server.folder)
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + DEADLINE_S
         while not accepts(server.port):
             assert process.poll() is None, server.log()
             assert time.monotonic() < deadline, server.log()
@@ -103,7 +103,7 @@ def running(server: Server, *command: object, stdin: bytes = b"") -> Iterator[Se
     finally:
         process.terminate()
         try:
-            process.wait(STOP_TIMEOUT_S)
+            process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
 import pytest
+from instances import instance
 from span_contract import violations
 from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document
 
@@ -38,7 +38,7 @@ def sdks(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Iterat
             env=KEYS,
         ),
     ]  # fmt: skip
-    running = Daemon(tmp_path_factory.mktemp("sdks"), f"sdk{os.getpid() % 100_000}", documents)
+    running = Daemon(tmp_path_factory.mktemp("sdks"), instance("sd"), documents)
     running.start()
     yield running
     spans = [json.loads(line) for line in running.clrk("traces", "--json").splitlines()]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from instances import instance
 from leftovers import difference, footprint, settled
 from soak_judge import FINAL, Attempt, Verdict, judge
 from soak_upstream import upstream
@@ -187,7 +188,7 @@ async def all_records(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
 async def run(folder: Path, *, count: int, at_once: int, kills: int, seed: int, progress: bool = False) -> Verdict:
     """Do the whole soak with a daemon and an upstream of its own."""
     async with upstream(folder) as (seen, plain, tls, ca_file):
-        with soak_daemon(folder, plain, tls, ca_file, f"soak{os.getpid() % 10**6}") as daemon:
+        with soak_daemon(folder, plain, tls, ca_file, instance("so")) as daemon:
             warm_up, _ = await soak(daemon, count=20, at_once=5, kills=0, seed=seed + 1, progress=False)
             await settle(daemon)
             before = await asyncio.to_thread(settled, daemon)
@@ -216,7 +217,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="0: a random one, which is printed")
     options = parser.parse_args()
     seed = options.seed or random.randrange(1, 10**9)
-    with tempfile.TemporaryDirectory(prefix="clrk-soak-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"{instance('so')}-") as name:
         os.chmod(name, 0o755)  # sandboxes have uids of their own
         work = run(
             Path(name), count=options.count, at_once=options.at_once, kills=options.kills, seed=seed, progress=True

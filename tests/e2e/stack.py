@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from instances import DEADLINE_S, DIES_WITH_US
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-READY_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 20.0
 # Run the source that comes as the event's data: most tests want a line or two of hostile agent.
 RUN_PYTHON = "import json,sys; event=json.load(sys.stdin); exec(event['data'])"
 RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"
@@ -65,10 +64,7 @@ def stand_in(folder: Path, keys: dict[str, str] | None = None) -> Iterator[Stand
     with (folder / "standin.log").open("wb") as log:
         serve = ROOT / "examples/standin/serve.py"
         process = subprocess.Popen(
-            [
-                "setpriv", "--pdeathsig", "KILL", "--", sys.executable, serve,
-                "--dir", folder, "--keys", folder / "keys.json",
-            ],
+            [*DIES_WITH_US, sys.executable, serve, "--dir", folder, "--keys", folder / "keys.json"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
         assert process.stdout is not None
@@ -80,7 +76,7 @@ def stand_in(folder: Path, keys: dict[str, str] | None = None) -> Iterator[Stand
             yield StandIn(said["tls"], said["mcp"], said["plain"], said["ca_file"], Path(said["requests"]))
         finally:
             process.terminate()
-            process.wait(STOP_TIMEOUT_S)
+            process.wait(DEADLINE_S)
 
 
 # --- daemon -------------------------------------------------------------------------------------------------------
@@ -120,23 +116,22 @@ class Daemon:
             notify.settimeout(0.1)
             self.process = subprocess.Popen(
                 [
-                    "setpriv", "--pdeathsig", "KILL", "--",
-                    BIN / "clrk-runtime", "serve", "--instance", self.instance, "-c", self.config,
+                    *DIES_WITH_US, BIN / "clrk-runtime", "serve", "--instance", self.instance, "-c", self.config,
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
                 env=os.environ | {"NOTIFY_SOCKET": str(path)},
             )  # fmt: skip
-            deadline = time.monotonic() + READY_TIMEOUT_S
+            deadline = time.monotonic() + DEADLINE_S
             while not _is_ready(notify):
                 assert self.process.poll() is None, f"the daemon left:\n{self.log()}"
-                assert time.monotonic() < deadline, f"not ready after {READY_TIMEOUT_S} s:\n{self.log()}"
+                assert time.monotonic() < deadline, f"not ready after {DEADLINE_S} s:\n{self.log()}"
 
     def stop(self) -> int:
         """Stop as systemd does; return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(STOP_TIMEOUT_S)
+            return self.process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"the daemon did not stop on SIGTERM:\n{self.log()}") from None
@@ -145,7 +140,7 @@ class Daemon:
         """kill -9 of the runtime alone."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(STOP_TIMEOUT_S)
+        self.process.wait(DEADLINE_S)
 
     def gateway_pid(self) -> int | None:
         """Return the gateway that there is now, as the host numbers it; None between two of them."""
@@ -171,7 +166,7 @@ class Daemon:
     def clrk(self, *arguments: str, code: int = 0) -> str:
         """Run the client; its exit code must be `code`."""
         done = subprocess.run(
-            [BIN / "clrk", *arguments], capture_output=True, text=True, timeout=30, check=False,
+            [BIN / "clrk", *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False,
             env=os.environ | {"CLRK_INSTANCE": self.instance, "NO_COLOR": "1", "COLUMNS": "200"},
         )  # fmt: skip
         assert done.returncode == code, f"clrk {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -181,9 +176,9 @@ class Daemon:
         """Return every span of an invocation, as `clrk trace ID --json` prints them."""
         return [json.loads(line) for line in self.clrk("trace", invocation_id, "--json").splitlines()]
 
-    def spans_when_complete(self, invocation_id: str, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+    def spans_when_complete(self, invocation_id: str) -> list[dict[str, Any]]:
         """Return the spans once the sandbox is gone: `sandbox.teardown` is the last to be recorded."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + DEADLINE_S
         while True:
             spans = self.spans(invocation_id)
             if any(span["name"] == "sandbox.teardown" for span in spans):
@@ -220,7 +215,7 @@ def agent(
         "env": [{"name": key, "value": value} for key, value in (env or {}).items()],
         "mounts": [{"path": path, "hostPath": str(host)} for path, host in (mounts or {}).items()],
     }
-    return document("TaskAgent", name, template={"spec": template}, **({"timeout": "50s"} | spec))
+    return document("TaskAgent", name, template={"spec": template}, **({"timeout": "120s"} | spec))
 
 
 MODEL_HOSTS = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import secrets
 import threading
 import time
@@ -17,13 +16,13 @@ from typing import Any
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S, instance
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from stack import ROOT, Daemon, StandIn, agent, document, egress
 
 pytestmark = pytest.mark.e2e
-DEADLINE_S = 20.0
 TRACESTATE = "vendor=opaque , other@x=1"
 BAGGAGE = "tenant=acme , flag=on"
 
@@ -137,7 +136,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, collect
         document("DaemonAgent", "watcher", template=agent("py", **python)["spec"]["template"], restartPolicy="Never"),
         agent("forger", ["/usr/bin/python3", "-I", "/agent/code/forger.py"], mounts={"/agent/code": agents}),
     ]
-    running = Daemon(tmp_path_factory.mktemp("traced"), f"otl{os.getpid() % 100_000}", documents)
+    running = Daemon(tmp_path_factory.mktemp("traced"), instance("ot"), documents)
     running.start()
     collector.wait(
         "spans", lambda _, span: is_watcher(span) and span.name == "GET tools.internal"

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 import real_servers
+from instances import instance
 from stack import RUN_PYTHON, RUN_SHELL, Daemon, agent, document, free_port
 from tls_material import Authority
 
@@ -78,7 +79,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
             agent("shell", ["/usr/bin/python3", "-I", "-c", RUN_SHELL], mounts=keys),
             agent("python", ["/usr/bin/python3", "-I", "-c", RUN_PYTHON], mounts=keys, timeout="280s"),
         ]  # fmt: skip
-        daemon = Daemon(folder, f"e2etcp{os.getpid() % 100_000}", documents)
+        daemon = Daemon(folder, instance("tc"), documents)
         daemon.start()
         stack.callback(lambda: stopped(daemon))
         yield Host(daemon, peer_port, servers)
@@ -150,7 +151,7 @@ client.quit()
 
 async def test_smtp_with_starttls_is_the_clients_own_tls(host: Host, caller: aiohttp.ClientSession) -> None:
     connect = (
-        "client = smtplib.SMTP('smtp.internal', 587, timeout=20)\n"
+        "client = smtplib.SMTP('smtp.internal', 587, timeout=60)\n"
         "client.starttls(context=ssl.create_default_context(cafile='/agent/keys/ca.pem'))"
     )
     text, spans = await run(caller, host, "python", SMTP.format(connect=connect))
@@ -162,7 +163,7 @@ async def test_smtp_with_starttls_is_the_clients_own_tls(host: Host, caller: aio
 
 
 async def test_smtp_inside_tls_is_opened_and_proven_upstream(host: Host, caller: aiohttp.ClientSession) -> None:
-    connect = "client = smtplib.SMTP_SSL('smtps.internal', 465, timeout=20, context=ssl.create_default_context())"
+    connect = "client = smtplib.SMTP_SSL('smtps.internal', 465, timeout=60, context=ssl.create_default_context())"
     text, spans = await run(caller, host, "python", SMTP.format(connect=connect))
     assert text.strip() == "{}"
     assert json.loads(host.servers["smtps"].log().splitlines()[-1])["to"] == ["b@clrk.example"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from instances import instance
 from stack import ROOT, RUN_PYTHON, RUN_SHELL, Daemon, StandIn, agent, egress
 
 from clrk.core import wire
@@ -41,7 +41,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Any:
         agent("victim", [*python, RUN_SHELL]),
         agent("python", [*python, RUN_PYTHON], mounts={"/agent/attack": tools}),
     ]
-    running = Daemon(tmp_path_factory.mktemp("attacked"), f"e2eatk{os.getpid() % 100_000}", documents)
+    running = Daemon(tmp_path_factory.mktemp("attacked"), instance("at"), documents)
     running.start()
     yield running
     assert running.stop() == 0, running.log()

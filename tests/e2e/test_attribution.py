@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S
 from stack import Daemon, StandIn
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -59,7 +60,7 @@ async def open_gate(caller: aiohttp.ClientSession, providers: StandIn, gate: str
 
 async def wait_for(caller: aiohttp.ClientSession, providers: StandIn, gate: str, count: int) -> None:
     url = f"http://{providers.plain}/gate/{gate}/arrived/{count}"
-    async with caller.get(url, headers={"host": "tools.internal"}, timeout=aiohttp.ClientTimeout(40)) as answer:
+    async with caller.get(url, headers={"host": "tools.internal"}, timeout=aiohttp.ClientTimeout(DEADLINE_S)) as answer:
         assert answer.status == 200
 
 

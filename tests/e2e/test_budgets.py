@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S, instance
 from span_contract import violations
 from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, stand_in
 
@@ -69,7 +69,7 @@ import openai, time
 stream = openai.OpenAI(max_retries=0).chat.completions.create(
     model="day", max_tokens=16000, stream=True, messages=[{"role": "user", "content": "[long]"}])
 next(iter(stream))
-time.sleep(40)
+time.sleep(3600)
 """
 
 
@@ -77,7 +77,7 @@ def rule(models: str, **budget: object) -> dict[str, object]:
     return {"matches": [{"models": [models]}], "filters": [{"type": "TokenBudget", "tokenBudget": budget}]}
 
 
-def make_daemon(folder: Path, providers: StandIn, instance: str = "e2ebud") -> Daemon:
+def make_daemon(folder: Path, providers: StandIn, tag: str = "bu") -> Daemon:
     keys = {"ANTHROPIC_API_KEY": "placeholder", "OPENAI_API_KEY": "placeholder"}
     rules = [
         rule("*none", maxTokensPerDay=20),
@@ -92,7 +92,7 @@ def make_daemon(folder: Path, providers: StandIn, instance: str = "e2ebud") -> D
             "sdk", ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON], mounts={"/agent/venv": ROOT / ".venv"}, env=keys
         ),
     ]
-    return Daemon(folder, f"{instance}{os.getpid() % 100_000}", documents)
+    return Daemon(folder, instance(tag), documents)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ async def test_a_hundred_calls_at_once_do_not_pass_the_limit(spending: Daemon, c
 
 async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, caller: aiohttp.ClientSession) -> None:
     with stand_in(tmp_path / "standin") as providers:
-        daemon = make_daemon(tmp_path, providers, "e2ebkill")
+        daemon = make_daemon(tmp_path, providers, "bk")
         daemon.start()
         try:
             text, _ = await ask(caller, daemon, ONE)
@@ -217,8 +217,8 @@ def is_up(daemon: Daemon) -> bool:
     return True
 
 
-async def until(holds, daemon: Daemon, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
+async def until(holds, daemon: Daemon) -> None:
+    deadline = time.monotonic() + DEADLINE_S
     while not holds():
         assert time.monotonic() < deadline, daemon.log()
         await asyncio.sleep(0.2)

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S, instance
 from stack import BIN, Daemon, StandIn, agent, egress
 
-INSTANCE = f"e2eca{os.getpid() % 10_000}"
+INSTANCE = instance("ro")
 TLS_ONCE = """
 import hashlib, os, socket, ssl
 bundle = hashlib.sha256(open(os.environ["SSL_CERT_FILE"], "rb").read()).hexdigest()[:12]
 def once():
     context = ssl.create_default_context()  # a context of its own: nothing is resumed
-    with socket.create_connection(("files.internal", 443), 10) as sock:
+    with socket.create_connection(("files.internal", 443), 60) as sock:
         with context.wrap_socket(sock, server_hostname="files.internal"):
             print("trusted", bundle, flush=True)
 """
 ONCE = TLS_ONCE + "once()"
 STEADY = TLS_ONCE + "import time\nwhile True: once(); time.sleep(0.3)"
-WATCH_S = 30.0
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def test_running_sandboxes_keep_their_ca_and_new_ones_get_the_new_one(
 ) -> None:
     before = await ask(own, caller, "once")
     assert await ask(own, caller, "warm") == before
-    async with asyncio.timeout(WATCH_S), caller.get(f"{own.url}/agents/steady") as running:
+    async with asyncio.timeout(DEADLINE_S), caller.get(f"{own.url}/agents/steady") as running:
         steady = lines_of(running)
         assert await anext(steady) + "\n" == before
         key = (own.state_dir / "ca/ca.key").read_bytes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import os
 import queue
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S, instance
 from span_contract import violations
 from stack import ROOT, Daemon, agent, document, free_port
 
@@ -51,7 +51,7 @@ AGENT = f"""
 import http.client, json
 S = json.loads({json.dumps(json.dumps(SECRETS))!s})
 def call(method, target, body=None, headers=None):
-    c = http.client.HTTPConnection("tools.internal", timeout=20)
+    c = http.client.HTTPConnection("tools.internal", timeout=60)
     c.request(method, target, body, headers or {{}})
     return c.getresponse().read()
 headers = {{
@@ -152,7 +152,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, upstream: int) -> Iterator[Dae
             "who", ["/bin/bash", "-c", "cat; curl -sS http://tools.internal/zipped -o /dev/null"], identity=who
         ),
     ]  # fmt: skip
-    running = Daemon(folder, f"cap{os.getpid() % 100_000}", documents)
+    running = Daemon(folder, instance("ca"), documents)
     running.start()
     yield running
     spans = [json.loads(line) for line in running.clrk("traces", "--json").splitlines()]
@@ -240,7 +240,7 @@ async def test_keys_are_rotated_by_a_reload(own: Daemon, caller: aiohttp.ClientS
     (own.folder / "keys.json").write_text(jwks(public_jwk(OTHER, "new")))
     assert own.process is not None
     own.process.send_signal(signal.SIGHUP)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while (await ask(caller, own, fresh))[0] != 200:
             continue
     assert (await ask(caller, own, token()))[0] == 401
@@ -256,7 +256,7 @@ c.request("GET", "/hang/" + os.environ["CLRK_INVOCATION_ID"])
 c.getresponse()
 """
     running = asyncio.create_task(_post(caller, own, code))
-    target = await asyncio.to_thread(HANGING.get, timeout=20)
+    target = await asyncio.to_thread(HANGING.get, timeout=DEADLINE_S)
     invocation_id = target.rpartition("/")[2]
     assert await asyncio.to_thread(own.kill_gateway)
     assert isinstance(await running, aiohttp.ClientError)
@@ -277,7 +277,7 @@ async def _post(caller: aiohttp.ClientSession, own: Daemon, code: str) -> Except
 
 
 def _spans_of_the_next_gateway(own: Daemon, invocation_id: str) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_S
     while True:
         try:
             if spans := own.spans(invocation_id):

@@ -7,6 +7,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from instances import DEADLINE_S
 from stack import BIN, Daemon
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -123,7 +124,7 @@ def test_the_tree_shows_the_chain(daemon: Daemon) -> None:
 def test_without_a_daemon_it_says_so() -> None:
     done = subprocess.run(
         [BIN / "clrk", "--socket", "/nonexistent/admin.sock", "traces"],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=DEADLINE_S, check=False,
     )  # fmt: skip
     assert done.returncode != 0
     assert "/nonexistent/admin.sock" in done.stderr

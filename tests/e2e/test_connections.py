@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from instances import instance
 from stack import Daemon, agent, document
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -64,7 +64,7 @@ async def test_no_connection_is_used_by_two_invocations(
         document("EgressL4Route", "kept", rules=[{"hostnames": ["kept.internal"], "ports": [80]}]),
         agent("three", ["/usr/bin/python3", "-I", "-S", "-c", THREE_CALLS], warmPoolSize=1),
     ]
-    daemon = Daemon(tmp_path, f"conn{os.getpid() % 100_000}", documents)
+    daemon = Daemon(tmp_path, instance("co"), documents)
     daemon.start()
     try:
         ids = []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S, instance
 from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, stand_in
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -100,7 +101,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
             ),
             agent("python", ["/usr/bin/python3", "-I", "-c", RUN_PYTHON], env=placeholders),
         ]  # fmt: skip
-        running = Daemon(folder, f"e2ekey{os.getpid() % 100_000}", documents)
+        running = Daemon(folder, instance("cr"), documents)
         running.start()
         yield Keyed(running, providers, key_file)
         assert running.stop() == 0, running.log()
@@ -209,7 +210,7 @@ async def test_the_page_and_the_client_do_not_show_it(keyed: Keyed, caller: aioh
     assert text.split() == ["200"]
     keyed.daemon.spans_when_complete(invocation)
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-    shown = opener.open(keyed.daemon.clrk("page").strip(), timeout=10).read().decode()
+    shown = opener.open(keyed.daemon.clrk("page").strip(), timeout=DEADLINE_S).read().decode()
     base = f"http://127.0.0.1:{keyed.daemon.admin_port}"
     for path in (
         f"/invocations/{invocation}",
@@ -218,7 +219,7 @@ async def test_the_page_and_the_client_do_not_show_it(keyed: Keyed, caller: aioh
         "/health",
         "/metrics",
     ):
-        shown += opener.open(base + path, timeout=10).read().decode()
+        shown += opener.open(base + path, timeout=DEADLINE_S).read().decode()
     for command in ("traces --json", "agents logs python", "agents get sdk -o yaml", "status"):
         shown += keyed.daemon.clrk(*command.split())
     assert "default/openai" in shown

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import aiohttp
 import pytest
 import yaml
+from instances import DEADLINE_S, instance
 from leftovers import Footprint, difference, footprint
 from stack import Daemon, StandIn, agent, document, egress
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
 
 T = TypeVar("T")
-DEADLINE_S = 20.0
 # Calls without end, and once more while it is asked to end: it has its network and its time for that.
 WATCH = """
 import os, signal, sys, time, urllib.request as r
@@ -55,7 +55,7 @@ CRASHER = daemon_agent("crasher", ["/bin/bash", "-c", "echo crash; exit 3"], max
 @pytest.fixture
 def own(tmp_path: Path, providers: StandIn) -> Iterator[Daemon]:
     """A daemon that may be killed and reloaded."""
-    running = Daemon(tmp_path, f"dmn{os.getpid() % 100_000}", [*egress(providers), agent("hello", ["/bin/echo", "hi"])])
+    running = Daemon(tmp_path, instance("da"), [*egress(providers), agent("hello", ["/bin/echo", "hi"])])
     yield running
     if running.process is not None and running.process.poll() is None:
         assert running.stop() == 0, running.log()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from instances import DEADLINE_S, instance
 from otlp_receiver import Receiver, Tls, attributes
 from stack import Daemon, agent, document
 from tls_material import Authority
@@ -75,7 +75,7 @@ async def exporting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
             agent("plain", HELLO),
             agent("other", HELLO, egressRefs=[{"gatewayRef": {"name": "own"}}]),
         ]
-        daemon = Daemon(tmp_path, f"exp{os.getpid() % 100_000}", documents)
+        daemon = Daemon(tmp_path, instance("ex"), documents)
         await asyncio.to_thread(daemon.start)
         try:
             yield Exporting(daemon, standard, own)
@@ -116,7 +116,7 @@ async def test_a_dead_backend_and_a_killed_gateway_lose_nothing(
         await asyncio.to_thread(exporting.daemon.spans_when_complete, invocation)
     before = exporting.daemon.gateway_pid()
     assert exporting.daemon.kill_gateway()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while True:
             try:
                 during.append(await exporting.call(caller, "plain"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from instances import instance
 from stack import Daemon, agent
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
 def hardened(tmp_path: Path) -> Iterator[Daemon]:
     """A daemon that inherited umask 077. LD_BIND_NOW is set after the drop, by a tool that root copied."""
     command = ["/bin/cat", "/etc/resolv.conf"]
-    running = Daemon(tmp_path, f"mask{os.getpid() % 100_000}", [agent("cat", command, env={"LD_BIND_NOW": "1"})])
+    running = Daemon(tmp_path, instance("ha"), [agent("cat", command, env={"LD_BIND_NOW": "1"})])
     before = os.umask(0o077)
     try:
         running.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import signal
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S, instance
 from leftovers import difference, footprint, settled
 from stack import Daemon, StandIn, agent, egress
 
@@ -24,7 +24,7 @@ RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(
 def own(tmp_path: Path, providers: StandIn) -> Iterator[Daemon]:
     """A daemon that may be killed."""
     shell = agent("shell", ["/usr/bin/python3", "-I", "-c", RUN_SHELL])
-    running = Daemon(tmp_path, f"kill{os.getpid() % 100_000}", [*egress(providers), shell])
+    running = Daemon(tmp_path, instance("le"), [*egress(providers), shell])
     running.start()
     yield running
     if running.process is not None and running.process.poll() is None:
@@ -75,14 +75,14 @@ async def ten_at_the_gate(
 
     tasks = [asyncio.create_task(one()) for _ in range(10)]
     url = f"http://{providers.plain}/gate/{gate}/arrived/10"
-    async with caller.get(url, headers={"host": "tools.internal"}, timeout=aiohttp.ClientTimeout(40)) as answer:
+    async with caller.get(url, headers={"host": "tools.internal"}, timeout=aiohttp.ClientTimeout(DEADLINE_S)) as answer:
         assert answer.status == 200, own.log()
     return tasks
 
 
 async def all_failed(tasks: list[asyncio.Task[tuple[int, bytes] | Exception]]) -> None:
     """No caller takes what it got for a whole answer, and none is left waiting."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         for result in await asyncio.gather(*tasks):
             assert isinstance(result, Exception), result
 
@@ -110,7 +110,7 @@ async def test_kill_in_the_middle_of_ten_invocations(
 
 async def ready_again(caller: aiohttp.ClientSession, own: Daemon) -> None:
     """The runtime starts a new gateway within a second or so; until then callers are refused, not left hanging."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(DEADLINE_S):
         while True:
             try:
                 async with caller.get(f"http://127.0.0.1:{own.admin_port}/readyz") as answer:
@@ -144,7 +144,7 @@ async def test_sigterm_waits_for_the_running_one(
         assert answer.status == 200
     assert own.process is not None
     own.process.send_signal(signal.SIGTERM)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while True:
             try:
                 async with caller.post(f"{own.url}/agents/shell", data="echo no", headers=SOURCE) as answer:
@@ -155,4 +155,4 @@ async def test_sigterm_waits_for_the_running_one(
     async with caller.post(f"http://{providers.plain}/gate/{gate}/open", headers=headers) as answer:
         assert answer.status == 204
     assert await running == "open\n"
-    assert await asyncio.to_thread(own.process.wait, 20) == 0
+    assert await asyncio.to_thread(own.process.wait, DEADLINE_S) == 0

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from instances import instance
 from mcp_servers import behind_tls, everything
 from span_contract import violations
 from stack import ROOT, Daemon, StandIn, agent, document, egress
@@ -62,7 +62,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Ite
             agent("py", ["/agent/venv/bin/python", "-I", "/agent/code/mcp_agent.py"], mounts=code),
             agent("node", ["/usr/bin/node", "/agent/node/mcp_agent.mjs"], mounts=node),
         ]
-        daemon = Daemon(tmp_path_factory.mktemp("mcpd"), f"m{os.getpid() % 100_000}", documents)
+        daemon = Daemon(tmp_path_factory.mktemp("mcpd"), instance("mc"), documents)
         daemon.start()
         yield daemon
         spans = [json.loads(line) for line in daemon.clrk("traces", "--json").splitlines()]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
+from instances import DEADLINE_S, instance
 from stack import Daemon, agent
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -20,7 +20,7 @@ def starved(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Daemon]:
     """A daemon that was started with these soft and hard limits of open files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     tmp_path.chmod(0o755)
-    running = Daemon(tmp_path, f"fds{os.getpid() % 100_000}", [agent("sleep", ["/bin/sleep", "1"])])
+    running = Daemon(tmp_path, instance("fd"), [agent("sleep", ["/bin/sleep", "1"])])
     resource.setrlimit(resource.RLIMIT_NOFILE, (request.param, limits[1]))
     try:
         running.start()
@@ -37,5 +37,5 @@ async def test_a_low_soft_limit_is_raised(starved: Daemon, caller: aiohttp.Clien
             await got.read()
             return got.status
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         assert await asyncio.gather(*(call() for _ in range(40))) == [200] * 40

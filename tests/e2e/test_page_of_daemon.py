@@ -6,12 +6,13 @@ import stat
 from urllib.parse import urlsplit
 
 import pytest
+from instances import DEADLINE_S
 
 pytestmark = pytest.mark.e2e
 
 
 def get(daemon, path, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.admin_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.admin_port, timeout=DEADLINE_S)
     try:
         connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()

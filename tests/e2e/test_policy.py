@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 
 import aiohttp
 import pytest
 import yaml
+from instances import DEADLINE_S, instance
 from span_contract import violations
 from stack import RUN_PYTHON, Daemon, StandIn, agent, document, egress
 
@@ -38,7 +38,7 @@ connection, made = None, 0
 while True:
     try:
         if connection is None:
-            connection, made = http.client.HTTPConnection('tools.internal', timeout=5), made + 1
+            connection, made = http.client.HTTPConnection('tools.internal', timeout=60), made + 1
         connection.request('GET', '/orders/1042')
         answer = connection.getresponse()
         answer.read()
@@ -61,7 +61,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> I
         gateway, agent("python", ["/usr/bin/python3", "-I", "-c", RUN_PYTHON]),
         document("DaemonAgent", "watcher", template={"spec": watcher}),
     ]  # fmt: skip
-    running = Daemon(tmp_path_factory.mktemp("recording"), f"e2epol{os.getpid() % 100_000}", documents)
+    running = Daemon(tmp_path_factory.mktemp("recording"), instance("po"), documents)
     running.start()
     yield running, documents
     assert running.stop() == 0, running.log()
@@ -87,7 +87,7 @@ def lines_of(daemon: Daemon) -> list[str]:
 
 def wait_for(daemon: Daemon, line: str, after: int) -> list[str]:
     """Return the watcher's lines from `after` on, when one of them ends in `line`."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_S
     found: list[str] = []
     while not any(one.endswith(line) for one in found):
         assert time.monotonic() < deadline, found

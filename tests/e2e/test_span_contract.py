@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from instances import instance
 from span_contract import violations
 from stack import Daemon, StandIn, agent, document, egress, free_port
 
@@ -26,7 +26,7 @@ CALLS = """
 import os, socket, urllib.error, urllib.request as r
 def get(url, body=None, **headers):
     try:
-        r.urlopen(r.Request(url, body, headers), timeout=10).read()
+        r.urlopen(r.Request(url, body, headers), timeout=60).read()
     except OSError:
         pass  # most of these are meant to fail
 get("http://tools.internal/orders/1042?token=QUERY-SECRET")
@@ -85,7 +85,7 @@ def own(tmp_path: Path, providers: StandIn, greeter: int) -> Iterator[Daemon]:
         "DaemonAgent", "watcher",
         template={"spec": {"command": ["/bin/bash", "-c", "curl -sS http://tools.internal/orders/1042; sleep 3600"]}},
     )  # fmt: skip
-    running = Daemon(tmp_path, f"spans{os.getpid() % 100_000}", [gateway, route, caller_agent, daemon_agent])
+    running = Daemon(tmp_path, instance("sp"), [gateway, route, caller_agent, daemon_agent])
     running.start()
     yield running
     assert running.stop() == 0, running.log()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from instances import DEADLINE_S, instance
 from stack import Daemon, agent
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -34,7 +34,7 @@ def documents(size_mb: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    running = Daemon(tmp_path_factory.mktemp("stateful"), f"warm{os.getpid() % 100_000}", documents(8))
+    running = Daemon(tmp_path_factory.mktemp("stateful"), instance("wa"), documents(8))
     running.start()
     yield running
     assert running.stop() == 0, running.log()
@@ -48,7 +48,7 @@ async def call(caller: aiohttp.ClientSession, daemon: Daemon, name: str) -> tupl
 
 async def test_a_warm_run_is_its_own_invocations_and_says_so(stateful: Daemon, caller: aiohttp.ClientSession) -> None:
     seen: set[str] = set()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_S):
         while len(seen) < 3:
             before_ns = time.time_ns()
             status, body, invocation_id = await call(caller, stateful, "quick")
@@ -79,7 +79,7 @@ async def test_state_outlives_runs_and_a_full_one_is_507(stateful: Daemon, calle
     stateful.config.write_text(yaml.safe_dump_all([runtime, *documents(80)]))
     assert stateful.process is not None
     stateful.process.send_signal(signal.SIGHUP)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while (await call(caller, stateful, "greedy"))[0] != 200:
             await asyncio.sleep(0.02)  # the reload is done when the new limit is in force
     assert (await call(caller, stateful, "notes"))[1].startswith(f"{one}\n")

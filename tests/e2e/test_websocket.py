@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import websockets.asyncio.server
+from instances import DEADLINE_S, instance
 from stack import ROOT, RUN_PYTHON, Daemon, agent, document, free_port
 from tls_material import Authority
 
@@ -57,7 +57,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, dic
         document("EgressL4Route", "chat", rules=[{"hostnames": list(hosts.values()), "ports": [80, 443]}]),
         agent("py", ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON], mounts={"/agent/venv": ROOT / ".venv"}),
     ]  # fmt: skip
-    running = Daemon(folder, f"ws{os.getpid() % 100_000}", documents)
+    running = Daemon(folder, instance("ws"), documents)
     running.start()
     yield running, ports, folder
     assert running.stop() == 0, running.log()
@@ -81,7 +81,7 @@ async def test_a_websocket_passes_untouched_through_a_sandbox(
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(folder / "server.pem")
     name = NAME if scheme == "ws" else f"tls.{NAME}"
-    async with asyncio.timeout(90), websockets.asyncio.server.serve(
+    async with asyncio.timeout(DEADLINE_S), websockets.asyncio.server.serve(
         _echo, "127.0.0.1", ports[scheme], ssl=context, compression="deflate", max_size=2**22
     ), caller.post(f"{daemon.url}/agents/py", json=f"URL = '{scheme}://{name}/x'\n{CLIENT}") as answer:  # fmt: skip
         text = await answer.text()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from harness import Sandbox, compiled, instance_cgroup, layout_for_this_process
+from instances import clean_host  # noqa: F401 - a fixture
 
 from clrk.ebpf.loader import Stamp
 

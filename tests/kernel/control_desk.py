@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from instances import DEADLINE_S, FIRST_UID, instance
 
 from clrk.core import control
 from clrk.core.control import RUNTIME_MESSAGES
@@ -31,10 +32,9 @@ from clrk.runtime.runs import Runs
 from clrk.runtime.spawner import Spawner
 from clrk.runtime.view import HostView
 
-LAYOUT = HostLayout(f"ctl{os.getpid() % 100_000}")
+LAYOUT = HostLayout(instance("d"))
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-SPEC = RuntimeSpec(uid_range=UidRange(start=2_300_000, count=50), state_dir="/nonexistent")
-DEADLINE_S = 20.0
+SPEC = RuntimeSpec(uid_range=UidRange(start=FIRST_UID, count=50), state_dir="/nonexistent")
 
 
 def make_agent(name: str, script: str, **spec: Any) -> TaskAgent:

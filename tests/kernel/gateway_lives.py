@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from control_desk import AGENTS, DEADLINE_S, LAYOUT, SPEC, Host, Peer, make_pair, make_resources, open_pool
+from control_desk import AGENTS, LAYOUT, SPEC, Host, Peer, make_pair, make_resources, open_pool
+from instances import DEADLINE_S, DIES_WITH_US
 
 from clrk.core.messages import PROTOCOL_VERSION, Configure, Counters, Ready
 from clrk.runtime.ca import Authorities
@@ -48,7 +49,7 @@ async def open_lives(host: Host) -> AsyncIterator[Lives]:
 
     def start() -> GatewayProcess:
         channel, peer = make_pair()
-        processes.append(subprocess.Popen(["sleep", "1000"]))
+        processes.append(subprocess.Popen([*DIES_WITH_US, "sleep", "1000"]))
         process = GatewayProcess(channel, processes[-1])
         peers.append(peer)
         queue.put_nowait((process, peer))

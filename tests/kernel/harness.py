@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instances import DEADLINE_S, instance, remove_cgroups
 from proxyprotocol.v2 import ProxyProtocolV2
 from pyroute2 import IPRoute
 
@@ -41,7 +42,6 @@ ADDRESSES_V6 = (EGRESS_V6, METADATA_V6, "fd00:c1::2")
 FAR_V4, FAR_V6 = "93.184.216.34", "2606:2800:220:1::1"
 
 AGENT_UID = 65534
-TIMEOUT_S = 10.0
 
 SYSCTLS = {
     "net/ipv4/tcp_fastopen": "0",
@@ -66,23 +66,13 @@ def cgroup_v2_root() -> Path:
 
 
 @contextmanager
-def instance_cgroup(instance: str) -> Iterator[Path]:
-    path = cgroup_v2_root() / instance
+def instance_cgroup(name: str) -> Iterator[Path]:
+    path = cgroup_v2_root() / name
     path.mkdir()
     try:
         yield path
     finally:
-        _remove_directory(path)
-
-
-def _remove_directory(path: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while path.exists():
-        try:
-            path.rmdir()
-        except OSError:  # a process just reaped may still be leaving
-            if time.monotonic() > deadline:
-                raise
+        remove_cgroups(path)
 
 
 class Agent:
@@ -93,7 +83,7 @@ class Agent:
         self._result_fd = result_fd
         self._reaped = False
 
-    def result(self, timeout_s: float = TIMEOUT_S) -> Any:
+    def result(self, timeout_s: float = DEADLINE_S) -> Any:
         chunks = []
         deadline = time.monotonic() + timeout_s
         while True:
@@ -208,7 +198,7 @@ class Sandbox:
             sock.bind((address, port))
             if kind == socket.SOCK_STREAM:
                 sock.listen(backlog)
-            sock.settimeout(TIMEOUT_S)
+            sock.settimeout(DEADLINE_S)
             self.listeners[name] = sock
         raw = self.listeners["egress4"].getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
         self.cookie: int = struct.unpack("=Q", raw)[0]
@@ -229,6 +219,7 @@ class Sandbox:
             os.close(read_end)
             (self.cgroup / "cgroup.procs").write_text("0")
             self._enter(uid)
+            die_with_parent()
             try:
                 outcome = (True, function(*args))
             except BaseException as exc:
@@ -252,7 +243,7 @@ class Sandbox:
 
     def accept(self, listener: str = "egress4") -> Accepted:
         sock, peer = self.listeners[listener].accept()
-        sock.settimeout(TIMEOUT_S)
+        sock.settimeout(DEADLINE_S)
         self._accepted.append(sock)
         family = wire.FAMILY_V6 if listener.endswith("6") else wire.FAMILY_V4
         return Accepted(sock, (peer[0], peer[1]), family)
@@ -309,7 +300,7 @@ def parse_with_oracle(header: bytes) -> Any:
 
 def dial(address: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
-    sock.settimeout(TIMEOUT_S)
+    sock.settimeout(DEADLINE_S)
     sock.connect((address, port))
     return sock
 
@@ -326,7 +317,7 @@ def errno_of(function: Callable[..., Any], *args: Any) -> int | None:
 @contextmanager
 def compiled(source: Path, *flags: str) -> Iterator[Path]:
     """Compile one C file of the tests into a folder that the agent's uid can reach."""
-    folder = Path(tempfile.mkdtemp(prefix="clrkk-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{instance('k')}-"))
     folder.chmod(0o755)
     try:
         program = folder / source.stem
@@ -340,4 +331,9 @@ def compiled(source: Path, *flags: str) -> Iterator[Path]:
 
 def layout_for_this_process(suffix: str = "") -> HostLayout:
     """An instance of our own, so that two test runs on one machine do not meet."""
-    return HostLayout(f"clrkk{os.getpid()}{suffix}")
+    return HostLayout(instance(f"k{suffix}"))
+
+
+def die_with_parent() -> None:
+    """In a forked child, after any change of its uid: SIGKILL when the parent is killed."""
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG

@@ -6,12 +6,15 @@ import asyncio
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from instances import DIES_WITH_US, FIRST_UID, OWNER, OWNER_VARIABLE, instance
 
 from clrk.core.layout import HostLayout
 from clrk.core.resources import HostLimits, RuntimeSpec, TaskAgent, UidRange
@@ -21,11 +24,7 @@ from clrk.runtime.sandbox import Sandbox, SandboxExit
 from clrk.runtime.spawner import Spawner
 from clrk.runtime.view import HostView
 
-# One instance and one range of uids for each test process: several may run on a host at once. A runtime that a test
-# starts has those of the test.
-_OWNER = int(os.environ.setdefault("CLRK_HOST_TESTS_OWNER", str(os.getpid())))
-LAYOUT = HostLayout(f"clrkh{_OWNER}")
-FIRST_UID = 3_000_000 + _OWNER % 10_000 * 1000
+LAYOUT = HostLayout(instance("h"))
 
 
 class RecordingRegistry:
@@ -103,6 +102,15 @@ def wait_readable(fd: int) -> bytes:
     """Return what comes next from a pipe; blocks until then."""
     os.set_blocking(fd, True)
     return os.read(fd, 4096)
+
+
+def start_runtime(source: str, *arguments: str, owner: str = str(OWNER)) -> subprocess.Popen[str]:
+    """Run a Python program, which may import this folder's modules: a runtime to be killed. owner: of its instances."""
+    here = Path(__file__).parent
+    return subprocess.Popen(
+        [*DIES_WITH_US, sys.executable, "-c", source, *arguments], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {OWNER_VARIABLE: owner, "PYTHONPATH": f"{here}:{here.parent}"},
+    )  # fmt: skip
 
 
 @asynccontextmanager

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
-from control_desk import DEADLINE_S, TRACEPARENT, Desk, Host, ask, ask_daemon, control_host, open_desk, read_all
+from control_desk import TRACEPARENT, Desk, Host, ask, ask_daemon, control_host, open_desk, read_all
+from instances import DEADLINE_S
 
 from clrk.core import wire
 from clrk.core.ids import new_invocation_id

@@ -8,13 +8,11 @@ import errno
 import os
 import socket
 import struct
-import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
 from control_desk import (
-    DEADLINE_S,
     TRACEPARENT,
     Desk,
     Host,
@@ -27,6 +25,7 @@ from control_desk import (
     open_desk,
     read_all,
 )
+from instances import DEADLINE_S
 
 from clrk.core.errors import HostError
 from clrk.core.ids import new_invocation_id
@@ -122,18 +121,16 @@ async def test_listeners_of_a_sandbox_that_linger_hold_up_no_removal(desk: Desk)
         socket.socket(fileno=os.dup(desk.peer.fds[StartedFd.METADATA_V4])) as other,
     ):
         sock.shutdown(socket.SHUT_RDWR)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 8))
-        sock.settimeout(3)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+        sock.settimeout(DEADLINE_S)
         sock.connect(other.getsockname())
         sock.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 sock.send(bytes(65_536))
     await desk.peer.hear_all(Spawned)  # which drops the fds of Started
-    began_s = time.monotonic()
     desk.runs.stop(request.run_id, desk.channel)
     await desk.peer.hear_all(Exited, Removed)
-    assert time.monotonic() - began_s < 4
 
 
 async def test_only_the_life_that_started_a_run_can_stop_it(desk: Desk) -> None:

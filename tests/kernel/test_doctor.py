@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from instances import DEADLINE_S
 
 from clrk.core import wire
 from clrk.core.resources import RuntimeSpec
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.kernel
 DOCTOR = [str(Path(sys.executable).parent / "clrk-runtime"), "doctor"]
 
 
-def run_doctor(*arguments, **options):
-    return subprocess.run([*DOCTOR, *arguments], capture_output=True, text=True, check=False, timeout=50, **options)
+def run_doctor(*arguments):
+    return subprocess.run([*DOCTOR, *arguments], capture_output=True, text=True, check=False, timeout=DEADLINE_S)
 
 
 def made_by_doctors():

@@ -17,6 +17,7 @@ import dns.query
 import dns.rdtypes.IN.A  # dnspython loads it when it meets one, but the agent's uid may not enter a private checkout
 import pytest
 from harness import AGENT_UID, EGRESS_V4, FAR_V4, Sandbox, dial
+from instances import DEADLINE_S
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit/egress"))
 from egress_lab import Authority, Lab, aliased, answer, read_request, upstream
@@ -88,7 +89,7 @@ async def serving(sandbox: Sandbox, stamp: Stamp, port: int, ca: str | None = No
 
 def ask(address: str, port: int, ca: str | None = None) -> Any:
     """An agent: resolve, connect, ask."""
-    resolved = dns.query.udp(dns.message.make_query(NAME, "A"), EGRESS_V4, timeout=5).answer[0][0].address
+    resolved = dns.query.udp(dns.message.make_query(NAME, "A"), EGRESS_V4, timeout=DEADLINE_S).answer[0][0].address
     sock = dial(address, port)
     peer = sock.getpeername()[0]
     if ca is not None:

@@ -12,7 +12,6 @@ import pytest
 import pytest_asyncio
 from control_desk import (
     AGENTS,
-    DEADLINE_S,
     Host,
     ask,
     ask_daemon,
@@ -22,6 +21,7 @@ from control_desk import (
     make_resources,
 )
 from gateway_lives import Lives, open_lives
+from instances import DEADLINE_S
 
 from clrk.core.gateway_config import GatewayConfig
 from clrk.core.ids import new_invocation_id

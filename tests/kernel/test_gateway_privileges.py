@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from instances import DEADLINE_S, DIES_WITH_US
 
 pytestmark = pytest.mark.kernel
 
@@ -19,7 +20,7 @@ def run_as_root(body, **kwargs):
         [sys.executable, "-P", "-c", head + textwrap.dedent(body)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=DEADLINE_S,
         check=False,
         **kwargs,
     )
@@ -103,7 +104,7 @@ def test_it_dies_with_its_parent():
     child = f"drop_privileges({UID}, {UID}); os.write({writer}, str(os.getpid()).encode()); signal.pause()"
     head = "import os, signal, sys\nfrom clrk.gateway.privileges import *\n"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', {head + child!r}], close_fds=False)"
-    with subprocess.Popen([sys.executable, "-P", "-c", parent], pass_fds=(writer,)) as process:
+    with subprocess.Popen([*DIES_WITH_US, sys.executable, "-P", "-c", parent], pass_fds=(writer,)) as process:
         os.close(writer)
         pid = int(os.read(reader, 16))
         pidfd = os.pidfd_open(pid)

@@ -8,7 +8,6 @@ import ctypes
 import os
 import socket
 import struct
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import pytest_asyncio
 from control_desk import TRACEPARENT, Host, ask, control_host
 from gateway_lives import Lives, open_lives
+from instances import DEADLINE_S
 
 from clrk.core.ids import new_invocation_id
 from clrk.core.messages import (
@@ -163,14 +163,13 @@ async def test_listeners_that_a_gateway_spoiled_work_for_the_next_one(lives: Liv
                 sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
                 sock.setsockopt(socket.SOL_SOCKET, 44, int(is_locked))  # SO_LOCK_FILTER
         peer.close()
-        began_s = time.monotonic()
         _, peer, _ = await lives.next_ready()
         for index in (ConfigureFd.INGRESS, ConfigureFd.ADMIN_TCP):
             with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
-                socket.create_connection(sock.getsockname(), 3).close()
+                socket.create_connection(sock.getsockname(), DEADLINE_S).close()
         with socket.socket(fileno=os.dup(peer.fds[ConfigureFd.INGRESS])) as sock:
             sock.shutdown(socket.SHUT_RDWR)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 9))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
             sock.setblocking(True)
             sock.connect(deaf.getsockname())
             sock.setblocking(False)
@@ -179,7 +178,6 @@ async def test_listeners_that_a_gateway_spoiled_work_for_the_next_one(lives: Liv
                     sock.send(bytes(65_536))
         peer.close()
         await lives.next_ready()
-        assert time.monotonic() - began_s < 6
 
 
 async def test_a_gateway_is_gone_with_its_process_whoever_holds_its_socket(lives: Lives) -> None:
@@ -215,17 +213,14 @@ async def test_no_fd_from_the_gateway_holds_up_the_runtime(lives: Lives, packet:
         with contextlib.suppress(BlockingIOError):
             while True:
                 unread.send(bytes(65_536))
-        unread.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 8))
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
         if packet == "behind a bad message":
             peer.sock.send(b"nonsense")
         words = msgspec.msgpack.encode(StopRun(new_invocation_id()))
         socket.send_fds(peer.sock, [words], [unread.fileno()] * (100 if packet == "more than are taken" else 1))
-        began_s = time.monotonic()
         unread.close()
         assert await peer.hear() is None
-        assert time.monotonic() - began_s < 4
         await lives.next_ready()
-        assert time.monotonic() - began_s < 4
 
 
 async def test_a_gateway_that_speaks_before_ready_is_replaced_at_first_only_by_an_error(lives: Lives) -> None:

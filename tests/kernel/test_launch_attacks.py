@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import pytest_asyncio
-from host_harness import FIRST_UID, Host, Outcome, read_all, running_host
+from host_harness import Host, Outcome, read_all, running_host
+from instances import DEADLINE_S, FIRST_UID, instance
 
 from clrk.core.errors import HostError
 from clrk.core.resources import TaskAgent
@@ -107,7 +108,7 @@ async def test_an_agent_begins_with_no_signal_blocked_or_ignored() -> None:
         done = await asyncio.to_thread(
             subprocess.run,
             [sys.executable, "-c", script, LAUNCHER, str(FIRST_UID), *look],
-            pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=10, check=False,
+            pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=DEADLINE_S, check=False,
         )  # fmt: skip
     assert done.stdout.split() == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16], done.stderr
 
@@ -122,7 +123,7 @@ async def test_a_child_whose_spawner_died_at_once_ends(tmp_path: Path) -> None:
     )
     environment = {"PROCS": str(tmp_path / "procs"), "SPAWNER": "1"}  # not the parent that it has
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", script], env=environment, timeout=10, check=False
+        subprocess.run, [sys.executable, "-c", script], env=environment, timeout=DEADLINE_S, check=False
     )
     assert done.returncode == 127
     assert (tmp_path / "procs").read_text() == ""
@@ -130,7 +131,7 @@ async def test_a_child_whose_spawner_died_at_once_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rootfs", ["/", "//", "/.", "/usr/..", "IMAGE"])
 async def test_the_state_folder_is_covered_however_its_rootfs_is_written(image: Path, rootfs: str) -> None:
-    secret = image / "srv/clrk" if rootfs == "IMAGE" else Path(f"/opt/clrk-test-{os.getpid()}")
+    secret = image / "srv/clrk" if rootfs == "IMAGE" else Path(f"/opt/{instance('h')}-state")
     secret.mkdir(parents=True)
     try:
         (secret / "readable").write_text("x")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from instances import instance
 
 from clrk.core.errors import HostError
 from clrk.core.ids import NetnsName
@@ -21,7 +22,7 @@ from clrk.netns.sockets import read_cookie
 
 pytestmark = pytest.mark.kernel
 
-PREFIX = f"clrkn{os.getpid()}-"
+PREFIX = f"{instance('n')}-"
 NAME = NetnsName(f"{PREFIX}0000000a")
 
 

@@ -123,10 +123,8 @@ async def test_a_growing_fork_bomb_is_killed_with_everything(host: Host) -> None
         sandbox.kill()
         assert (await sandbox.wait()).exit_code == 137
     finally:
-        started_s = time.monotonic()
         await sandbox.remove()
     assert processes_of(sandbox.uid) == []
-    assert time.monotonic() - started_s < 5
 
 
 async def test_an_fd_hog_meets_a_ceiling(host: Host) -> None:

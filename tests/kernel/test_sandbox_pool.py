@@ -8,13 +8,13 @@ import resource
 import select
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from host_harness import LAYOUT, count_leftovers, running_host, task_agent
+from host_harness import LAYOUT, count_leftovers, running_host, start_runtime, task_agent
+from instances import DEADLINE_S, DIES_WITH_US
 
 from clrk.core.errors import HostError
 from clrk.core.ids import SandboxId
@@ -27,9 +27,8 @@ from clrk.runtime.spawner import ReserveRequest, Spawner, SpawnRequest
 pytestmark = pytest.mark.kernel
 
 # A runtime that starts sleeping sandboxes, says the spawner's pid, and waits to be killed.
-RUNTIME = f"""
+RUNTIME = """
 import asyncio, os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from host_harness import running_host, task_agent
 async def main():
     async with running_host() as host:
@@ -38,7 +37,7 @@ async def main():
             sandbox = await host.pool.acquire()
             _, stdout, _ = sandbox.open_stdio()
             os.set_blocking(stdout, True)
-            await sandbox.spawn(agent=task_agent("/usr/bin/python3", "-I", "-c", script), environment={{}})
+            await sandbox.spawn(agent=task_agent("/usr/bin/python3", "-I", "-c", script), environment={})
             if sys.argv[2] == "wait":
                 await asyncio.to_thread(os.read, stdout, 2)
         print(host.spawner.pid, flush=True)
@@ -159,8 +158,7 @@ async def test_a_namespace_that_can_not_be_made_leaves_no_process_and_no_cgroup(
 @asynccontextmanager
 async def other_runtime(moment: str) -> AsyncIterator[tuple[subprocess.Popen[str], int]]:
     """A runtime with three sandboxes, in a process of its own. Yields it and its spawner's pid."""
-    argv = [sys.executable, "-c", RUNTIME, "3", moment]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as runtime:
+    with start_runtime(RUNTIME, "3", moment) as runtime:
         try:
             assert runtime.stdout is not None
             yield runtime, int(await asyncio.to_thread(runtime.stdout.readline))
@@ -192,18 +190,18 @@ async def test_kill_9_of_the_spawner_lets_the_runtime_remove_everything() -> Non
     before = count_leftovers()
     async with other_runtime("at once") as (runtime, spawner_pid):
         os.kill(spawner_pid, signal.SIGKILL)
-        assert await asyncio.to_thread(runtime.wait, 20) == 0
+        assert await asyncio.to_thread(runtime.wait, DEADLINE_S) == 0
     assert count_leftovers() == before
 
 
 def wait_empty(name: str) -> None:
-    """Wait, 10 s at most, until no process is left below a cgroup: the kernel notifies pollers of cgroup.events."""
+    """Wait until no process is left below a cgroup: the kernel notifies pollers of cgroup.events."""
     root = find_hierarchy(Path("/proc/self/mounts").read_text()).v2
     with open(root / name / "cgroup.events", "rb", buffering=0) as events:
         poller = select.poll()
         poller.register(events, select.POLLPRI)
         while b"populated 1" in os.pread(events.fileno(), 256, 0):
-            assert poller.poll(10_000), "processes live on"
+            assert poller.poll(DEADLINE_S * 1000), "processes live on"
 
 
 async def test_reconcile_kills_what_still_runs_and_leaves_others_alone() -> None:
@@ -211,14 +209,14 @@ async def test_reconcile_kills_what_still_runs_and_leaves_others_alone() -> None
     leftover = cgroups.create(SandboxId("deadbeef"))
     foreign = cgroups.v2_dir / "not-ours"
     foreign.mkdir()
-    sleeper = subprocess.Popen(["sleep", "600"])
-    bystander = subprocess.Popen(["sleep", "600"])
+    sleeper = subprocess.Popen([*DIES_WITH_US, "sleep", "600"])
+    bystander = subprocess.Popen([*DIES_WITH_US, "sleep", "600"])
     try:
         for path in leftover.procs_files:
             Path(path).write_text(str(sleeper.pid))
         (foreign / "cgroup.procs").write_text(str(bystander.pid))
         assert cgroups.remove_leftovers() == ("deadbeef",)
-        assert sleeper.wait(timeout=5) == -signal.SIGKILL
+        assert sleeper.wait(DEADLINE_S) == -signal.SIGKILL
         assert bystander.poll() is None
         assert foreign.is_dir()
     finally:
@@ -259,7 +257,7 @@ async def test_spawner_names_the_step_that_failed() -> None:
 
 async def test_spawner_signals_its_own_children_only() -> None:
     spawner = Spawner.start()
-    other = subprocess.Popen(["sleep", "600"])
+    other = subprocess.Popen([*DIES_WITH_US, "sleep", "600"])
     try:
         pid = await spawner.reserve(ReserveRequest(cgroup_procs=[], max_open_files=1024, oom_score_adj=0))
         spawner.kill(other.pid)
@@ -277,7 +275,7 @@ async def test_everyone_learns_of_the_spawners_death() -> None:
     pid = await spawner.reserve(ReserveRequest(cgroup_procs=[], max_open_files=1024, oom_score_adj=0))
     waiting = asyncio.create_task(spawner.wait(pid))
     os.kill(spawner.pid, signal.SIGKILL)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE_S):
         await spawner.wait_died()
         with pytest.raises(HostError, match="spawner is gone"):
             await waiting

@@ -59,7 +59,7 @@ async def test_absent(host: Host, path: str) -> None:
 
 async def test_folders_of_this_host_alone_are_absent_and_so_are_their_sockets(host: Host) -> None:
     """A read-only mount does not keep an agent from connecting to a service's socket in it: nothing would be traced."""
-    folder = Path(f"/clrkh-data-{os.getpid()}")
+    folder = Path(f"/{LAYOUT.instance}-data")
     folder.mkdir(mode=0o755)
     try:
         with socket.socket(socket.AF_UNIX) as service:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from harness import AGENT_UID, EGRESS_V4, FAR_V4, Accepted, Sandbox, dial, errno_of, parse_with_oracle
+from instances import DEADLINE_S
 
 from clrk.core import wire
 from clrk.core.wire import FlowRecord
@@ -171,7 +172,7 @@ def read_back(sock: socket.socket) -> bytes:
 def send_with_timestamps(target: tuple[str, int]) -> bytes:
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, TX_SOFTWARE | SOFTWARE | OPT_TX_SCHED)
-    sock.settimeout(5)
+    sock.settimeout(DEADLINE_S)
     sock.connect(target)
     sock.sendall(b"x")
     return read_back(sock)

@@ -27,6 +27,7 @@ from harness import (
     errno_of,
     parse_with_oracle,
 )
+from instances import DEADLINE_S
 
 from clrk.core import wire
 
@@ -178,7 +179,7 @@ def test_a_connect_to_any_from_the_listeners_address_is_loopback(sandbox: Sandbo
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         source = {"0.0.0.0": EGRESS_V4, "::ffff:0.0.0.0": f"::ffff:{EGRESS_V4}", "::": EGRESS_V6}[address]
         sock.bind((source, 0))
-        sock.settimeout(2)
+        sock.settimeout(DEADLINE_S)
         return errno_of(sock.connect, (address, 15001))
 
     assert sandbox.run(agent) == errno.ECONNREFUSED
@@ -304,7 +305,7 @@ def test_non_blocking_connect_and_send(sandbox: Sandbox) -> None:
         sock = socket.socket()
         sock.setblocking(False)
         assert sock.connect_ex((FAR_V4, 443)) in (0, errno.EINPROGRESS)
-        sock.settimeout(5)
+        sock.settimeout(DEADLINE_S)
         sock.sendall(b"as soon as possible")
 
     child = sandbox.spawn(agent)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import FAR_V4, Sandbox, dial, instance_cgroup, layout_for_this_process
+from harness import FAR_V4, Sandbox, dial, die_with_parent, instance_cgroup, layout_for_this_process
 
 from clrk.core import wire
 from clrk.core.errors import HostError
@@ -37,6 +37,7 @@ def attach_in_child(layout: HostLayout, cgroup: Path) -> int:
     ready, told = os.pipe()
     if (pid := os.fork()) == 0:
         try:
+            die_with_parent()
             stamp = Stamp.attach(layout, cgroup)
             os.write(told, b"x")
             signal.pause()

@@ -7,14 +7,15 @@ import socket
 from collections.abc import Callable
 
 import pytest
-from harness import EGRESS_V4, FAR_V4, FAR_V6, METADATA_V4, TIMEOUT_S, Sandbox, errno_of
+from harness import EGRESS_V4, FAR_V4, FAR_V6, METADATA_V4, Sandbox, errno_of
+from instances import DEADLINE_S
 
 pytestmark = pytest.mark.kernel
 
 
 def udp(family: int = socket.AF_INET) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_DGRAM)
-    sock.settimeout(TIMEOUT_S)
+    sock.settimeout(DEADLINE_S)
     return sock
 
 

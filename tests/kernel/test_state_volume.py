@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import LAYOUT, Host, Outcome, read_all, running_host
+from host_harness import LAYOUT, Host, Outcome, read_all, running_host, start_runtime
+from instances import DEADLINE_S, instance
 
 from clrk.core.errors import HostError
 from clrk.core.layout import HostLayout
@@ -25,7 +25,7 @@ from clrk.runtime.state_volume import StateFullError
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio(loop_scope="module")]
 
-OTHER_LAYOUT = HostLayout(f"{LAYOUT.instance}s")
+OTHER_LAYOUT = HostLayout(instance("hs"))
 STATE = "/var/clrk/state"
 
 
@@ -191,7 +191,7 @@ async def test_a_warm_run_has_it_too_and_it_grows_under_a_warm_one(host: Host) -
             size_mb=size_mb,
         )
         host.pool.set_agents([agent])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             while host.pool.warm_agents() != {"default/w": 1}:
                 await host.pool.changed()
         return agent
@@ -216,7 +216,7 @@ async def test_a_state_that_can_not_grow_yet_holds_up_no_other(host: Host, caplo
     spawning = asyncio.create_task(finish(sandbox, before))
     try:
         host.pool.set_agents([keeper("true", name="long", size_mb=16, warmPoolSize=1)])
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(DEADLINE_S):
             while "long: not prepared ahead" not in caplog.text:
                 assert (await run(host, "true", name="swift")).exit.exit_code == 0
     finally:
@@ -231,7 +231,7 @@ async def test_an_agent_that_is_gone_is_unmounted_and_its_files_stay(host: Host,
     image = str(state_dir / "agents/default.gone.ext4")
     assert image in attached(state_dir)
     host.pool.set_agents([])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while image in attached(state_dir):
             await asyncio.sleep(0.01)  # the kernel detaches it when its last holder has let go, and tells nobody
     assert (await run(host, f"cat {STATE}/f", name="gone")).out == "kept\n"
@@ -246,7 +246,7 @@ async def test_a_broken_image_fails_the_run_with_its_name(host: Host, state_dir:
 
 async def test_a_full_host_is_said_before_and_after_it_costs_something(tmp_path: Path) -> None:
     """Images are sparse. A write that the host has no block for is an error of the device, and ext4 takes no more."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", tmp_path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", OTHER_LAYOUT.instance, tmp_path], check=True)
     ballast = tmp_path / "ballast"
     try:
         async with running_host(ready=0, state_dir=str(tmp_path), layout=OTHER_LAYOUT) as other:
@@ -283,17 +283,16 @@ async def test_an_image_that_is_a_link_is_not_followed(host: Host, state_dir: Pa
     assert (tmp_path / "elsewhere").read_bytes() == b"precious"
 
 
-RUNTIME = f"""
+RUNTIME = """
 import asyncio, os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from host_harness import running_host
 from test_state_volume import OTHER_LAYOUT, STATE, keeper
 async def main():
     async with running_host(ready=0, layout=OTHER_LAYOUT, state_dir=sys.argv[1]) as host:
-        agent = keeper(f"echo kept > {{STATE}}/f; sync; echo up; sleep 600", name="crash")
+        agent = keeper(f"echo kept > {STATE}/f; sync; echo up; sleep 600", name="crash")
         sandbox = await host.pool.acquire(agent)
         _, stdout, _ = sandbox.open_stdio()
-        await sandbox.spawn(agent=agent, environment={{}})
+        await sandbox.spawn(agent=agent, environment={})
         os.set_blocking(stdout, True)
         await asyncio.to_thread(os.read, stdout, 16)
         print("up", flush=True)
@@ -303,13 +302,12 @@ asyncio.run(main())
 
 
 async def test_kill_9_of_the_runtime_leaves_no_mount_and_no_loop_device(tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", RUNTIME, str(tmp_path)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as runtime:
+    with start_runtime(RUNTIME, str(tmp_path)) as runtime:
         assert runtime.stdout is not None
         assert await asyncio.to_thread(runtime.stdout.readline) == "up\n"
         assert attached(tmp_path)
         runtime.kill()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while attached(tmp_path):
             await asyncio.sleep(0.01)  # as above: the kernel tells nobody
     assert str(tmp_path) not in seen_on_the_host()

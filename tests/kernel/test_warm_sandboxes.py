@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import FIRST_UID, Host, running_host
+from host_harness import Host, running_host
+from instances import DEADLINE_S, FIRST_UID
 from warm_host import filled, finish, in_range, run, until, waiting_processes, warm_agent
 
 from clrk.core.errors import HostError
@@ -168,7 +169,7 @@ async def test_the_launcher_executes_nothing_without_a_whole_order(order: bytes,
         prepare = f"os.dup2({theirs.fileno()}, 7); os.execv(sys.argv[1], sys.argv[1:])"
         argv = [sys.executable, "-c", f"import os, sys; {prepare}", *command]
         done = await asyncio.to_thread(
-            subprocess.run, argv, pass_fds=[theirs.fileno()], capture_output=True, timeout=10, check=False
+            subprocess.run, argv, pass_fds=[theirs.fileno()], capture_output=True, timeout=DEADLINE_S, check=False
         )
         assert done.returncode == 125
         assert ours.recv(8) == b"R"

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import Host, count_leftovers, running_host
+from host_harness import Host, count_leftovers, running_host, start_runtime
+from instances import DEADLINE_S
 from warm_host import OTHER_LAYOUT, Clock, filled, finish, run, until, waiting_processes, warm_agent
 
 from clrk.core.errors import HostError
@@ -171,9 +171,8 @@ async def test_no_agents_any_more_and_close_leave_nothing(host: Host) -> None:
     assert count_leftovers() == before
 
 
-RUNTIME = f"""
-import asyncio, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+RUNTIME = """
+import asyncio
 from host_harness import running_host
 from warm_host import OTHER_LAYOUT, filled, warm_agent
 async def main():
@@ -187,7 +186,7 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def other_runtime() -> AsyncIterator[subprocess.Popen[str]]:
-    with subprocess.Popen([sys.executable, "-c", RUNTIME], stdout=subprocess.PIPE, text=True) as runtime:
+    with start_runtime(RUNTIME) as runtime:
         try:
             assert runtime.stdout is not None
             assert await asyncio.to_thread(runtime.stdout.readline) == "filled\n"
@@ -202,7 +201,7 @@ async def test_kill_9_of_the_runtime_ends_who_waits() -> None:
         runtime.kill()
         await asyncio.to_thread(runtime.wait)
         root = find_hierarchy(Path("/proc/self/mounts").read_text()).v2
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + DEADLINE_S
         while "populated 1" in (root / OTHER_LAYOUT.cgroup_name / "cgroup.events").read_text():
             assert time.monotonic() < deadline_s, "processes live on"
     assert waiting_processes() == []

@@ -7,14 +7,15 @@ import os
 import subprocess
 from collections.abc import Callable
 
-from host_harness import FIRST_UID, LAYOUT, Host, Outcome, read_all
+from host_harness import Host, Outcome, read_all
+from instances import DEADLINE_S, FIRST_UID, instance
 
 from clrk.core.layout import HostLayout
 from clrk.core.resources import TaskAgent
 from clrk.runtime.pool import SandboxPool
 from clrk.runtime.sandbox import Sandbox
 
-OTHER_LAYOUT = HostLayout(f"{LAYOUT.instance}b")  # hosts of one test, beside that of the module
+OTHER_LAYOUT = HostLayout(instance("hb"))  # hosts of one test, beside that of the module
 
 
 class Clock:
@@ -34,7 +35,7 @@ def warm_agent(*command: str, name: str = "warm", size: int = 1, **spec: object)
 
 
 async def until(pool: SandboxPool, condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition():
             await pool.changed()
 

@@ -47,7 +47,7 @@ def main() -> None:
         get_logger("agent").emit(
             LogRecord(timestamp=time.time_ns(), severity_number=SeverityNumber.WARN, body="working")
         )
-        requests.get("http://tools.internal/orders/1042", timeout=10).raise_for_status()
+        requests.get("http://tools.internal/orders/1042", timeout=60).raise_for_status()
         made = span.get_span_context()
     for provider in (tracing, logging, measuring):
         provider.shutdown()

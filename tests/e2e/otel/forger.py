@@ -20,7 +20,7 @@ def post(path: str, body: dict[str, Any], **headers: str) -> tuple[int, Any]:
     fields = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(ENDPOINT + path, json.dumps(body).encode(), fields)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as exc:
         return exc.code, json.loads(exc.read())
