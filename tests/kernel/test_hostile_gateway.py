@@ -84,7 +84,18 @@ async def test_a_malformed_packet_ends_the_gateway(lives: Lives, packet: bytes) 
         Drain(),
         Drained(),
     ],
-    ids=lambda message: msgspec.json.encode(message).decode()[:60],
+    ids=[
+        "run id",
+        "namespace",
+        "traceparent",
+        "tracestate",
+        "negative timeout",
+        "timeout is no number",
+        "generation",
+        "version",
+        "drain",
+        "drained",
+    ],
 )
 async def test_a_message_that_can_not_be_ends_the_gateway(lives: Lives, message: msgspec.Struct) -> None:
     _, peer, _ = await lives.next_ready()

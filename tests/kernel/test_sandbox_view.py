@@ -47,7 +47,7 @@ def secret_tree(tmp_path: Path) -> Iterator[Path]:
     [
         "/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/sudoers", "/etc/ssh", "/etc/clrk", "/etc/machine-id",
         "/root", "/home", "/var/lib", "/var/log", "/boot", "/srv", "/mnt", "/media",
-        str(LAYOUT.run_dir), "/run/netns", "/run/systemd", "/run/dbus",
+        pytest.param(str(LAYOUT.run_dir), id="run_dir"), "/run/netns", "/run/systemd", "/run/dbus",
         "/sys/fs", "/sys/kernel", "/dev/kmsg", "/dev/mem",
         "/dev/vda", "/dev/kvm",
     ],
