@@ -11,6 +11,8 @@ OUT := .output
 CACHE := $(shell mkdir -p $(OUT)/cache-$$(id -un) 2>/dev/null && echo $(OUT)/cache-$$(id -un) || echo $$HOME/.cache/clrk)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -P -m pytest -o cache_dir=$(CACHE)/pytest
+# Whole files side by side: what each makes on the host has its process's name (tests/instances.py).
+LANES := -n auto --maxprocesses=4 --dist=loadfile -m "not alone"
 # Through src/, where a relative import has its true name: at the top level ruff would take `runtime` for the package.
 PY_PATHS := src $(foreach part,runtime ebpf gateway netns,src/clrk/$(part)/) tests examples setup.py
 C_FILES := $(shell find ebpf runtime src/clrk/core examples tests -name '*.[ch]' ! -name '_stamp.c' 2>/dev/null)
@@ -31,9 +33,11 @@ setup-tests: # what `make setup` does, and the servers that the tests talk to
 demo: setup need-root ## Set up, run one traced request through real sandboxes, and walk the debugging session
 	@examples/demo/run
 
-test: setup-tests need-root lint lint-c type arch ## Set up and run everything: static checks, unit, kernel and e2e tests (root)
+test: setup-tests need-root ## Set up and run everything: static checks, unit, kernel and e2e tests (root)
+	@$(MAKE) --jobs=2 --output-sync lint lint-c type arch
 	@CLRK_MUST_WORK=1 $(PYTEST) -n auto --dist worksteal tests/unit tests/fuzz
-	@CLRK_MUST_WORK=1 $(PYTEST) tests/kernel tests/e2e tests/browser
+	@CLRK_MUST_WORK=1 $(PYTEST) $(LANES) tests/kernel tests/e2e tests/browser
+	@CLRK_MUST_WORK=1 $(PYTEST) -m alone tests/e2e
 
 check: need-venv lint lint-c type arch unit ## Everything that needs no root: static checks and unit tests
 
@@ -57,10 +61,11 @@ unit: need-venv ## Tests that need no root: unit, fuzz smoke, the page in Chromi
 	@$(PYTEST) tests/browser
 
 kernel: need-venv need-root ## Tests against the running kernel: BPF, namespaces, sandboxes (root)
-	@CLRK_MUST_WORK=1 $(PYTEST) tests/kernel
+	@CLRK_MUST_WORK=1 $(PYTEST) $(LANES) tests/kernel
 
 e2e: need-venv need-root ## Tests with the real daemon and real agents (root)
-	@CLRK_MUST_WORK=1 $(PYTEST) tests/e2e
+	@CLRK_MUST_WORK=1 $(PYTEST) $(LANES) tests/e2e
+	@CLRK_MUST_WORK=1 $(PYTEST) -m alone tests/e2e
 
 bench: setup need-root ## Measure, as ratios in alternation; the figures of docs/benchmarks.md (root)
 	@$(BIN)/python -P tests/bench/run.py

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from instances import clean_host, instance  # noqa: F401 - a fixture
+from sdk_lab import sdks  # noqa: F401 - a fixture, for every module the same
 from span_contract import violations
 from stack import FETCH_AND_RUN, ROOT, RUN_PYTHON, RUN_SHELL, Daemon, StandIn, agent, egress, stand_in
 

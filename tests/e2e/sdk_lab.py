@@ -18,9 +18,9 @@ KEYS = {"ANTHROPIC_API_KEY": "placeholder", "OPENAI_API_KEY": "placeholder", "AZ
 OWN_PRICE = {"provider": "openai_compatible", "model": "house-*", "input": 2.0, "output": 4.0}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sdks(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Iterator[Daemon]:
-    """A daemon with the agents `py` and `node`; their event's data says what to do."""
+    """A daemon with the agents `py` and `node`; their event's data says what to do. Of tests/e2e/conftest.py."""
     alias = {"hostnames": HOSTS, "address": providers.tls}
     self_hosted = {"matches": [{"provider": "openai_compatible", "hostnames": [SELF_HOSTED]}]}
     documents = [

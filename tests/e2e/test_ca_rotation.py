@@ -29,8 +29,8 @@ ONCE = TLS_ONCE + "once()"
 STEADY = TLS_ONCE + "import time\nwhile True: once(); time.sleep(0.3)"
 
 
-@pytest.fixture
-def own(tmp_path: Path, providers: StandIn) -> Iterator[Daemon]:
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Iterator[Daemon]:
     python = ["/usr/bin/python3", "-I", "-c"]
     documents = [
         *egress(providers),
@@ -38,7 +38,7 @@ def own(tmp_path: Path, providers: StandIn) -> Iterator[Daemon]:
         agent("steady", [*python, STEADY]),
         agent("warm", [*python, ONCE], warmPoolSize=1),
     ]
-    daemon = Daemon(tmp_path, INSTANCE, documents)
+    daemon = Daemon(tmp_path_factory.mktemp("rotating"), INSTANCE, documents)
     daemon.start()
     yield daemon
     assert daemon.stop() == 0, daemon.log()

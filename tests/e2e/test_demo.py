@@ -11,7 +11,7 @@ import pytest
 from instances import DEADLINE_S, DIES_WITH_US
 from stack import ROOT
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(900)]
 DEMO_S = 300.0  # a quarter of a minute where nothing else runs
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import aiohttp
 import pytest
-from sdk_lab import attributes, run, sdks, tokens
+from sdk_lab import attributes, run, tokens
 from stack import Daemon
 
-__all__ = ["sdks"]
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(180)]
 
 
