@@ -19,6 +19,8 @@ JSON_LINES: Final = frozenset(f"application/{name}" for name in ("x-ndjson", "nd
 _STRUCTURE: Final = re.compile(rb'(?s)[^"\[\]{}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"\[\]{}]*)*(["\[\]{}])')
 _IN_STRING: Final = re.compile(rb'(?s)[^"\\]*(?:\\.[^"\\]*)*')  # up to a quote, or to half an escape
 _QUOTE: Final = ord('"')
+_OPENING: Final = ord("[")  # of the array
+_CLOSING: Final = b"]}"
 _SPACE: Final = b" \t\r\n"
 
 
@@ -116,32 +118,33 @@ class ArraySplitter:
             if mark is None:
                 break
             at = mark.end()
-            byte = mark[1]
-            if byte == b'"':
+            byte = chunk[at - 1]
+            if byte == _QUOTE:
                 self._in_string = True
-            elif byte in b"[{":
-                start = self._open(byte, start, at)
-            elif byte in b"]}":
-                if self._depth == 1:
+            elif byte in _CLOSING:
+                if self._depth > 1:
+                    self._depth -= 1
+                elif self._depth:
                     self._keep(chunk, start, at)
                     yield self._take(at)
-                    start = at
-                self._depth = max(0, self._depth - 1)
+                    start, self._depth = at, 0
+            elif self._depth:
+                self._depth += 1
+            else:
+                start = self._open(byte, start, at)
         self._keep(chunk, start, len(chunk))
 
     def finish(self) -> SseEvent | None:
         """Return nothing: an element without its end is no JSON."""
         return None
 
-    def _open(self, byte: bytes, start: int, at: int) -> int:
-        """Take an opening bracket that ends at `at`; return where the current element begins in the chunk."""
-        if self._depth == 0 and not self._in_array and byte == b"[":
+    def _open(self, byte: int, start: int, at: int) -> int:
+        """Take the array's opening bracket, or an element's, that ends at `at`; return where the element begins."""
+        if not self._in_array and byte == _OPENING:
             self._in_array = True
             return start
-        if self._depth == 0:
-            start = at - 1
-        self._depth += 1
-        return start
+        self._depth = 1
+        return at - 1
 
     def _string(self, chunk: bytes, at: int) -> int:
         """Skip to behind the string's end, or to the chunk's."""
