@@ -201,7 +201,8 @@ def _ai_rules(config: GatewayConfig, gateway: EgressGateway, call: PlannedCall, 
     read = recognise(replace(call.head, headers=_JSON), hosts=hosts)
     provider = read.provider if isinstance(read, LlmInterpreter) else hosts.provider(host)
     planned = LlmCall.of(host, call.path, provider, recognised=isinstance(read, LlmInterpreter))
-    return [rule.label for rule in compile_rules(gateway, config.ai_routes) if rule.may_fit(planned)]
+    rules = compile_rules(gateway, config.ai_routes)
+    return [f"{rule.route} rules[{rule.index}]" for rule in rules if rule.may_fit(planned)]
 
 
 def _fits(hostnames: list[str], host: str) -> bool:

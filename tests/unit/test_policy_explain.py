@@ -93,7 +93,7 @@ def test_tls_and_what_else_applies() -> None:
     found = told("GET", "https://api.example.com/", more=more)
     assert (found["tls"], found["aiProviderRoutes"], found["mcpRoutes"]) == (
         "intercept",
-        ["AIProviderRoute default/models rules[1]"],
+        ["default/models rules[1]"],
         ["tools"],
     )
     assert found["credentials"] == ["default/key"]
@@ -123,7 +123,7 @@ def test_rules_for_models_are_those_that_may_be_the_calls(method: str, url: str,
     ]
     document = {"kind": "AIProviderRoute", "metadata": {"name": "llm"}, "spec": {"rules": declared}}
     found = told(method, url, more={"ai_routes": [AIProviderRoute.model_validate(document)]}, defaultPolicy="allow-all")
-    assert found["aiProviderRoutes"] == [f"AIProviderRoute default/llm rules[{index}]" for index in rules]
+    assert found["aiProviderRoutes"] == [f"default/llm rules[{index}]" for index in rules]
 
 
 @pytest.mark.parametrize("query", ["?_method=delete", "?a=1&X-HTTP-Method-Override=DELETE", "?%5fmethod=PATCH"])
