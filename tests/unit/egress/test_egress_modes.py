@@ -121,7 +121,7 @@ async def test_names(mode: str, found: bool) -> None:
         span = lab.spans[0]
         assert span.name == "egress.dns.denied"
         assert yaml.safe_load(span.attributes["clrk.egress.add_rule"]) == [{"hostnames": ["new.internal"]}]
-        assert "add_rule" in span.status.message
+        assert span.status.message == "new.internal is not allowed (name_not_allowed)"
 
 
 # --- what no mode relaxes -------------------------------------------------------------------------------------------
