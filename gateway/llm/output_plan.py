@@ -74,7 +74,7 @@ def _told(rule: BudgetRule, demand: Demand, choices: int, cap: int, name: str | 
     each = cap // choices
     if each == 0 or name is None:
         text = f"{rule.label}: maxOutputTokensPerRequest is {cap}; say in the request how many tokens it may have"
-        return OutputPlan(cap, limited=True, refused=Denial(429, "budget_output_limit", text, rule))
+        return OutputPlan(cap, limited=False, refused=Denial(429, "budget_output_limit", text, rule))
     return OutputPlan(each * choices, limited=True, written=write_limit(demand, name, each))
 
 

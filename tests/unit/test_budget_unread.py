@@ -202,3 +202,22 @@ def test_a_picture_and_the_count_behind_it_are_read():
             assert isinstance(call.data(raw[at : at + 65_536]), bytes)
     call.end()
     assert office.entry().used.tokens == 709
+
+
+def test_a_large_document_is_never_cut():
+    office = office_of({"maxTokensPerDay": 500})
+    call = openai_call(office, office.run(), max_tokens=10)
+    call.head()
+    assert _passes(call, BLOCK, 100) == (1_000_000, None)
+
+
+def test_an_answer_with_a_limit_may_have_long_tokens_and_a_long_head():
+    office = office_of({"maxTokensPerDay": 500})
+    call = openai_call(office, office.run(), max_tokens=300, stream=True)
+    call.head(200, "text/event-stream")
+    assert office.entry().taken.tokens > 400
+    assert isinstance(call.data(b"data: {" + b" " * 200_000 + b"}\n\n"), bytes)
+    text = {"choices": [{"index": 0, "delta": {"content": "internationalization " * 100}}]}  # 300 tokens in 2,100 bytes
+    assert isinstance(call.data(b"data: " + json.dumps(text).encode() + b"\n\n"), bytes)
+    text = {"choices": [{"index": 0, "delta": {"content": "word " * 2_000}}]}  # a server that knows no limit
+    assert isinstance(call.data(b"data: " + json.dumps(text).encode() + b"\n\n"), Cut)
