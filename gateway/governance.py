@@ -52,6 +52,10 @@ class Governance:
         """Return what the budgets of the present configuration have spent. Raises: LedgerError."""
         return self.budgets.report(self._config.gateways, self._config.ai_routes, day)
 
+    def end_run(self, run: Run) -> None:
+        """Take note that a run is over. Idempotent."""
+        self.budgets.end_run(run)
+
     def of_run(self, run: Run, mcp_state: McpRunState | None = None) -> RunGovernance:
         """Return what governs one run; mcp_state is what the run keeps when its rules change."""
         return RunGovernance(self._config, run, self.budgets, mcp_state)

@@ -112,6 +112,7 @@ class EgressService:
             remake=lambda gateway: self._way_out(run, gateway, kept),
             conversations=kept.conversations,
             siblings=self._runs,
+            ended=partial(self._governance.end_run, run),
         )
         self._runs.add(serving)
         return serving
@@ -211,9 +212,10 @@ class RunEgress:
         remake: Callable[[EgressGateway | None], Exit],
         conversations: Conversations,
         siblings: set[RunEgress],
+        ended: Callable[[], None],
     ) -> None:
         self._acceptor, self._remake, self._siblings = acceptor, remake, siblings
-        self._conversations = conversations
+        self._conversations, self._ended = conversations, ended
         self._resolver = resolver = SandboxResolver(
             identity=run.identity,
             policy=lambda: acceptor.way_out.policy,
@@ -247,3 +249,4 @@ class RunEgress:
         self._conversations.close()
         await self._resolver.close()
         self._acceptor.way_out.upstream.close()
+        self._ended()

@@ -8,7 +8,6 @@ sessions, APIs that nobody has heard of. So is a tunnel to such a host, whatever
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -44,7 +43,7 @@ class Budgets:
     ) -> None:
         self.ledger, self.clock = ledger, clock
         self._find_error_writer = find_error_writer
-        self._live: weakref.WeakValueDictionary[str, RunBudgets] = weakref.WeakValueDictionary()
+        self._live: set[str] = set()  # windows of runs that go on
         ledger.is_live = self._live.__contains__
 
     def report(
@@ -61,9 +60,12 @@ class Budgets:
             return None
         watches = run.gateway.spec.mode != "Enforce"
         spender = Spender(run.identity, self.ledger, self.clock, watches)
-        found = RunBudgets(spender, rules, find_provider, self._find_error_writer)
-        self._live[run_window(run.identity)] = found
-        return found
+        self._live.add(run_window(run.identity))
+        return RunBudgets(spender, rules, find_provider, self._find_error_writer)
+
+    def end_run(self, run: Run) -> None:
+        """Take note that a run is over: its accounts are shown no more, and may be forgotten. Idempotent."""
+        self._live.discard(run_window(run.identity))
 
 
 class RunBudgets:

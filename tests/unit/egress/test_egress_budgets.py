@@ -126,6 +126,20 @@ async def test_a_reload_forgets_nothing_that_a_run_has_spent():
         assert "maxTokensPerExecution is 305, 45 used" in json.loads(body)["error"]["message"]
 
 
+async def test_a_run_that_has_ended_is_no_run_that_goes_on():
+    provider = Provider()
+    async with _server(provider) as port, _lab(provider, port, _rule(maxTokensPerExecution=1_000)) as lab:
+        assert (await _ask(await lab.dial_tls(HOST), _post(max_tokens=100)))[0] == 200
+        await lab.recorder.wait(1)
+        held = lab.egress._acceptor.way_out  # whoever still holds on to it, the run is over
+        assert [item["execution"] for item in lab.service.report_budgets(None)["items"]] == [
+            None, lab.identity.invocation_id,
+        ]  # fmt: skip
+        await lab.egress.close()
+        assert [item["execution"] for item in lab.service.report_budgets(None)["items"]] == [None]
+        assert held is not None
+
+
 async def test_a_denied_call_tells_the_agent_and_the_trace_and_the_connection_goes_on():
     provider = Provider()
     async with _server(provider) as port, _lab(provider, port, _rule(maxTokensPerDay=50)) as lab:
