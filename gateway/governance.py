@@ -54,7 +54,7 @@ class Governance:
 
     def end_run(self, run: Run) -> None:
         """Take note that a run is over. Idempotent."""
-        self.budgets.end_run(run)
+        self.budgets.end_run(run.identity)
 
     def of_run(self, run: Run, mcp_state: McpRunState | None = None) -> RunGovernance:
         """Return what governs one run; mcp_state is what the run keeps when its rules change."""

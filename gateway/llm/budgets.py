@@ -27,7 +27,7 @@ from clrk.gateway.llm.interpreter import LlmInterpreter
 from clrk.gateway.llm.spender import Spender
 from clrk.gateway.policy_names import normalise_name
 from clrk.gateway.run import Run
-from clrk.gateway.telemetry.spans import AttributeValue
+from clrk.gateway.telemetry.spans import AttributeValue, Identity
 
 UNMETERED: Final = "budget_unmetered"
 
@@ -63,9 +63,9 @@ class Budgets:
         self._live.add(run_window(run.identity))
         return RunBudgets(spender, rules, find_provider, self._find_error_writer)
 
-    def end_run(self, run: Run) -> None:
+    def end_run(self, identity: Identity) -> None:
         """Take note that a run is over: its accounts are shown no more, and may be forgotten. Idempotent."""
-        self._live.discard(run_window(run.identity))
+        self._live.discard(run_window(identity))
 
 
 class RunBudgets:

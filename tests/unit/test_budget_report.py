@@ -47,7 +47,7 @@ def test_a_run_that_ended_is_not_shown_and_yesterday_is_where_it_was():
     run = office.run()
     openai_call(office, run, max_tokens=10).finish(**usage(1, 1))
     assert [item["execution"] is None for item in _report(office)] == [True, False]
-    del run
+    office.budgets.end_run(run._spender.identity)
     assert [item["execution"] is None for item in _report(office)] == [True]
     office.now += 86_400
     assert [(item["key"], item["tokens"]["used"]) for item in _report(office)] == [("agent", 0)]
