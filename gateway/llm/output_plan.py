@@ -27,12 +27,14 @@ _RENAMED: Final = frozenset(("openai", "azure"))  # price_id
 class OutputPlan:
     """What a call may generate.
 
-    Shape: tokens of all choices together; limited: the provider is told so, by the request or by written, which is its
-    body with the limit; refused: why the call does not go out.
+    Shape: tokens of all choices together; usual: those that a whole answer counts for which reports none, where that is
+    less; limited: the provider is told so, by the request or by written, which is its body with the limit; refused: why
+    the call does not go out.
     """
 
     tokens: int
     limited: bool
+    usual: int | None = None
     written: bytes | None = None
     refused: Denial | None = None
 
@@ -62,9 +64,10 @@ def plan_output(
 
 
 def _open_ended(rule: BudgetRule, demand: Demand, choices: int, *, streams: bool) -> OutputPlan:
-    tokens = min((FIRST_PORTION_TOKENS if streams else LONGEST_ANSWER_TOKENS) * choices, MAX_TOKENS_PER_CALL)
+    portion = min(FIRST_PORTION_TOKENS * choices, MAX_TOKENS_PER_CALL)
+    tokens = portion if streams else min(LONGEST_ANSWER_TOKENS * choices, MAX_TOKENS_PER_CALL)
     if (later := demand.members.get("background")) is None or not later.value:
-        return OutputPlan(tokens, limited=False)
+        return OutputPlan(tokens, limited=False, usual=None if streams else portion)
     text = f"{rule.label} has a budget, and a call in the background ends before it is counted: limit its output"
     return OutputPlan(tokens, limited=False, refused=Denial(400, "budget_output_limit", text, rule))
 

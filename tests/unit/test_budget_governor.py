@@ -81,6 +81,17 @@ def test_documents_without_a_limit_do_not_overshoot_together():
     assert openai_call(office, office.run()).answer is None  # what was not used came back
 
 
+def test_a_whole_answer_without_a_report_counts_for_a_first_portion_and_one_that_breaks_off_for_all_that_was_held():
+    office = office_of({"maxTokensPerDay": 10**6})
+    openai_call(office, office.run()).finish(choices=[])
+    assert FIRST_PORTION_TOKENS < office.entry().used.tokens < FIRST_PORTION_TOKENS + 200
+    call = openai_call(office, office.run())
+    call.head()
+    call.data(b'{"id":"x"')
+    call.end(complete=False)
+    assert office.entry().used.tokens > LONGEST_ANSWER_TOKENS
+
+
 def test_documents_without_a_limit_get_the_dollars_that_are_left():
     office = office_of({"maxUSDPerDay": 0.01})
     run = office.run()
