@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from clrk.gateway.egress.admission import Admitted
 from clrk.gateway.egress.capture import Capture
-from clrk.gateway.egress.http1 import Body, Response
+from clrk.gateway.egress.http1 import Body, Headers, Response
 from clrk.gateway.govern import Cut, Inject
 from clrk.gateway.interpret import ResponseHead
 
@@ -15,11 +15,19 @@ class Download:
     """Shows one response to everybody who follows it. Order: head, data*, end. elapsed counts from the request.
 
     Shape: cut is set once the governor has ended the answer; what came out until then is all that the agent gets.
+        trailers returns what the agent gets of a body's trailers, once it has ended.
     """
 
-    def __init__(self, admitted: Admitted, capture: Capture | None, elapsed_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        admitted: Admitted,
+        capture: Capture | None,
+        elapsed_s: Callable[[], float],
+        trailers: Callable[[Body], Headers],
+    ) -> None:
         self._interpreter, self._governor = admitted.interpreter, admitted.governor
         self._capture, self._elapsed_s = capture, elapsed_s
+        self.trailers = trailers
         self.cut: Cut | None = None
 
     def head(self, response: Response, body: Body | None) -> None:

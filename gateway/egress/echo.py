@@ -1,4 +1,4 @@
-"""Credentials that an upstream repeats in the head of its answer, which the agent is not to learn. Pure.
+"""Credentials that an upstream repeats in the head of its answer, or in trailers: the agent is not to learn them. Pure.
 
 A server that adds a slash to a path, or wants another host, sends the query back in Location: `?key=` among it. With a
 placeholder in its place the agent follows as ever, since the gateway writes the value again where it belongs.
@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Final
 
 from clrk.gateway.credentials import Filled
-from clrk.gateway.egress.http1 import Response
+from clrk.gateway.egress.http1 import Headers, Response
 from clrk.gateway.redact import hide_values
 from clrk.gateway.redact_values import HiddenValues
 
@@ -23,16 +23,20 @@ def withhold(response: Response, filled: Sequence[Filled]) -> Response:
 
     Shape: headers that frame the answer are left alone.
     """
-    if not filled:
-        return response
+    fields = (("", response.reason), *response.headers)
+    told = withhold_fields(fields, filled)
+    return response if told is fields else Response(response.minor, response.status, told[0][1], told[1:])
+
+
+def withhold_fields(fields: Headers, filled: Sequence[Filled]) -> Headers:
+    """Return headers or trailers without those values; the same object if they have none."""
+    if not filled or not fields:
+        return fields
     values = _hidden(tuple(value for one in filled for value in one.values.values()))
-    whole = "\n".join((response.reason, *(value for _, value in response.headers)))
+    whole = "\n".join(value for _, value in fields)
     if hide_values(whole, values) is whole:  # as almost always
-        return response
-    headers = tuple(
-        (name, value if name.lower() in _FRAMING else hide_values(value, values)) for name, value in response.headers
-    )
-    return Response(response.minor, response.status, hide_values(response.reason, values), headers)
+        return fields
+    return tuple((name, value if name.lower() in _FRAMING else hide_values(value, values)) for name, value in fields)
 
 
 @lru_cache(maxsize=64)

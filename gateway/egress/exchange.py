@@ -181,7 +181,7 @@ class Exchange:
     async def _relay(self, admitted: Admitted, upload: Upload, upstream: Channel, response: Response) -> bool:
         """Send the response to the agent as it comes; return whether the upstream connection can be used again."""
         self._status = response.status
-        download = Download(admitted, self._capture, self._elapsed)
+        download = Download(admitted, self._capture, self._elapsed, upload.withhold_trailers)
         if response.status == 101:
             if not upload.done:
                 raise ProtocolError("upgrade", "the upstream switched protocols before the request was complete")
@@ -234,7 +234,7 @@ class Exchange:
             self._push(pending, download.end(), framing)
         clean = chunked and (download.cut is None or bool(download.cut.last))
         if clean:
-            pending.append(render_last_chunk(body.trailers))
+            pending.append(render_last_chunk(download.trailers(body)))
         await self._flush(pending, upstream)
         if download.cut is not None and not clean:
             self._cut()

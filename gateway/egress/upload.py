@@ -18,9 +18,9 @@ from clrk.gateway.egress import forward
 from clrk.gateway.egress.admission import Admitted
 from clrk.gateway.egress.capture import Capture
 from clrk.gateway.egress.channel import Channel
-from clrk.gateway.egress.echo import withhold
+from clrk.gateway.egress.echo import withhold, withhold_fields
 from clrk.gateway.egress.failure import DialFailedError
-from clrk.gateway.egress.http1 import Response, render_chunk, render_head, render_last_chunk
+from clrk.gateway.egress.http1 import Body, Headers, Response, render_chunk, render_head, render_last_chunk
 from clrk.gateway.egress.record import Call
 from clrk.gateway.egress.refusal import RefusedError
 from clrk.gateway.govern import MAX_GOVERNED_BYTES, Answer
@@ -148,6 +148,10 @@ class Upload:
     def withhold(self, response: Response) -> Response:
         """Return a head of the answer without what take_credentials took."""
         return withhold(response, self._filled)
+
+    def withhold_trailers(self, body: Body) -> Headers:
+        """Return the trailers of the answer's body, which has ended, without it either."""
+        return withhold_fields(body.trailers, self._filled)
 
     def send_head(self, upstream: Channel) -> None:
         """Send the head and what is there of the body, in one write. Bounded, so it needs no backpressure."""

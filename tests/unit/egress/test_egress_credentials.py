@@ -149,6 +149,19 @@ async def test_a_head_that_repeats_a_value_does_not_tell_the_agent(written):
     assert SECRET not in shown(lab)
 
 
+async def test_a_trailer_that_repeats_a_value_does_not_tell_the_agent():
+    def reply(*_):
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Echo\r\n\r\n"
+        return head + b"4\r\nfine\r\n0\r\nX-Echo: %b\r\nX-Sum: 1\r\n\r\n" % SECRET.encode()
+
+    async with serving(bearer(), reply=reply) as (lab, _):
+        wire = await lab.dial_tls(NAME)
+        wire.writer.write(GET)
+        assert await wire.reader.readuntil(b"X-Sum: 1\r\n\r\n")
+        wire.writer.write(GET)
+        assert b"\r\n0\r\nX-Echo: REDACTED\r\n" in await wire.reader.readuntil(b"X-Sum: 1\r\n\r\n")
+
+
 async def test_what_frames_an_answer_is_not_taken_for_a_value():
     body = b"x" * 1234
     async with serving(bearer(), reply=lambda *_: answer(body), secrets={"token": "1234"}) as (lab, _):
