@@ -81,7 +81,7 @@ class SpanFacts:
             return "denied"
         said = f"error {self.get(attr.ERROR_TYPE) or ''}".rstrip() if self.failed else ""
         said = said or str(self.get(attr.HTTP_RESPONSE_STATUS_CODE) or "ok")
-        return f"{said}, would be denied" if self.would_deny else said
+        return f"{said}, would deny" if self.would_deny else said
 
     @property
     def would_deny(self) -> str:

@@ -171,7 +171,7 @@ def _line(span: SpanFacts) -> Text:
     elif (code := span.get(attr.HTTP_RESPONSE_STATUS_CODE)) is not None:
         add(str(code), "green")
     if span.would_deny:
-        add(f"WOULD BE DENIED {span.would_deny}", "yellow")
+        add(f"WOULD DENY {span.would_deny}", "yellow")
         add(span.rule_to_add, "green")
     if span.get(attr.CLRK_SANDBOX_WARM):
         add("warm")

@@ -145,6 +145,11 @@ await check("waterfall", async (start) => {
   for (const part of ["gen_ai.usage.input_tokens", "1834", "[redacted]", "Where is order 1042?", "event: message_stop", "gen_ai.first_chunk"]) {
     assert.ok(panel.includes(part), `${part} is in the panel`);
   }
+  for (const width of [1360, 800, 375]) { // the last tick is where the bars end, so none may be missing
+    await page.setViewportSize({ width, height: 850 });
+    assert.equal(await page.locator(".ticks > span:visible").count(), 5, `ticks at a width of ${width}`);
+  }
+  await page.setViewportSize(LOOKS.light.viewport);
   await visit(page, VIEWS.large);
   assert.equal(await page.locator(".waterfall > li").count(), 200);
   await page.getByRole("link", { name: "9,805 more" }).click();

@@ -216,9 +216,9 @@ async def test_the_rule_to_add_stands_beside_what_was_denied_or_would_be(daemon)
     pasted = '- {hostnames: ["api.test"], ports: [443], http: {methods: ["GET"], paths: ["/v1"]}}'
     assert yaml.safe_load(pasted) == yaml.safe_load(rule)
     assert f"DENIED GET api.test:443 is not allowed (no_rule)  {pasted}" in drawn_tree
-    assert f"200  WOULD BE DENIED port_not_allowed  {pasted}" in drawn_tree
+    assert f"200  WOULD DENY port_not_allowed  {pasted}" in drawn_tree
     assert "# no rule" not in drawn_tree
-    assert "200, would be denied" in (await daemon.clrk("traces")).out
+    assert "200, would deny" in (await daemon.clrk("traces")).out
 
 
 async def test_a_model_call_that_was_denied_is_no_call_of_a_model(daemon):
