@@ -134,7 +134,8 @@ install_packages() {
 	step "apt: installing ${missing[*]}"
 	apt_run update.log update || fail "apt-get update failed (see $LOGS/update.log)"
 	[ "$headers" = yes ] || { unset 'missing[-1]' && install_headers; }
-	for package in "${missing[@]}"; do
+	[ ${#missing[@]} -eq 0 ] || apt_run install.log install --no-install-recommends "${missing[@]}" && return
+	for package in "${missing[@]}"; do # one by one, to say which it is
 		step "apt: $package"
 		apt_run "apt-$package.log" install --no-install-recommends "$package" ||
 			fail "$package could not be installed (see $LOGS/apt-$package.log)"
@@ -275,9 +276,18 @@ hand_over() {
 }
 
 install_packages
-[ "$TESTS" = no ] || install_test_packages
+: >"$LOGS/tests.failures"
+( # apt beside pip and npm
+	failures=()
+	[ "$TESTS" = no ] || install_test_packages
+	printf '%s\n' "${failures[@]}" >"$LOGS/tests.failures"
+) &
 install_venv
 install_node_modules
+wait $! || fail "installing the tests' servers broke off (see $LOGS/tests.log)"
+while read -r line; do
+	[ -z "$line" ] || failures+=("$line")
+done <"$LOGS/tests.failures"
 make_readable
 hand_over
 
