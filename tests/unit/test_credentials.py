@@ -321,10 +321,10 @@ def test_a_rotated_value_is_used_at_once_and_the_former_one_still_redacted():
 
 def test_former_values_are_bounded_and_short_ones_leave_texts_alone():
     values = SecretValues()
-    for number in range(2000):
+    for number in range(300):
         values.replace({"s": {"k": f"value-{number:06}"}}, [("s", "k")])
     assert len(values._former) <= 256
-    assert "1999" not in shown_by(values).text("value-001999")
+    assert "299" not in shown_by(values).text("value-000299")
     values.replace({"s": {"k": "abc"}}, [("s", "k")])
     assert shown_by(values).text("abc abcdef") == "abc abcdef"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -44,14 +45,22 @@ def image(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostView]:
+    """A view, which copies /etc: once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLRK_TEST_RUN_DIR", str(tmp_path_factory.mktemp("view") / "run"))
+        view = HostView.prepare(TemporaryLayout("clrkunit"), ca_cert_pem=CA)
+        yield view
+        view.remove()
+        assert not view.directory.exists()
+
+
 @pytest.fixture
-def view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostView]:
-    monkeypatch.setenv("CLRK_TEST_RUN_DIR", str(tmp_path / "run"))
+def view(prepared: HostView, tmp_path: Path) -> HostView:
+    """The view, with a folder that no sandbox may see."""
     (tmp_path / "state").mkdir()
-    view = HostView.prepare(TemporaryLayout("clrkunit"), ca_cert_pem=CA, hidden=(str(tmp_path / "state"),))
-    yield view
-    view.remove()
-    assert not view.directory.exists()
+    return dataclasses.replace(prepared, hidden=(PurePosixPath(tmp_path / "state"),))
 
 
 def options_of(run: Run) -> list[str]:

@@ -17,6 +17,8 @@ from egress_lab import aliased, laboratory, upstream
 from google import genai
 from google.genai.errors import ClientError as GoogleError
 
+pytestmark = pytest.mark.usefixtures("brief_linger")
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 BEDROCK = "bedrock-runtime.us-east-1.amazonaws.com"
 MODELS = "generativelanguage.googleapis.com"

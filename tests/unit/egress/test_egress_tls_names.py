@@ -8,6 +8,8 @@ import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 from tls_material import Authority
 
+pytestmark = pytest.mark.usefixtures("brief_linger")
+
 NAME = "api.example.com"
 ALLOW = [{"hostnames": [NAME, "other.example.com"]}, {"cidrs": ["127.0.0.0/8"]}]
 GET = f"GET / HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\n\r\n".encode()

@@ -17,6 +17,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from egress_lab import aliased, answer, laboratory, read_request, upstream
 from tls_material import Authority
 
+pytestmark = pytest.mark.usefixtures("brief_linger")
+
 NAME = "api.example.com"
 ALLOW = [{"hostnames": [NAME, "other.example.com"]}]
 GET = f"GET / HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\n\r\n".encode()
