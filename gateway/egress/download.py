@@ -12,7 +12,7 @@ from clrk.gateway.interpret import ResponseHead
 
 
 class Download:
-    """Shows one response to everybody who follows it. Order: head, data*, end. elapsed counts from the request.
+    """Shows one response to everybody who follows it. Order: head, data*, end|broken. elapsed counts from the request.
 
     Shape: cut is set once the governor has ended the answer; what came out until then is all that the agent gets.
         trailers returns what the agent gets of a body's trailers, once it has ended.
@@ -74,6 +74,10 @@ class Download:
         if self._governor is not None and self.cut is None:
             rest += self._shown(self._governor.response_end(complete=True))
         return rest
+
+    def broken(self) -> bytes:
+        """The body broke off; return what was withheld."""
+        return self._governed(self._interpreter.response_end(complete=False)) if self._interpreter is not None else b""
 
     def _governed(self, piece: bytes) -> bytes:
         if self._governor is None or not piece:

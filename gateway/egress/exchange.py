@@ -199,7 +199,11 @@ class Exchange:
         told, close = upload.withhold(response), not self._continues
         pending = [forward.render_response(told, framing=framing, drop_coding=download.decodes, close=close)]
         download.opened(partial(self._inject, framing=framing))
-        await self._stream(download, body, upstream, pending, framing)
+        try:
+            await self._stream(download, body, upstream, pending, framing)
+        except (OSError, ProtocolError):
+            self._inject(b"" if pending else download.broken(), framing=framing)
+            raise
         if download.cut is not None:
             self._cut_short, self._continues = download.cut, False
             return False
@@ -232,8 +236,7 @@ class Exchange:
                 await self._flush(pending, upstream)
         if download.cut is None:
             self._push(pending, download.end(), framing)
-        clean = chunked and (download.cut is None or bool(download.cut.last))
-        if clean:
+        if clean := chunked and (download.cut is None or bool(download.cut.last)):
             pending.append(render_last_chunk(download.trailers(body)))
         await self._flush(pending, upstream)
         if download.cut is not None and not clean:
@@ -245,8 +248,8 @@ class Exchange:
             pending.append(render_chunk(piece) if framing is Framing.REWRITTEN else piece)
 
     def _inject(self, piece: bytes, *, framing: Framing) -> bool:
-        """Send what a governor has to say meanwhile. Between two awaits of _stream all that was pending is written."""
-        if not self._answered or self._agent.is_paused:
+        """Send what else there is to say. Between two awaits of _stream all that was pending is written."""
+        if not piece or not self._answered or self._agent.is_paused:
             return False
         try:
             self._agent.write_nowait(render_chunk(piece) if framing is Framing.REWRITTEN else piece)

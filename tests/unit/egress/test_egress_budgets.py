@@ -278,3 +278,26 @@ async def test_nothing_but_http_goes_to_a_host_with_a_budget(first):
         (span,) = await lab.recorder.wait(1)
         assert (span.name, span.attributes[attr.CLRK_EGRESS_DENY_REASON]) == (attr.SPAN_EGRESS_DIAL_DENIED, "http_only")
         assert provider.requests == []
+
+
+@pytest.mark.parametrize("rules", [({},), (_rule(maxTokensPerDay=100_000),)], ids=["free", "budgeted"])
+async def test_an_event_that_is_held_back_reaches_the_agent_when_its_stream_breaks(rules):
+    provider = Provider()
+    half = b'data: {"id":"c","model":"gpt-4o","cho'
+
+    async def stream(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for piece in (_event("Hello"), half):
+            writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        await writer.drain()
+        writer.close()
+
+    provider.serve = stream
+    async with _server(provider) as port, _lab(provider, port, *rules) as lab:
+        wire = await lab.dial_tls(HOST)
+        wire.writer.write(_post(stream=True))
+        async with asyncio.timeout(20):
+            raw = await wire.reader.read(-1)
+        assert _event("Hello") in raw
+        assert raw.endswith(b"%x\r\n%s\r\n" % (len(half), half))
