@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from instances import DEADLINE_S, instance
-from stack import BIN, Daemon, StandIn, agent, egress
+from stack import BIN, Daemon, StandIn, agent, document, egress
 
 INSTANCE = instance("ro")
 TLS_ONCE = """
@@ -37,6 +37,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Iterato
         agent("once", [*python, ONCE]),
         agent("steady", [*python, STEADY]),
         agent("warm", [*python, ONCE], warmPoolSize=1),
+        document("DaemonAgent", "guard", template={"spec": {"command": [*python, STEADY]}}),
     ]
     daemon = Daemon(tmp_path_factory.mktemp("rotating"), INSTANCE, documents)
     daemon.start()
@@ -56,6 +57,21 @@ async def lines_of(answer: aiohttp.ClientResponse) -> AsyncIterator[str]:
         yield line.decode().strip()
 
 
+async def rotate(daemon: Daemon) -> None:
+    """Rotate, and return when the gateway signs with the new CA."""
+
+    def generations() -> int:
+        return daemon.log_path.read_text(errors="replace").count("ready: generation ")
+
+    before = generations()
+    arguments = ["ca", "rotate", "--instance", INSTANCE, "-c", str(daemon.config)]
+    done = await asyncio.to_thread(subprocess.run, [BIN / "clrk-runtime", *arguments], capture_output=True, check=True)
+    assert b"sha256 " in done.stdout
+    async with asyncio.timeout(DEADLINE_S):
+        while generations() == before:
+            await asyncio.sleep(0.05)
+
+
 async def test_running_sandboxes_keep_their_ca_and_new_ones_get_the_new_one(
     own: Daemon, caller: aiohttp.ClientSession
 ) -> None:
@@ -65,13 +81,7 @@ async def test_running_sandboxes_keep_their_ca_and_new_ones_get_the_new_one(
         steady = lines_of(running)
         assert await anext(steady) + "\n" == before
         key = (own.state_dir / "ca/ca.key").read_bytes()
-        arguments = ["ca", "rotate", "--instance", INSTANCE, "-c", str(own.config)]
-        done = await asyncio.to_thread(
-            subprocess.run, [BIN / "clrk-runtime", *arguments], capture_output=True, check=True
-        )
-        assert b"sha256 " in done.stdout
-        while "ready: generation 2" not in own.log():
-            await asyncio.sleep(0.05)
+        await rotate(own)
         after = await ask(own, caller, "once")
         assert after != before
         for _ in range(3):
@@ -82,6 +92,23 @@ async def test_running_sandboxes_keep_their_ca_and_new_ones_get_the_new_one(
     secret = key.splitlines()[1]
     left = [path for path in own.state_dir.rglob("*") if path.is_file() and secret in path.read_bytes()]
     assert left == []  # of the former key
+
+
+async def test_a_daemon_outlives_more_rotations_than_are_kept_for_nobody(own: Daemon) -> None:
+    """It is not restarted: what it trusts is signed for it as long as it runs, however many CAs came after."""
+
+    async def said(more_than: int) -> list[str]:
+        async with asyncio.timeout(DEADLINE_S):
+            while len(lines := own.clrk("agents", "logs", "guard").splitlines()) <= more_than:
+                await asyncio.sleep(0.1)
+        return lines
+
+    first = (await said(0))[0]
+    for _ in range(3):
+        await rotate(own)
+    before = len(await said(0))
+    lines = await said(before + 1)  # connections that began after the last rotation
+    assert {line.partition("trusted")[2] for line in lines} == {first.partition("trusted")[2]}
 
 
 READ = (
