@@ -15,10 +15,10 @@ from typing import Final
 from clrk.gateway.llm.body import MAX_DOCUMENT_BYTES, ResponseBody
 from clrk.gateway.llm.dialect import Dialect
 from clrk.gateway.llm.json_members import read_members
-from clrk.gateway.llm.sse import MAX_EVENT_BYTES
 
 _WANTED: Final = frozenset(("stream", "stream_options"))
 _ASK: Final = '"stream_options":{"include_usage":true},'
+MAX_HELD_BYTES: Final = 16 << 10  # the usage chunk has some hundred; what comes byte by byte is looked at each time
 # What the usage chunk does not have: a choice, data that is no object, a comment.
 _OTHER: Final = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]|(?:\A|[\r\n])(?::|data:[ \t]*[^{ \t])')
 
@@ -114,4 +114,4 @@ class UsageChunkFilter:
 
 def _may_be_chunk(event: bytes) -> bool:
     """Say whether an event that begins so can be the chunk; what is none once is none however it goes on."""
-    return len(event) <= MAX_EVENT_BYTES and _OTHER.search(event) is None
+    return len(event) <= MAX_HELD_BYTES and _OTHER.search(event) is None

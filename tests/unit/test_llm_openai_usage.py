@@ -13,7 +13,7 @@ from llm_exchange import JSON, SSE, cuts, exchange, post, same_facts_however_cut
 from openai_payloads import BEFORE, COST, DONE, HEAD, OK_SSE, ONE, STREAM, USAGE, USAGE_CHUNK, chunk, part, raw
 
 from clrk.gateway.interpret import ResponseHead
-from clrk.gateway.llm.include_usage import ask_for_usage
+from clrk.gateway.llm.include_usage import MAX_HELD_BYTES, ask_for_usage
 from clrk.gateway.recognise import recognise
 
 # --- Asking for usage -----------------------------------------------------------------------------------------------
@@ -248,6 +248,13 @@ def test_an_aborted_stream_gives_back_what_was_held(length: int) -> None:
 def test_what_follows_the_usage_chunk_is_passed_on() -> None:
     for after in (b": bye\n\n", b"\n\n", b"id: 7\n" + DONE, chunk(part(0, "more")), b"event: x\ndata: {}\n\n", b"dat"):
         assert same_facts_however_cut(HEAD, raw(ONE), OK_SSE, BEFORE + USAGE_CHUNK + after)[1] == BEFORE + after
+
+
+def test_an_event_that_is_larger_than_the_usage_chunk_is_passed_on_however_cut() -> None:
+    large = chunk(usage=USAGE | {"note": "x" * MAX_HELD_BYTES})
+    facts, received = same_facts_however_cut(HEAD, raw(ONE), OK_SSE, BEFORE + large + DONE)
+    assert received == BEFORE + large + DONE
+    assert facts.attributes["gen_ai.usage.output_tokens"] == 100
 
 
 def test_an_endless_event_is_not_held() -> None:
