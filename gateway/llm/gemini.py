@@ -321,4 +321,6 @@ def _sum(*parts: object) -> int | None:
 def _tokens_of(modalities: tuple[str, ...], *details: object) -> int | None:
     """Return the tokens of some modalities."""
     items = [item for one in details if isinstance(one, list) for item in one[: values.MAX_ITEMS]]
+    if not items:  # most elements of a stream: this is asked six times of each
+        return None
     return _sum(*(values.member(item, "tokenCount") for item in items if values.member(item, "modality") in modalities))
