@@ -1,17 +1,19 @@
 """What one call costs the gateway, by kind of call: microseconds of its own processor time, by thread.
 
-    .venv/bin/python -P tests/bench/relay.py [--calls 4000] [--rounds 3] [--against OTHER_CHECKOUT]
+    .venv/bin/python -P tests/bench/relay.py [--calls 4000] [--rounds 3] [--against OTHER_CHECKOUT] [--count]
 
 The gateway has this process to itself, on uvloop and with its real store, as in production; the agent and the upstream
 are processes of their own, so that their time is not counted. What the kernel does at connect() is done by the agent.
 Processor time is what a busy machine does not change much; with --against, each round measures another checkout's code
-as well, in turn, and the ratio of the two is what counts.
+as well, in turn, and the ratio of the two is what counts. --count counts the calls of functions in the event loop's
+thread instead: coarse, but the same on every machine, however busy.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import json
 import multiprocessing
 import os
@@ -209,8 +211,29 @@ class _OneFlow:
         return self._flow
 
 
-async def measure(kind: Kind, calls: int, folder: Path) -> dict[str, float]:
-    """Return microseconds of processor time a call: of the event loop's thread, and of the other ones."""
+class _Spent:
+    """What work takes: microseconds of the event loop's thread and of the others, or its calls of functions."""
+
+    def __init__(self, *, count: bool) -> None:
+        self._counted: collections.Counter[str] = collections.Counter()
+        self._began = time.thread_time(), time.process_time()
+        if count:
+            sys.setprofile(self._count)
+
+    def _count(self, _frame: Any, event: str, _arg: Any) -> None:
+        self._counted[event] += 1
+
+    def a_call(self, calls: int) -> dict[str, float]:
+        """End it."""
+        sys.setprofile(None)
+        if self._counted:
+            return {"python": self._counted["call"] / calls, "native": self._counted["c_call"] / calls}
+        on_loop, in_all = time.thread_time() - self._began[0], time.process_time() - self._began[1]
+        return {"loop": on_loop / calls * 1e6, "threads": (in_all - on_loop) / calls * 1e6}
+
+
+async def measure(kind: Kind, calls: int, folder: Path, *, count: bool) -> dict[str, float]:
+    """Return what one call takes; see _Spent."""
     from budget_runs import ai_route, budget_rule
     from egress_lab import aliased, laboratory
     from tls_material import Authority
@@ -240,22 +263,23 @@ async def measure(kind: Kind, calls: int, folder: Path) -> dict[str, float]:
         agent = spawn.Process(target=_ask, args=(way, kind, calls, tell_agent))
         agent.start()
         await loop.run_in_executor(None, hear_agent.recv)
-        began = time.thread_time(), time.process_time()
+        spent = _Spent(count=count)
         hear_agent.send(None)
         await loop.run_in_executor(None, hear_agent.recv)
-        on_loop, in_all = time.thread_time() - began[0], time.process_time() - began[1]
+        found = spent.a_call(calls)
         hear_agent.send(None)
         agent.join()
     assert telemetry.store.counters["spans"] == calls + CONNECTIONS * WARM_UP, telemetry.store.counters
     await telemetry.close()
     hear_upstream.close()
     server.join()
-    return {"loop": on_loop / calls * 1e6, "threads": (in_all - on_loop) / calls * 1e6}
+    return found
 
 
-def run_child(checkout: Path, name: str, calls: int) -> dict[str, float]:
+def run_child(checkout: Path, name: str, calls: int, *, count: bool) -> dict[str, float]:
     """Measure a checkout's code in a process of its own."""
     command = [sys.executable, "-P", __file__, "--calls", str(calls), "--only", name, "--json"]
+    command += ["--count"] if count else []
     environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -263,18 +287,20 @@ def run_child(checkout: Path, name: str, calls: int) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def compare(names: list[str], calls: int, rounds: int, against: Path | None) -> None:
+def compare(names: list[str], calls: int, rounds: int, against: Path | None, *, count: bool) -> None:
     """Print a table."""
     here = Path(__file__).parents[2]
-    print("| call | event loop, µs | other threads, µs |" + (" before, µs | ratio | quartiles |" if against else ""))
+    parts = ("python", "native") if count else ("loop", "threads")
+    heads = "Python functions | native ones" if count else "event loop, µs | other threads, µs"
+    print(f"| call | {heads} |" + (" before, both | ratio | quartiles |" if against else ""))
     print("|---|---|---|" + ("---|---|---|" if against else ""))
     for name in names:
         pairs = []
         for number in range(rounds):
             order = [here, against or here] if number % 2 else [against or here, here]
-            found = {path: run_child(path, name, calls) for path in dict.fromkeys(order)}
+            found = {path: run_child(path, name, calls, count=count) for path in dict.fromkeys(order)}
             pairs.append((found[here], found[against or here]))
-        ours = [statistics.median(one[part] for one, _ in pairs) for part in ("loop", "threads")]
+        ours = [statistics.median(one[part] for one, _ in pairs) for part in parts]
         line = f"| {name} | {ours[0]:.0f} | {ours[1]:.0f} |"
         if against:
             before = statistics.median(sum(other.values()) for _, other in pairs)
@@ -291,15 +317,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--only", action="append", help="a kind of call")
+    parser.add_argument("--count", action="store_true", help="calls of functions, not time")
     parser.add_argument("--json", action="store_true", help="one measurement in this process")
     given = parser.parse_args()
     kinds = _kinds()
     names = given.only or list(kinds)
     if not given.json:
-        compare(names, given.calls, given.rounds, given.against)
+        compare(names, given.calls, given.rounds, given.against, count=given.count)
         return
     with tempfile.TemporaryDirectory(prefix="clrk-relay-") as folder:
-        print(json.dumps(uvloop.run(measure(kinds[names[0]], given.calls, Path(folder)))))
+        print(json.dumps(uvloop.run(measure(kinds[names[0]], given.calls, Path(folder), count=given.count))))
 
 
 if __name__ == "__main__":
