@@ -189,9 +189,10 @@ async def test_postgresql(host: Host, caller: aiohttp.ClientSession, tls: str) -
     (span,) = spans
     if span["status"]["code"] == "STATUS_CODE_UNSET":
         found = tunnel_of(spans, "pg", 5432)
-    else:  # PostgreSQL leaves at the client's Terminate, often before it has read the goodbye of TLS: then it resets
-        found = span["attributes"]
-        assert (span["name"], found["error.type"], tls) == ("egress.tcp", "connection_reset", "verify-full"), span
+    else:  # PostgreSQL leaves at the client's Terminate, often before it has read the goodbye of TLS: then it resets,
+        found = span["attributes"]  # or, on a host that is busy, the run is over before either has left
+        assert (span["name"], tls) == ("egress.tcp", "verify-full"), span
+        assert found["error.type"] in ("connection_reset", "cancelled"), span
     assert found["process.executable.name"] == "psql"
     assert found["clrk.resp.bytes"] > 70_000
 
