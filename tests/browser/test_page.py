@@ -28,7 +28,7 @@ from clrk.gateway.telemetry.pipeline import Telemetry
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parents[1] / ".output/browser"
-TIMEOUT_S = 240  # half a minute where nothing else runs
+TIMEOUT_S = 600  # half a minute where nothing else runs
 CHECKS = (
     "screenshots light", "screenshots dark", "screenshots phone", "token", "payloads do not run", "waterfall",
     "keyboard", "accessible names", "contrast", "filters", "live", "copy", "without script", "another site",

@@ -7,7 +7,7 @@ import pytest
 from sdk_lab import attributes, run, tokens
 from stack import Daemon
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 START = """
 import asyncio, json, sys

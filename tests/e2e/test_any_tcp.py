@@ -20,7 +20,7 @@ from instances import instance
 from stack import RUN_PYTHON, RUN_SHELL, Daemon, agent, document, free_port
 from tls_material import Authority
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 SOURCE = {"content-type": "text/plain"}
 VOLUME = int(os.environ.get("CLRK_TUNNEL_MIB", "512")) << 20  # docs/protocols.md says what 10 GiB gave

@@ -14,7 +14,7 @@ from instances import DEADLINE_S, instance
 from span_contract import violations
 from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, stand_in
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 SOURCE = {"content-type": "text/plain"}
 REFUSED = """

@@ -14,7 +14,7 @@ from stack import ROOT, Daemon, StandIn
 sys.path.insert(0, str(ROOT / "examples/standin"))
 from internal_api import blob
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 SIZE = 64 * 2**20
 SOURCE = {"content-type": "text/plain"}

@@ -19,7 +19,7 @@ from instances import DEADLINE_S, instance
 from leftovers import Footprint, difference, footprint
 from stack import Daemon, StandIn, agent, document, egress
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 T = TypeVar("T")
 # Calls without end, and once more while it is asked to end: it has its network and its time for that.

@@ -18,7 +18,7 @@ from stack import BIN, Daemon, agent
 
 from clrk.core.layout import HostLayout
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 INSTANCE, OTHER_INSTANCE, OWN_INSTANCE = instance("li"), instance("lj"), instance("lo")
 

@@ -11,7 +11,7 @@ import pytest
 from instances import instance
 from stack import Daemon, agent
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from instances import DEADLINE_S, instance
 from leftovers import difference, footprint, settled
 from stack import Daemon, StandIn, agent, egress
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.alone]
 
 SOURCE = {"content-type": "text/plain"}
 RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"

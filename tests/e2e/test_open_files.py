@@ -12,7 +12,7 @@ import pytest
 from instances import DEADLINE_S, instance
 from stack import Daemon, agent
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from soak import run
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(900)]
 
 
 async def test_every_invocation_is_accounted_for(tmp_path: Path) -> None:

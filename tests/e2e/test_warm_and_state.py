@@ -14,7 +14,7 @@ import yaml
 from instances import DEADLINE_S, instance
 from stack import Daemon, agent
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 FILE = "/var/clrk/state/notes"
 

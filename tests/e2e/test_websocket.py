@@ -16,7 +16,7 @@ from instances import DEADLINE_S, instance
 from stack import ROOT, RUN_PYTHON, Daemon, agent, document, free_port
 from tls_material import Authority
 
-pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 NAME = "chat.internal"
 CLIENT = """
