@@ -84,7 +84,7 @@ for (const [look, options] of Object.entries(LOOKS)) {
       if (view === "invocation" || view === "hostile") {
         await page.locator(".waterfall summary", { hasText: view === "hostile" ? "script" : "claude-sonnet-5" }).first().click();
       }
-      await page.screenshot({ path: `${output}/${view}-${look}.png`, fullPage: view !== "large", timeout: 20_000 });
+      await page.screenshot({ path: `${output}/${view}-${look}.png`, fullPage: view !== "large", timeout: 60_000 });
       const wider = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
       if (wider > 0) tooWide.push(`${view} by ${wider} px`);
     }
@@ -266,7 +266,7 @@ await check("live", async (start) => {
   const focus = await focused(page);
   say({ ask: "arrive" });
   const { id } = await next();
-  await page.locator(`#i-${id}`).waitFor({ timeout: 10_000 });
+  await page.locator(`#i-${id}`).waitFor({ timeout: 60_000 });
   assert.notEqual(await page.locator("tbody tr").first().getAttribute("id"), before);
   assert.equal(await focused(page), focus, "the focus stays where it was");
   assert.match(await page.textContent("#said"), /1 new/);
@@ -275,7 +275,7 @@ await check("live", async (start) => {
   await page.locator("#s-0 > summary").click();
   say({ ask: "finish" });
   await next();
-  await page.locator("h1 .phase.succeeded").waitFor({ timeout: 10_000 });
+  await page.locator("h1 .phase.succeeded").waitFor({ timeout: 60_000 });
   assert.equal(await page.locator("#s-0").evaluate((element) => element.open), true, "what was open stays open");
   await page.locator("#live").waitFor({ state: "hidden" });
 
