@@ -55,10 +55,11 @@ def footprint(daemon: Daemon) -> Footprint:
     )  # fmt: skip
 
 
-def settled(daemon: Daemon, wanted: Footprint | None = None) -> Footprint:
+def settled(daemon: Daemon, wanted: Footprint | None = None, *, but: str = "") -> Footprint:
     """Return the footprint once it differs from `wanted` in nothing, or (without one) has not changed for a second.
 
-    After DEADLINE_S the last one is returned: the caller's assertion then shows the difference.
+    Shape: but is a field that may differ. After DEADLINE_S the last one is returned: the caller's assertion then shows
+        the difference.
     """
     deadline, last, since = time.monotonic() + DEADLINE_S, footprint(daemon), time.monotonic()
     while time.monotonic() < deadline:
@@ -66,19 +67,19 @@ def settled(daemon: Daemon, wanted: Footprint | None = None) -> Footprint:
         now = footprint(daemon)
         if now != last:
             last, since = now, time.monotonic()
-        if (wanted is not None and not difference(wanted, now)) or (wanted is None and time.monotonic() - since > 1):
+        if time.monotonic() - since > 1 if wanted is None else not difference(wanted, now, but=but):
             break
     return last
 
 
-def difference(before: Footprint, after: Footprint) -> dict[str, str]:
-    """Return what changed, by name; of lists only what one has and the other has not."""
+def difference(before: Footprint, after: Footprint, *, but: str = "") -> dict[str, str]:
+    """Return what changed but for one field, by name; of lists only what one has and the other has not."""
     # Only processes that lived through it can have leaked an fd; the waiting children of the pool are others by now.
     lived = {pid for pid, *_ in before.fds} & {pid for pid, *_ in after.fds}
     old, new = (asdict(one) | {"fds": tuple(fact for fact in one.fds if fact[0] in lived)} for one in (before, after))
     changes = {}
     for name in old:
-        if old[name] != new[name]:
+        if name != but and old[name] != new[name]:
             changes[name] = f"{old[name]} -> {new[name]}"
             if isinstance(old[name], tuple):
                 was, now = Counter(old[name]), Counter(new[name])
