@@ -37,7 +37,7 @@ test: setup-tests need-root ## Set up and run everything: static checks, unit, k
 	@$(MAKE) --jobs=2 --output-sync lint lint-c type arch
 	@CLRK_MUST_WORK=1 $(PYTEST) -n auto --dist worksteal tests/unit tests/fuzz
 	@CLRK_MUST_WORK=1 $(PYTEST) $(LANES) tests/kernel tests/e2e tests/browser
-	@CLRK_MUST_WORK=1 $(PYTEST) -m alone tests/e2e
+	@CLRK_MUST_WORK=1 $(PYTEST) -m alone tests/kernel tests/e2e tests/browser
 
 check: need-venv lint lint-c type arch unit ## Everything that needs no root: static checks and unit tests
 
