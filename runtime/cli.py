@@ -20,6 +20,7 @@ from clrk.runtime.config.budgets import shared_accounts
 from clrk.runtime.config.credentials import missing_credentials
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.config.load import DEFAULT_PATH, load
+from clrk.runtime.config.tools import idle_tool_policies
 
 EXIT_FAILED: Final = 1
 EXIT_INVALID: Final = 2
@@ -167,7 +168,8 @@ def _summarise(resources: Resources) -> list[str]:
         )
     for (namespace, name), values in sorted(resources.secrets.items()):
         lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
-    lines += [f"  note: {note}" for note in (*missing_credentials(resources), *shared_accounts(resources))]
+    notes = (*missing_credentials(resources), *shared_accounts(resources), *idle_tool_policies(resources))
+    lines += [f"  note: {note}" for note in notes]
     if not resources.agents and not resources.daemons:
         lines.append("  no agent is declared")
     return lines

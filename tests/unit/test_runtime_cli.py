@@ -79,6 +79,28 @@ def test_check_notes_budgets_by_an_identity_that_an_agent_does_not_have(key, fie
 
 
 @pytest.mark.parametrize(
+    ("matches", "noted"),
+    [
+        ("[{methods: ['resources/*']}]", True),
+        ("[{tools: [x], resources: ['file://*']}]", True),
+        ("[{methods: ['resources/*']}, {tools: [x]}]", False),
+        ("[{methods: ['tools/*'], resources: ['*']}]", False),
+        ("[]", False),
+    ],
+)
+def test_check_notes_a_tool_policy_that_judges_nothing(matches, noted, tmp_path, capsys):
+    route = (
+        "---\n{apiVersion: clrk/v1alpha1, kind: EgressGateway, metadata: {name: default}}\n"
+        "---\napiVersion: clrk/v1alpha1\nkind: MCPRoute\nmetadata: {name: m}\nspec:\n"
+        f"  rules: [{{matches: {matches}, filters: [{{type: ToolPolicy, toolPolicy: {{maxCallsPerExecution: 1}}}}]}}]\n"
+    )
+    (tmp_path / "a.yaml").write_text(route)
+    assert main(["check", "-c", str(tmp_path)]) == 0
+    note = "  note: MCPRoute default/m rules[0]: no tools/call fits its matches "
+    assert (note in capsys.readouterr().out) is noted
+
+
+@pytest.mark.parametrize(
     ("secret", "key", "note"),
     [
         ("s", "token", None),
