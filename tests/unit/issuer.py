@@ -100,7 +100,7 @@ class KeyServer:
         self.answer = head.encode() + raw
 
     async def asked_times(self, count: int) -> None:
-        async with asyncio.timeout(10), self._news:
+        async with asyncio.timeout(25), self._news:
             await self._news.wait_for(lambda: self.asked >= count)
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

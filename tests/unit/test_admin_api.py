@@ -198,7 +198,7 @@ async def test_status_shows_the_store_and_what_was_dropped(api, telemetry):
     await telemetry.flush()
     endpoint = "http://user:hidden@127.0.0.1:1/?key=hidden"
     telemetry.reconfigure(config([gateway(endpoint, headers={"authorization": "hidden"})]))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         while not telemetry.store.counters["export_failures"]:
             await asyncio.sleep(0.01)
     response = await api.get("/v1/status")

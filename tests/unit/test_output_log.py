@@ -90,7 +90,7 @@ async def test_a_reader_that_leaves_early_leaves_the_last_line_too():
     log = Log()
     pipe = LoggedPipe(read, log)
     os.write(write, b"half")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         await pipe.read()
     pipe.close()
     os.close(write)

@@ -221,7 +221,7 @@ async def test_a_damaged_file_is_moved_aside_and_telemetry_goes_on(tmp_path, cap
     with caplog.at_level(logging.ERROR):
         second = TraceStore(path, retention_s=86_400)
         record(Telemetry(second, {}), identity(), "after")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while "after" not in await safe_names(second):
                 await second.committed.wait()
     assert second.counters["damaged_files"] == 1
@@ -249,7 +249,7 @@ async def test_a_state_folder_that_can_not_be_written_breaks_nothing(tmp_path):
         await store.last_seq()
     assert store.counters["write_failures"] >= 1
     blocker.unlink()  # somebody mends it: what waited is written
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         await store.committed.wait()
     assert await names(store, SpanFilter()) == ["a"]
     await store.close()

@@ -228,7 +228,7 @@ class Lab:
     async def dial_tls(self, destination: str, port: int = 443, *, sni: str | None = None, context=None) -> Wire:
         """TLS through the gateway, verified against its CA."""
         found = await self.dial(destination, port)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             await found.writer.start_tls(context or self.ca.client_context(), server_hostname=sni or destination)
         return found
 

@@ -60,14 +60,14 @@ async def listen(one: Lab, path: str = "/sse", headers: str = "") -> Wire:
     wire = await one.dial(NAME, 80)
     head = f"GET {path} HTTP/1.1\r\nHost: {NAME}\r\nAccept: text/event-stream\r\n{headers}\r\n"
     wire.writer.write(head.encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         assert b" 200 OK" in await wire.reader.readuntil(b"\r\n\r\n")
     return wire
 
 
 async def read_event(wire: Wire) -> bytes:
     """Return the next chunk's data: the gateway's own chunks hold whole events."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         size = int(await wire.reader.readuntil(b"\r\n"), 16)
         return (await wire.reader.readexactly(size + 2))[:-2]
 

@@ -23,7 +23,7 @@ async def hello(reader, writer):
 async def closed(wire_) -> bytes:
     """Return what came before the connection ended."""
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             return await wire_.reader.read()
     except ConnectionError:
         return b""
@@ -248,7 +248,7 @@ async def test_server_first_is_dialled_before_the_agent_speaks():
 
     async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
         wire_ = await lab.dial(NAME, 25, stamp=False)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             assert await wire_.reader.readline() == b"220 ready\r\n"
             wire_.writer.write(wire_.stamp + b"EHLO x\r\n")
             assert await wire_.reader.readline() == b"250 ok\r\n"

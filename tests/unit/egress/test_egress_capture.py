@@ -47,7 +47,7 @@ async def events_of(response: bytes, sent: bytes, **capture) -> dict[str, dict]:
         wire = await lab.dial("tools.internal", 80)
         wire.writer.write(sent)
         wire.writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             received = await wire.reader.read(-1)
         assert plain_body(received) == plain_body(response)
         assert got == [sent.partition(b"\r\n\r\n")[2]]
@@ -322,7 +322,7 @@ async def test_a_call_that_is_cut_off_shows_what_had_come():
     async with upstream(serve) as port, laboratory(gateway=spec(port), rules=RULES) as lab:
         wire = await lab.dial("tools.internal", 80)
         wire.writer.write(request(b"{}"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             await wire.reader.readuntil(b'"a": 1}\n\n')
         await lab.egress.close()
         (span,) = await lab.recorder.wait()
@@ -343,7 +343,7 @@ async def test_upgrades_show_their_heads():
             b"Sec-WebSocket-Protocol: bearer.x\r\n\r\n"
         )
         wire.writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             assert (await wire.reader.read(-1)).endswith(b"frame")
         (span,) = await lab.recorder.wait()
         assert [event.name for event in span.events] == ["http.request.headers", "http.response.headers"]

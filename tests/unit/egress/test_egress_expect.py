@@ -29,7 +29,7 @@ async def test_the_upstreams_continue_brings_the_body():
     async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
         wire = await lab.dial(NAME, 80)
         wire.writer.write(ASKING)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             await asked.wait()
             early = asyncio.ensure_future(wire.reader.readuntil(b"\r\n\r\n"))
             done, _ = await asyncio.wait((early,), timeout=0.1)
@@ -80,7 +80,7 @@ async def test_a_body_that_is_needed_whole_is_asked_for_at_once_and_expect_goes_
     ) as lab:  # fmt: skip
         wire = await lab.dial(NAME, 80)
         wire.writer.write(ASKING.replace(b"Expect", b"Connection: close\r\nExpect"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             assert await wire.reader.readuntil(b"\r\n\r\n") == CONTINUE
         raw = await wire.ask(b"abc")
     assert raw.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -113,7 +113,7 @@ async def test_interim_answers_arrive_one_by_one_before_the_final_one():
     async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
         wire = await lab.dial(NAME, 80)
         wire.writer.write(GET)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             for number in range(5):
                 hints = await wire.reader.readuntil(b"\r\n\r\n")
                 assert hints == b"HTTP/1.1 103 Early Hints\r\nLink: </%d>\r\nLink: </b>\r\n\r\n" % number

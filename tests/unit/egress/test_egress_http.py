@@ -314,7 +314,7 @@ async def test_a_websocket_is_tunnelled():
         wire.writer.write(
             b"GET /ws HTTP/1.1\r\nHost: tools.internal\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\r\n"
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             head = await wire.reader.readuntil(b"hello")
             assert b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" in head
             wire.writer.write(b"abc")

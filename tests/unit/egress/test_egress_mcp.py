@@ -111,7 +111,7 @@ async def test_no_trick_calls_a_denied_tool(trick: str) -> None:
     async with lab(server, {"allowedTools": ["get"]}) as one:
         wire = await one.dial(NAME, 80)
         wire.writer.write(TRICKS[trick])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             head = await wire.reader.readuntil(b"\r\n\r\n")
             if b" 100 " in head:
                 head = await wire.reader.readuntil(b"\r\n\r\n")

@@ -47,7 +47,7 @@ async def test_lists_in_streams_are_filtered() -> None:
     async with lab(Server(head + events), {"deniedTools": ["rm"]}) as one:
         wire = await one.dial(NAME, 80)
         wire.writer.write(post(LIST))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             await wire.reader.readuntil(b"\r\n\r\n")
             found = await wire.reader.readuntil(b": bye\n\n")
     before, shown, after = found.partition(b"id: 2\ndata: ")[0], *found.partition(b"id: 2\ndata: ")[2].split(b"\n", 1)

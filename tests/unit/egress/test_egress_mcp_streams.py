@@ -97,7 +97,7 @@ async def test_a_client_that_does_not_read_that_its_post_was_accepted(answered: 
         if answered == "before":
             await read_event(listening)
         wire.reset()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             await gone.wait()
         if answered == "after":
             streams[0].write(chunk(message(result(5))))
@@ -222,7 +222,7 @@ async def test_a_denial_after_the_stream_is_gone_answers_the_post() -> None:
         wire = await listen(one)
         await read_event(wire)
         server.end()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             assert await wire.reader.readexactly(5) == b"0\r\n\r\n"
         head, body = await post(one, request("tools/call", 5, name="rm"))
     assert b" 200 OK" in head

@@ -46,7 +46,7 @@ async def resolves(lab: Lab, name: str) -> bool:
 
 async def said(wire, data: bytes) -> bytes:
     wire.writer.write(data)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         return await wire.reader.readexactly(len(data))
 
 
@@ -93,7 +93,7 @@ async def test_tunnels_that_are_still_allowed_stay_and_the_others_end_with_a_spa
         assert await said(kept, b"\0one") == b"\0one"
         assert await said(lost, b"\0two") == b"\0two"
         reload(lab, {"hostnames": [NAME]})
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             try:
                 assert await lost.reader.read(10) == b""
             except ConnectionResetError:
@@ -126,7 +126,7 @@ async def test_a_web_socket_ends_when_its_request_is_allowed_no_more() -> None:
     async with upstream(_socket) as port, laboratory(gateway=aliased(port, NAME), rules=[rule]) as lab:
         wire = await lab.dial(NAME, 80)
         wire.writer.write(UPGRADE)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             assert (await wire.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
         assert await said(wire, b"frame") == b"frame"
         reload(lab, {**rule, "ports": [80]})

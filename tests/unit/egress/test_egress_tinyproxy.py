@@ -22,7 +22,7 @@ async def tinyproxy(folder):
     (folder / "tinyproxy.conf").write_text("\n".join(lines) + "\n")
     process = await asyncio.create_subprocess_exec("tinyproxy", "-d", "-c", folder / "tinyproxy.conf", stdout=-3)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while True:
                 with contextlib.suppress(ConnectionRefusedError):
                     socket.create_connection(("127.0.0.1", port)).close()

@@ -206,7 +206,7 @@ async def test_other_protocols_than_http_are_not_asked_for_http():
         context.set_alpn_protocols(["mqtt"])
         wire = await lab.dial_tls(NAME, 8883, context=context)
         wire.writer.write(b"\x10abc")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             assert await wire.reader.read() == b"\x10ABC"
 
 
@@ -326,7 +326,7 @@ async def test_a_client_that_keeps_a_connection_in_advance_and_closes_it_later_i
     async with laboratory(gateway={}, rules=ALLOW) as lab:
         wire = await lab.dial_tls(NAME)
         wire.writer.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while not lab.service.counters.closed_unused:
                 await asyncio.sleep(0.01)
         assert lab.spans == []

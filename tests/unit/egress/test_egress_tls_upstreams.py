@@ -194,7 +194,7 @@ async def test_a_session_with_an_upstream_is_resumed_once_each(version, by_proxy
         async with laboratory(gateway=spec, rules=ALLOW, upstream_ca=theirs.cert_pem, resolver=resolver) as lab:
             for _ in range(3):
                 assert (await (await lab.dial_tls(NAME)).ask(GET)).endswith(b"secure")
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(25):
                     while lab.egress._acceptor.way_out.upstream._idle:  # the upstream closes behind each answer
                         await asyncio.sleep(0.01)
     assert reused == [False, True, True]
@@ -216,7 +216,7 @@ async def test_an_upstream_that_forgot_a_session_gets_a_full_handshake_and_is_ve
             for port in (first, second):
                 object.__setattr__(policy, "aliases", tuple((host, ip, port) for host, ip, _ in policy.aliases))
                 assert (await (await lab.dial_tls(NAME)).ask(GET)).endswith(b"secure")
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(25):
                     while lab.egress._acceptor.way_out.upstream._idle:
                         await asyncio.sleep(0.01)
     assert reused == [False, False]

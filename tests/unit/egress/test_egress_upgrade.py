@@ -31,7 +31,7 @@ async def ask_for(protocol: bytes, granted: bytes, *, rules=ALLOW, request: byte
     ) as lab:  # fmt: skip
         wire = await lab.dial(NAME, 80)
         wire.writer.write(request % protocol if b"%b" in request else request)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             raw = await wire.reader.readuntil(b"\r\n\r\n")
         wire.close()
         return heads[0], raw, (await lab.recorder.wait())[0]
@@ -107,7 +107,7 @@ async def test_a_silent_websocket_is_kept_alive_towards_the_upstream():
     async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
         wire = await lab.dial(NAME, 80)
         wire.writer.write(ASK % b"websocket")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             await wire.reader.readuntil(b"\r\n\r\n")
             wire.writer.write(b"hello\r\n")
             assert await wire.reader.readline() == b"seen\r\n"

@@ -112,7 +112,7 @@ class ScriptedRuntime:
         self.app = App(theirs, self.state_dir, self._make_egress)
         self.running = asyncio.create_task(self.app.run())
         self.configure(1)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             await self.ready.wait()
         self._pipes_before = _pipes()
 

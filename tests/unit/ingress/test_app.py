@@ -217,7 +217,7 @@ async def test_garbage_is_the_end():
     handler = _Handler()
     ControlClient(theirs, handler).start()
     socket.send_fds(ours, [b"garbage"], [ours.fileno()])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         while not handler.gone:
             await asyncio.sleep(0)
     assert handler.messages == []
@@ -230,7 +230,7 @@ async def test_a_message_of_the_other_direction_is_the_end():
     handler = _Handler()
     ControlClient(theirs, handler).start()
     send(ours, StopRun(UNKNOWN))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         while not handler.gone:
             await asyncio.sleep(0)
     assert len(handler.gone) == 1

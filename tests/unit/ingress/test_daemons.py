@@ -86,7 +86,7 @@ class Desk:
     async def logged(self, *lines):
         """Wait until these lines are kept; return all."""
         found = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while not set(lines) <= {entry.line for entry in found}:
                 await self.parts.telemetry.flush()
                 found = await self.parts.telemetry.store.logs("default/d")
@@ -94,14 +94,14 @@ class Desk:
 
     async def up(self, count):
         """Wait until the daemon has said `up` so often: its handlers are in place."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while [entry.line for entry in await self.logged("up")].count("up") < count:
                 continue
 
     async def spans(self, name):
         """Return the daemon's spans of this name, once there is one."""
         found = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while not found:
                 await self.parts.telemetry.flush()
                 async for page in self.parts.telemetry.store.spans(SpanFilter(agent="default/d", name=name)):

@@ -130,7 +130,7 @@ async def test_a_body_that_does_not_come_frees_its_slot(ingress, monkeypatch, li
             await asyncio.sleep(0.02)
 
     sender = asyncio.create_task(trickle())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
     sender.cancel()
     writer.close()

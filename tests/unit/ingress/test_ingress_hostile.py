@@ -112,7 +112,7 @@ async def test_events_that_an_agent_never_reads_are_held_once(gateway):
 )
 async def test_what_is_no_http_gets_a_problem_and_no_place_in_the_log(gateway, caplog, request_bytes, status):
     reader, writer = await gateway.raw(request_bytes)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
@@ -131,7 +131,7 @@ async def test_callers_leave_descriptors_to_the_sandboxes(tmp_path, monkeypatch)
         gateway = Gateway(runtime, client)
         silent = [await gateway.raw(b"GET / HTTP/1.1\r\nX: ") for _ in range(3)]
         reader, writer = await gateway.raw(b"GET /agents/echo HTTP/1.1\r\nHost: x\r\n\r\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
         for _, silent_writer in [*silent, (reader, writer)]:
             silent_writer.close()

@@ -134,11 +134,11 @@ async def test_an_answer_that_breaks_off_does_not_count(gateway):
         _, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
         writer.write(b"POST /v1/response HTTP/1.1\r\nHost: 169.254.169.254\r\nContent-Length: 9\r\n\r\nhalf")
         await writer.drain()
-        async with asyncio.timeout(10):  # one answer is read at a time
+        async with asyncio.timeout(25):  # one answer is read at a time
             while (await ask(gateway, f"{url}/v1/response", "POST", METADATA_HOST | {"X-Clrk-Status": "0"}))[0] != 409:
                 await asyncio.sleep(0.005)
         writer.transport.abort()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while (await ask(gateway, f"{url}/v1/response", "POST", data=b"whole"))[0] != 204:
                 await asyncio.sleep(0.005)
         assert (await call)[2] == b"whole"

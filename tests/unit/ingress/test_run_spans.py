@@ -10,7 +10,7 @@ from clrk.gateway.output_log import MAX_LINES
 async def lines(gateway, agent, count):
     """Return (stream, line) of an agent once so many are kept."""
     telemetry, found = gateway.runtime.app._parts.telemetry, []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         while len(found) < count:
             await telemetry.flush()
             found = await telemetry.store.logs(f"default/{agent}", tail=100_000)

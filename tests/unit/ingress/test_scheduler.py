@@ -43,7 +43,7 @@ class Lab:
 
     async def known(self):
         """Wait until every agent's past is known."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while not all(entry.ready for entry in self.scheduler._entries.values()):
                 await asyncio.sleep(0)
 
@@ -218,7 +218,7 @@ async def test_the_edge_wakes_for_a_slot_and_for_a_jump(monkeypatch):
     zero, offset_ns = loop.time(), NOON + MINUTE - SECOND // 20
     lab.scheduler = Scheduler(lab._fire, lab._recall, lambda: offset_ns + int((loop.time() - zero) * 1e9))
     lab.scheduler.start([job()])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         while lab.fires != [("job", 1)]:
             await asyncio.sleep(0.001)
         offset_ns += 9 * MINUTE
