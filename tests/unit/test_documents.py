@@ -21,6 +21,16 @@ def test_the_first_agent_of_the_readme_is_valid(tmp_path: Path, capsys: pytest.C
     assert main(["check", "-c", str(tmp_path)]) == 0, capsys.readouterr().err
 
 
+def test_what_the_guide_shows_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3  # a key, a budget, tools
+    (tmp_path / "openai.key").write_text("made up")
+    gateway = "{apiVersion: clrk/v1alpha1, kind: EgressGateway, metadata: {name: default}}\n"
+    shown = "---\n".join([gateway, *blocks]).replace("/etc/clrk/openai.key", str(tmp_path / "openai.key"))
+    (tmp_path / "guide.yaml").write_text(shown)
+    assert main(["check", "-c", str(tmp_path / "guide.yaml")]) == 0, capsys.readouterr().err
+
+
 def test_the_resources_of_the_demo_are_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = tmp_path / "examples" / "demo"
     demo.mkdir(parents=True)
