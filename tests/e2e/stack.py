@@ -6,6 +6,7 @@ Everything belongs to one instance name and one temporary folder; nothing of ano
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from instances import DEADLINE_S, DIES_WITH_US
+from instances import DEADLINE_S, DIES_WITH_US, OWNER
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -31,11 +32,23 @@ FETCH_AND_RUN = (
 )
 
 
+_candidates = itertools.count(OWNER * 64)
+
+
 def free_port() -> int:
-    """Return a loopback port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a loopback port for TCP that nobody else is given while this process lives.
+
+    The kernel may give the same free port twice, or lend it to a connection meanwhile. These are below its ephemeral
+    ports, and the UDP port of the same number, which stays bound, keeps each from other test processes.
+    """
+    for candidate in _candidates:
+        port = 20_000 + candidate % 12_000
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as held, socket.socket() as probe:
+            held.bind(("127.0.0.1", port))
+            probe.bind(("127.0.0.1", port))
+            held.detach()
+            return port
+    raise AssertionError("unreachable")
 
 
 # --- stand-in -----------------------------------------------------------------------------------------------------
