@@ -222,11 +222,17 @@ def unpack(content_encoding: str | None, body: bytes, max_output: int = MAX_UNPA
         return None
     if isinstance(undo, Identity):
         return body
+    plain = unpack_chunk(undo, body, max_output)
+    return None if undo.failed else plain
+
+
+def unpack_chunk(undo: Decoder, chunk: bytes, max_output: int) -> bytes | None:
+    """Return what a chunk unpacks to, up to where undo failed; None when that is over max_output."""
     pieces: list[bytes] = []
     size = 0
-    for piece in undo.feed(body):
+    for piece in undo.feed(chunk):
         size += len(piece)
         if size > max_output:
             return None
         pieces.append(piece)
-    return None if undo.failed else b"".join(pieces)
+    return b"".join(pieces)

@@ -17,7 +17,7 @@ from typing import Any, Final
 from clrk.gateway.govern import Answer, Cut, Inject
 from clrk.gateway.interpret import Allowance, Facts, RequestHead, ResponseHead
 from clrk.gateway.llm.body import media_type
-from clrk.gateway.llm.decompress import Decoder, Identity, decoder
+from clrk.gateway.llm.decompress import Decoder, Identity, decoder, unpack_chunk
 from clrk.gateway.llm.framing import EVENT_STREAM
 from clrk.gateway.llm.sse import SseEvent
 from clrk.gateway.mcp.conversations import Key, endpoint_key, named_endpoint
@@ -186,14 +186,10 @@ def _plain(undo: Decoder, chunk: bytes) -> bytes:
     """Return what a chunk holds. Raises: UnfilterableError when it is a bomb, which nobody could hold in time."""
     if isinstance(undo, Identity):
         return chunk
-    pieces: list[bytes] = []
-    size = 0
-    for piece in undo.feed(chunk):
-        size += len(piece)
-        if size > MAX_HELD_BYTES:
-            raise UnfilterableError(f"{len(chunk)} bytes that unpack to more than {MAX_HELD_BYTES}")
-        pieces.append(piece)
-    return b"".join(pieces)
+    plain = unpack_chunk(undo, chunk, MAX_HELD_BYTES)
+    if plain is None:
+        raise UnfilterableError(f"{len(chunk)} bytes that unpack to more than {MAX_HELD_BYTES}")
+    return plain
 
 
 def _everything(tool: str) -> bool:

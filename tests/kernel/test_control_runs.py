@@ -130,7 +130,8 @@ async def test_listeners_of_a_sandbox_that_linger_hold_up_no_removal(desk: Desk)
                 sock.send(bytes(65_536))
     await desk.peer.hear_all(Spawned)  # which drops the fds of Started
     desk.runs.stop(request.run_id, desk.channel)
-    await desk.peer.hear_all(Exited, Removed)
+    exited, removed = await desk.peer.hear_all(Exited, Removed)
+    assert (exited.reason, removed.run_id) == (ExitReason.STOPPED, request.run_id)
 
 
 async def test_only_the_life_that_started_a_run_can_stop_it(desk: Desk) -> None:

@@ -177,7 +177,9 @@ async def test_listeners_that_a_gateway_spoiled_work_for_the_next_one(lives: Liv
         _, peer, _ = await lives.next_ready()
         for index in (ConfigureFd.INGRESS, ConfigureFd.ADMIN_TCP):
             with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
-                socket.create_connection(sock.getsockname(), DEADLINE_S).close()
+                name = sock.getsockname()
+                with socket.create_connection(name, DEADLINE_S) as caller:
+                    assert caller.getpeername() == name
         with socket.socket(fileno=os.dup(peer.fds[ConfigureFd.INGRESS])) as sock:
             sock.shutdown(socket.SHUT_RDWR)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
@@ -188,7 +190,9 @@ async def test_listeners_that_a_gateway_spoiled_work_for_the_next_one(lives: Liv
                 while True:
                     sock.send(bytes(65_536))
         peer.close()
-        await lives.next_ready()
+        _, peer, _ = await lives.next_ready()
+        with socket.socket(fileno=os.dup(peer.fds[ConfigureFd.INGRESS])) as sock:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
 
 
 async def test_a_gateway_is_gone_with_its_process_whoever_holds_its_socket(lives: Lives) -> None:

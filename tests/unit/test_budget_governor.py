@@ -1,12 +1,9 @@
 """The governor of LLM calls: what is reserved, refused and settled (CONTRACT section 12)."""
 
-import gzip
 import json
 
 import pytest
 from budget_runs import (
-    JSON,
-    LlmExchange,
     Office,
     ai_route,
     at,
@@ -18,7 +15,6 @@ from budget_runs import (
 )
 
 from clrk.gateway.budget import NANO, Amount
-from clrk.gateway.interpret import RequestHead
 from clrk.gateway.llm.output_plan import FIRST_PORTION_TOKENS, LONGEST_ANSWER_TOKENS
 from clrk.gateway.llm.spending import REFERENCE_TOKENS
 from clrk.gateway.telemetry import attributes as attr
@@ -364,42 +360,3 @@ def test_a_prompt_that_may_be_written_to_a_cache_is_reserved_at_what_that_costs(
         office, run, max_tokens=1, system=[{"type": "text", "text": "", "cache_control": {"type": "ephemeral"}}]
     )
     assert office.entry().reserved.nano_usd - plain > 2 * plain
-
-
-# --- the output of one request --------------------------------------------------------------------------------------
-
-
-def test_a_request_that_asks_for_more_than_it_may_have_is_refused():
-    office = office_of({"maxOutputTokensPerRequest": 100})
-    run = office.run()
-    answer = openai_call(office, run, max_tokens=101).answer
-    assert (answer.status, answer.reason, dict(answer.headers)) == (
-        429,
-        "budget_output_limit",
-        {"x-should-retry": "false"},
-    )
-    assert "maxOutputTokensPerRequest is 100, and this request asks for up to 101" in answer.message
-    assert openai_call(office, run, max_tokens=60, n=2).answer.reason == "budget_output_limit"
-    assert openai_call(office, run, max_tokens=100).answer is None
-    assert openai_call(office, run, max_tokens=50, n=2).answer is None
-
-
-def test_a_request_that_names_no_limit_is_given_it():
-    office = office_of({"maxOutputTokensPerRequest": 100}, hostAliases=[])
-    run = office.run()
-    call = openai_call(office, run, n=2)
-    assert json.loads(call.sent)["max_completion_tokens"] == 50
-    call = openai_call(office, run, host="llm.example", max_tokens=None)
-    assert json.loads(call.sent)["max_tokens"] == 100
-    assert office.entry().reserved.tokens < 1_000
-
-
-def test_a_coded_request_without_a_limit_can_not_be_given_it():
-    office = office_of({"maxOutputTokensPerRequest": 100})
-    head = RequestHead("POST", "https", "api.openai.com", 443, "/v1/chat/completions", "",
-                       (*JSON, ("Content-Encoding", "gzip")))  # fmt: skip
-    body = gzip.compress(b'{"model":"gpt-4o","messages":[]}')
-    assert LlmExchange(office, office.run(), body, head).answer.reason == "budget_output_limit"
-    body = gzip.compress(b'{"model":"gpt-4o","messages":[],"max_tokens":10}')
-    call = LlmExchange(office, office.run(), body, head)
-    assert (call.answer, call.sent) == (None, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 
 import pytest
 from egress_lab import aliased, answer, laboratory, read_request, upstream
@@ -160,17 +161,22 @@ async def test_closing_the_run_records_what_was_in_flight():
             await wire.reader.read()
 
 
+async def die_at_the_second(connections, reader, writer):
+    """Answer the first request of a connection, and break at the next."""
+    connections.append(writer)
+    head, _ = await read_request(reader)
+    writer.write(answer(head.split()[0]))
+    await read_request(reader)
+    writer.transport.abort()
+
+
 async def test_connections_are_reused_and_a_dead_one_costs_only_requests_with_an_effect():
     connections = []
 
-    async def handle(reader, writer):
-        connections.append(writer)
-        head, _ = await read_request(reader)
-        writer.write(answer(head.split()[0]))
-        await read_request(reader)  # the second request of a connection dies unanswered
-        writer.transport.abort()
-
-    async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
+    async with (
+        upstream(partial(die_at_the_second, connections)) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab,
+    ):
         wire = await lab.dial(NAME, 80)
         for _ in range(2):
             wire.writer.write(b"GET / HTTP/1.1\r\nHost: tools.internal\r\n\r\n")
@@ -186,14 +192,10 @@ async def test_who_has_just_connected_gets_no_dead_connection_for_a_request_with
     """A client that connects anew does not expect the end of a connection that was idle, as one that keeps its own."""
     connections = []
 
-    async def handle(reader, writer):
-        connections.append(writer)
-        head, _ = await read_request(reader)
-        writer.write(answer(head.split()[0]))
-        await read_request(reader)  # the second request of a connection dies unanswered
-        writer.transport.abort()
-
-    async with upstream(handle) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
+    async with (
+        upstream(partial(die_at_the_second, connections)) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab,
+    ):
         for count, method in enumerate([b"GET", b"POST", b"PUT", b"DELETE"], 1):
             wire = await lab.dial(NAME, 80)
             wire.writer.write(method + b" / HTTP/1.1\r\nHost: tools.internal\r\nContent-Length: 1\r\n\r\nx")
