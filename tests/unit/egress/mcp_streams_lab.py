@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import mcp_lab
 from egress_lab import Lab, Wire, read_request
 from mcp_lab import JSON, NAME, raw
 
@@ -76,8 +77,7 @@ async def post(
     one: Lab, body: bytes, target: str = "/messages/?session_id=7", headers: str = ""
 ) -> tuple[bytes, bytes]:
     wire = await one.dial(NAME, 80)
-    head = f"POST {target} HTTP/1.1\r\nHost: {NAME}\r\n{JSON}{headers}Content-Length: {len(body)}\r\n\r\n"
-    wire.writer.write(head.encode() + body)
+    wire.writer.write(mcp_lab.post(body, JSON + headers, target))
     return await wire.response()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import mcp_lab
 import pytest
 from egress_lab import answer, read_request
 from mcp_lab import JSON, NAME, lab
@@ -40,10 +41,7 @@ async def test_a_client_that_leaves_its_stream_when_it_has_its_answer(is_error: 
 
     async with lab(server) as one:
         wire = await one.dial(NAME, 80)
-        body = request("tools/call", 5, name="get")
-        wire.writer.write(
-            f"POST /mcp HTTP/1.1\r\nHost: {NAME}\r\n{JSON}{SESSION}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        )
+        wire.writer.write(mcp_lab.post(request("tools/call", 5, name="get"), JSON + SESSION))
         await wire.reader.readuntil(b"\r\n\r\n")
         await read_event(wire)
         wire.reset()
@@ -62,10 +60,7 @@ async def test_a_client_that_leaves_without_its_answer_is_said_to_have_left() ->
 
     async with lab(server) as one:
         wire = await one.dial(NAME, 80)
-        body = request("tools/call", 5, name="get")
-        wire.writer.write(
-            f"POST /mcp HTTP/1.1\r\nHost: {NAME}\r\n{JSON}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        )
+        wire.writer.write(mcp_lab.post(request("tools/call", 5, name="get"), JSON))
         await wire.reader.readuntil(b"\r\n\r\n")
         wire.reset()
         (span,) = await one.recorder.wait()
