@@ -6,7 +6,8 @@
  * Forged bytes that got out first may be refused before connect() has returned; it says then that the connection was
  * reset, because inet_stream_connect() (net/ipv4/af_inet.c) looks at the state once it is woken. That round is over.
  *
- * usage: attacker ADDRESS PORT ROUNDS FORGED_FILE; prints how many sends succeeded. Any other error: 1, named on stderr.
+ * usage: attacker ADDRESS PORT ROUNDS FORGED_FILE; prints how many sends succeeded. Any other error is 1, named on
+ * stderr.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
