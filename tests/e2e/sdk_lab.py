@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from instances import instance
 from span_contract import violations
-from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document
+from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, invoke
 
 AZURE, SELF_HOSTED = "standin.openai.azure.com", "llm.internal"
 HOSTS = ["api.anthropic.com", "api.openai.com", AZURE, SELF_HOSTED]
@@ -48,10 +48,7 @@ def sdks(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Iterat
 
 async def run(daemon: Daemon, caller: aiohttp.ClientSession, name: str, data: str) -> tuple[Any, list[dict[str, Any]]]:
     """Run an agent, which prints JSON; return that, and the spans of its calls in their order."""
-    async with caller.post(f"{daemon.url}/agents/{name}", json=data) as answer:
-        text = await answer.text()
-        assert answer.status == 200, f"{text}\n{daemon.clrk('agents', 'logs', name)[-3000:]}"
-        invocation = answer.headers["X-Clrk-Invocation-ID"]
+    text, invocation = await invoke(caller, daemon, name, data)
     spans = daemon.spans_when_complete(invocation)
     calls = [span for span in spans if span["kind"] == "SPAN_KIND_CLIENT"]
     return json.loads(text), sorted(calls, key=lambda span: int(span["start_time_unix_nano"]))

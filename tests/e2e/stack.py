@@ -5,6 +5,7 @@ Everything belongs to one instance name and one temporary folder; nothing of ano
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -19,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import pytest
 import yaml
 from instances import DEADLINE_S, DIES_WITH_US, OWNER
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+SOURCE = {"content-type": "text/plain"}
 # Run the source that comes as the event's data: most tests want a line or two of hostile agent.
 RUN_PYTHON = "import json,sys; event=json.load(sys.stdin); exec(event['data'])"
 RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"
@@ -197,6 +201,18 @@ class Daemon:
             if any(span["name"] == "sandbox.teardown" for span in spans):
                 return spans
             assert time.monotonic() < deadline, [span["name"] for span in spans]
+
+
+async def invoke(caller: aiohttp.ClientSession, daemon: Daemon, name: str, source: str) -> tuple[str, str]:
+    """Run an agent with a text as its event; return what it printed, and the invocation's id."""
+    answer = await caller.post(f"{daemon.url}/agents/{name}", data=source, headers=SOURCE)
+    async with answer:
+        text = await answer.text()
+    invocation_id = answer.headers.get("X-Clrk-Invocation-ID", "")
+    if answer.status != 200:
+        said = await asyncio.to_thread(daemon.clrk, "agents", "logs", f"{name}/{invocation_id}") if invocation_id else ""
+        pytest.fail(f"{answer.status} {text}\n{said[-6000:]}\n{daemon.log()}")
+    return text, invocation_id
 
 
 def _is_ready(notify: socket.socket) -> bool:

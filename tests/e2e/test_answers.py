@@ -11,11 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 import yarl
-from stack import Daemon
+from stack import SOURCE, Daemon
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
-SOURCE = {"content-type": "text/plain"}
 JSON = {"content-type": "application/json"}
 CANONICAL = "0198c6a7-0000-7000-8000-000000000001"
 

@@ -17,12 +17,11 @@ import aiohttp
 import pytest
 import real_servers
 from instances import instance
-from stack import RUN_PYTHON, RUN_SHELL, Daemon, agent, document, free_port
+from stack import RUN_PYTHON, RUN_SHELL, Daemon, agent, document, free_port, invoke
 from tls_material import Authority
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
-SOURCE = {"content-type": "text/plain"}
 VOLUME = int(os.environ.get("CLRK_TUNNEL_MIB", "512")) << 20  # docs/protocols.md says what 10 GiB gave
 GROWTH = 24 << 20  # of the gateway while VOLUME passes: buffers, and what Python's allocator keeps
 PASSWORD = real_servers.PASSWORD
@@ -91,10 +90,7 @@ def stopped(daemon: Daemon) -> None:
 
 async def run(caller: aiohttp.ClientSession, host: Host, name: str, source: str) -> tuple[str, list[dict[str, Any]]]:
     """Run an agent; return what it printed, and its egress spans."""
-    async with caller.post(f"{host.daemon.url}/agents/{name}", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        invocation = answer.headers["X-Clrk-Invocation-ID"]
-        assert answer.status == 200, text + host.daemon.clrk("agents", "logs", f"{name}/{invocation}")
+    text, invocation = await invoke(caller, host.daemon, name, source)
     spans = await asyncio.to_thread(host.daemon.spans_when_complete, invocation)
     return text, [span for span in spans if span["name"].startswith("egress.")]
 

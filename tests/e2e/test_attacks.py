@@ -16,14 +16,13 @@ from typing import Any
 import aiohttp
 import pytest
 from instances import instance
-from stack import ROOT, RUN_PYTHON, RUN_SHELL, Daemon, StandIn, agent, egress
+from stack import ROOT, RUN_PYTHON, RUN_SHELL, Daemon, StandIn, agent, egress, invoke
 
 from clrk.core import wire
 from clrk.ebpf.header import HeaderFields, build_headers
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
-SOURCE = {"content-type": "text/plain"}
 ROUNDS = 150
 VICTIM_DESTINATION = "198.51.100.77"  # RFC 5737; no agent of this file ever dials it
 
@@ -45,13 +44,6 @@ def own(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Any:
     running.start()
     yield running
     assert running.stop() == 0, running.log()
-
-
-async def invoke(caller: aiohttp.ClientSession, daemon: Daemon, name: str, source: str) -> tuple[str, str]:
-    async with caller.post(f"{daemon.url}/agents/{name}", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        assert answer.status == 200, text + daemon.log()
-        return text, answer.headers["X-Clrk-Invocation-ID"]
 
 
 def every_span(daemon: Daemon) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 from instances import DEADLINE_S
-from stack import Daemon, StandIn
+from stack import SOURCE, Daemon, StandIn, invoke
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
@@ -26,7 +26,6 @@ IDENTITY = (
     "clrk.sandbox.id",
 )
 EVENT = {"content-type": "application/json"}
-SOURCE = {"content-type": "text/plain"}
 
 
 def egress_spans(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,15 +204,13 @@ async def test_twenty_invocations_of_two_agents_at_once(
     shell = f'curl -sS "{url}?i=$CLRK_INVOCATION_ID"'
     fetch = f"import os,urllib.request as r; print(r.urlopen('{url}?i=' + os.environ['CLRK_INVOCATION_ID']).read())"
 
-    async def invoke(name: str, source: str) -> tuple[str, str]:
-        async with caller.post(f"{daemon.url}/agents/{name}", data=source, headers=SOURCE) as answer:
-            text = await answer.text()
-            assert answer.status == 200, text
-            assert "open" in text
-            return name, answer.headers["X-Clrk-Invocation-ID"]
+    async def fetched(name: str, source: str) -> tuple[str, str]:
+        text, invocation = await invoke(caller, daemon, name, source)
+        assert "open" in text
+        return name, invocation
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(invoke(*pair)) for pair in [("shell", shell), ("python", fetch)] * 10]
+        tasks = [group.create_task(fetched(*pair)) for pair in [("shell", shell), ("python", fetch)] * 10]
         await wait_for(caller, providers, gate, 20)
         waiting = [request for request in providers.seen() if request["target"].startswith(f"/gate/{gate}?i=")]
         ids = [request["target"].partition("?i=")[2] for request in waiting]

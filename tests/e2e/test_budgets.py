@@ -12,11 +12,10 @@ import aiohttp
 import pytest
 from instances import DEADLINE_S, instance
 from span_contract import violations
-from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, stand_in
+from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, invoke, stand_in
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
-SOURCE = {"content-type": "text/plain"}
 REFUSED = """
 import anthropic, openai
 hi = [{"role": "user", "content": "hi"}]
@@ -105,13 +104,6 @@ def spending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         assert running.stop() == 0, running.log()
 
 
-async def ask(caller: aiohttp.ClientSession, daemon: Daemon, source: str) -> tuple[str, str]:
-    async with caller.post(f"{daemon.url}/agents/sdk", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        assert answer.status == 200, text + daemon.log()
-        return text, answer.headers["X-Clrk-Invocation-ID"]
-
-
 def account(daemon: Daemon, key: str = "agent:default/sdk", rule_number: int = 3) -> dict[str, int]:
     """The day's tokens of one rule."""
     items = json.loads(daemon.clrk("budgets", "-o", "json"))
@@ -122,7 +114,7 @@ def account(daemon: Daemon, key: str = "agent:default/sdk", rule_number: int = 3
 async def test_the_sdks_raise_what_they_raise_for_a_provider_that_refuses(
     spending: Daemon, caller: aiohttp.ClientSession
 ) -> None:
-    text, invocation = await ask(caller, spending, REFUSED)
+    text, invocation = await invoke(caller, spending, "sdk", REFUSED)
     claude, gpt, image = [json.loads(line) for line in text.splitlines()[:3]]
     for name, status, message, retry_after, should_retry in (claude, gpt):
         assert (name, status, should_retry) == ("RateLimitError", 429, "false")
@@ -154,7 +146,7 @@ async def test_the_sdks_raise_what_they_raise_for_a_provider_that_refuses(
 async def test_a_stream_that_overruns_is_cut_and_the_sdk_raises(
     spending: Daemon, caller: aiohttp.ClientSession
 ) -> None:
-    text, invocation = await ask(caller, spending, CUT)
+    text, invocation = await invoke(caller, spending, "sdk", CUT)
     name, message, seen = json.loads(text)
     assert name == "APIError"
     assert "maxTokensPerExecution is reached in the midst of this answer" in message
@@ -165,7 +157,7 @@ async def test_a_stream_that_overruns_is_cut_and_the_sdk_raises(
 
 
 async def test_a_hundred_calls_at_once_do_not_pass_the_limit(spending: Daemon, caller: aiohttp.ClientSession) -> None:
-    text, invocation = await ask(caller, spending, CROWD)
+    text, invocation = await invoke(caller, spending, "sdk", CROWD)
     statuses = json.loads(text)
     assert len(statuses) == 100
     assert 200 in statuses
@@ -187,10 +179,10 @@ async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, cal
         daemon = make_daemon(tmp_path, providers, "bk")
         daemon.start()
         try:
-            text, _ = await ask(caller, daemon, ONE)
+            text, _ = await invoke(caller, daemon, "sdk", ONE)
             used = account(daemon)["used"]
             assert used == int(text)
-            hanging = asyncio.ensure_future(ask(caller, daemon, HANGING))
+            hanging = asyncio.ensure_future(invoke(caller, daemon, "sdk", HANGING))
             await until(lambda: account(daemon)["reserved"] > 16_000, daemon)
             reserved = account(daemon)["reserved"]
             before = daemon.gateway_pid()
@@ -203,7 +195,7 @@ async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, cal
             daemon.kill()
             daemon.start()
             assert account(daemon)["used"] == used + reserved
-            more, _ = await ask(caller, daemon, ONE)
+            more, _ = await invoke(caller, daemon, "sdk", ONE)
             assert account(daemon)["used"] == used + reserved + int(more)
         finally:
             daemon.stop()

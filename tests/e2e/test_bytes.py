@@ -9,7 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from stack import ROOT, Daemon, StandIn
+from stack import ROOT, Daemon, StandIn, invoke
 
 sys.path.insert(0, str(ROOT / "examples/standin"))
 from internal_api import blob
@@ -17,7 +17,6 @@ from internal_api import blob
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 SIZE = 64 * 2**20
-SOURCE = {"content-type": "text/plain"}
 
 # The agent makes the same bytes as the stand-in does, so that each side hashes what it sent and what it got.
 BLOB = (Path(ROOT) / "examples/standin/internal_api.py").read_text()
@@ -69,13 +68,6 @@ def expected() -> dict[str, object]:
     return {"bytes": SIZE, "sha256": digest.hexdigest()}
 
 
-async def run(caller: aiohttp.ClientSession, daemon: Daemon, source: str) -> tuple[str, str]:
-    async with caller.post(f"{daemon.url}/agents/python", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        assert answer.status == 200, text + daemon.log()
-        return text, answer.headers["X-Clrk-Invocation-ID"]
-
-
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "plain"])
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "length"])
 @pytest.mark.parametrize("direction", ["down", "up"])
@@ -83,7 +75,9 @@ async def test_64_mib_arrive_unchanged(
     daemon: Daemon, caller: aiohttp.ClientSession, *, direction: str, chunked: bool, tls: bool
 ) -> None:
     settings = f"SIZE = {SIZE}; CHUNKED = {chunked}; TLS = {tls}\n"
-    text, invocation_id = await run(caller, daemon, settings + BLOB_SOURCE + (DOWN if direction == "down" else UP))
+    text, invocation_id = await invoke(
+        caller, daemon, "python", settings + BLOB_SOURCE + (DOWN if direction == "down" else UP)
+    )
     assert json.loads(text) == expected() | {"framing": "chunked" if chunked else "length"}
     (span,) = [span for span in daemon.spans_when_complete(invocation_id) if span["kind"] == "SPAN_KIND_CLIENT"]
     counted = span["attributes"]["clrk.resp.bytes" if direction == "down" else "clrk.req.bytes"]
@@ -94,7 +88,7 @@ async def test_64_mib_arrive_unchanged(
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "plain"])
 async def test_events_arrive_one_by_one(daemon: Daemon, caller: aiohttp.ClientSession, *, tls: bool) -> None:
     """500 events 1 ms apart: had they been gathered, the typical delay would be a good part of the half second."""
-    text, _ = await run(caller, daemon, f"COUNT = 500; TLS = {tls}\n" + BLOB_SOURCE + EVENTS)
+    text, _ = await invoke(caller, daemon, "python", f"COUNT = 500; TLS = {tls}\n" + BLOB_SOURCE + EVENTS)
     delays_ms = [delay / 1e6 for delay in json.loads(text)]
     assert len(delays_ms) == 500
     assert statistics.median(delays_ms) < 20, delays_ms
@@ -112,7 +106,7 @@ while piece := sock.recv(65536):
     answer += piece
 print(answer.partition(b'\\r\\n\\r\\n')[2].decode())
 """
-    text, _ = await run(caller, daemon, source)
+    text, _ = await invoke(caller, daemon, "python", source)
     echoed = json.loads(text[text.index("{") : text.rindex("}") + 1])
     assert echoed["target"] == "/echo?a=%2f;b=%C3%A9"
     names = [name for name, _ in echoed["headers"] if name.lower() not in ("connection", "traceparent", "tracestate")]

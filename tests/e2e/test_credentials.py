@@ -14,12 +14,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 from instances import DEADLINE_S, instance
-from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, stand_in
+from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, invoke, stand_in
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 EVENT = {"content-type": "application/json"}
-SOURCE = {"content-type": "text/plain"}
 # Of no shape that redaction knows by itself.
 KEYS = {host: f"real{secrets.token_hex(16)}" for host in ("api.openai.com", "api.anthropic.com")}
 BEDROCK = "bedrock-runtime.us-east-1.amazonaws.com"
@@ -122,13 +121,6 @@ def places_of(daemon: Daemon, *values: str) -> list[str]:
     return [f"{path}: {value[:4]}…" for path in files for value in values if value.encode() in path.read_bytes()]
 
 
-async def ask(caller: aiohttp.ClientSession, keyed: Keyed, source: str, name: str = "python") -> tuple[str, str]:
-    async with caller.post(f"{keyed.daemon.url}/agents/{name}", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        assert answer.status == 200, text + keyed.daemon.log()
-        return text, answer.headers["X-Clrk-Invocation-ID"]
-
-
 async def test_official_sdks_with_placeholder_keys_reach_providers_that_demand_the_real_ones(
     keyed: Keyed, caller: aiohttp.ClientSession
 ) -> None:
@@ -164,7 +156,7 @@ print(any('messageStop' in event for event in events))
 async def test_boto3_with_placeholder_keys_reaches_a_bedrock_that_checks_signatures(
     keyed: Keyed, caller: aiohttp.ClientSession
 ) -> None:
-    text, invocation = await ask(caller, keyed, BOTO, "boto")
+    text, invocation = await invoke(caller, keyed.daemon, "boto", BOTO)
     assert text.split() == ["200", "True"]
     seen = [one["headers"] for one in keyed.providers.seen() if one["host"] == BEDROCK]
     assert [headers["x-amz-security-token"] for headers in seen] == [[AWS["sessionToken"]]] * 2
@@ -178,21 +170,21 @@ async def test_boto3_with_placeholder_keys_reaches_a_bedrock_that_checks_signatu
 
 async def test_a_key_is_nowhere_in_the_sandbox(keyed: Keyed, caller: aiohttp.ClientSession) -> None:
     for key in KEYS.values():
-        text, _ = await ask(caller, keyed, SEARCH.replace("HEX", key[:20].encode().hex()))
+        text, _ = await invoke(caller, keyed.daemon, "python", SEARCH.replace("HEX", key[:20].encode().hex()))
         assert text.strip() == "False placeholder ['/tmp/control'] True"
 
 
 async def test_rotation_wrong_and_missing_keys(keyed: Keyed, caller: aiohttp.ClientSession) -> None:
-    text, _ = await ask(caller, keyed, CALL.replace("HOST", "api.openai.com"))
+    text, _ = await invoke(caller, keyed.daemon, "python", CALL.replace("HOST", "api.openai.com"))
     assert text.split() == ["200"]
     keyed.key_file.write_text(ROTATED)
     keyed.daemon.clrk("apply")
-    text, refused = await ask(caller, keyed, CALL.replace("HOST", "api.openai.com"))
+    text, refused = await invoke(caller, keyed.daemon, "python", CALL.replace("HOST", "api.openai.com"))
     assert text.split() == ["401"]  # the provider says so, and the wrong key with it
     assert keyed.providers.seen()[-1]["headers"]["authorization"] == [f"Bearer {ROTATED}"]
     keyed.key_file.write_text(KEYS["api.openai.com"])
     keyed.daemon.clrk("apply")
-    text, missing = await ask(caller, keyed, CALL.replace("HOST", "files.internal"))
+    text, missing = await invoke(caller, keyed.daemon, "python", CALL.replace("HOST", "files.internal"))
     problem = json.loads(text.removeprefix("502 "))
     assert problem["reason"] == "credential_missing"
     assert "Secret default/nobody-declared-it, key 'token'" in problem["detail"]
@@ -206,7 +198,7 @@ async def test_rotation_wrong_and_missing_keys(keyed: Keyed, caller: aiohttp.Cli
 
 
 async def test_the_page_and_the_client_do_not_show_it(keyed: Keyed, caller: aiohttp.ClientSession) -> None:
-    text, invocation = await ask(caller, keyed, CALL.replace("HOST", "api.openai.com"))
+    text, invocation = await invoke(caller, keyed.daemon, "python", CALL.replace("HOST", "api.openai.com"))
     assert text.split() == ["200"]
     keyed.daemon.spans_when_complete(invocation)
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())

@@ -10,12 +10,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from stack import Daemon, StandIn
+from stack import Daemon, StandIn, invoke
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 AGENTS = Path(__file__).parent / "agents"
-SOURCE = {"content-type": "text/plain"}
 GEMINI, BEDROCK = "generativelanguage.googleapis.com", "bedrock-runtime.us-east-1.amazonaws.com"
 HAIKU = "us.anthropic.claude-haiku-4-5-20251001-v1:0"
 NOVA = "arn:aws:bedrock:us-east-1:123456789012:inference-profile/us.amazon.nova-lite-v1:0"
@@ -26,10 +25,8 @@ Spans = list[dict[str, Any]]
 
 async def run(daemon: Daemon, caller: aiohttp.ClientSession, agent: str, source: str) -> tuple[dict[str, Any], Spans]:
     """Run a source in a sandbox; return what it printed, and its calls in the order in which they began."""
-    async with caller.post(f"{daemon.url}/agents/{agent}", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        assert answer.status == 200, (text, daemon.log())
-        spans = daemon.spans_when_complete(answer.headers["X-Clrk-Invocation-ID"])
+    text, invocation = await invoke(caller, daemon, agent, source)
+    spans = daemon.spans_when_complete(invocation)
     calls = [span for span in spans if span["kind"] == "SPAN_KIND_CLIENT"]
     return json.loads(text), sorted(calls, key=lambda span: span["start_time_unix_nano"])
 

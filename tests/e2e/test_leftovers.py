@@ -12,11 +12,10 @@ import aiohttp
 import pytest
 from instances import DEADLINE_S, instance
 from leftovers import difference, footprint, settled
-from stack import Daemon, StandIn, agent, egress
+from stack import SOURCE, Daemon, StandIn, agent, egress, invoke
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e, pytest.mark.alone]
 
-SOURCE = {"content-type": "text/plain"}
 RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"
 
 
@@ -34,15 +33,8 @@ def own(tmp_path: Path, providers: StandIn) -> Iterator[Daemon]:
     assert after.cgroups == 0
 
 
-async def invoke(caller: aiohttp.ClientSession, daemon: Daemon, source: str) -> str:
-    async with caller.post(f"{daemon.url}/agents/shell", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        assert answer.status == 200, text + daemon.log()
-        return text
-
-
 async def works(caller: aiohttp.ClientSession, daemon: Daemon) -> None:
-    assert '"order": "1042"' in await invoke(caller, daemon, "curl -sS http://tools.internal/orders/1042")
+    assert '"order": "1042"' in (await invoke(caller, daemon, "shell", "curl -sS http://tools.internal/orders/1042"))[0]
 
 
 async def test_two_hundred_invocations_leave_nothing(own: Daemon, caller: aiohttp.ClientSession) -> None:
@@ -138,7 +130,7 @@ async def test_sigterm_waits_for_the_running_one(
     """Drain: the running invocation ends well, new ones are refused, then the daemon leaves with 0."""
     gate = secrets.token_hex(4)
     source = f"curl -sS http://tools.internal/gate/{gate}"
-    running = asyncio.create_task(invoke(caller, own, source))
+    running = asyncio.create_task(invoke(caller, own, "shell", source))
     headers = {"host": "tools.internal"}
     async with caller.get(f"http://{providers.plain}/gate/{gate}/arrived/1", headers=headers) as answer:
         assert answer.status == 200

@@ -11,11 +11,10 @@ import pytest
 import yaml
 from instances import DEADLINE_S, instance
 from span_contract import violations
-from stack import RUN_PYTHON, Daemon, StandIn, agent, document, egress
+from stack import RUN_PYTHON, Daemon, StandIn, agent, document, egress, invoke
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
-SOURCE = {"content-type": "text/plain"}
 WORK = """
 import urllib.request
 for url in ('http://tools.internal/orders/1042?x=1', 'https://files.internal/x'):
@@ -73,13 +72,6 @@ def reload(daemon: Daemon, documents: list[dict]) -> None:
     daemon.clrk("apply")
 
 
-async def ask(caller: aiohttp.ClientSession, daemon: Daemon, source: str) -> tuple[list[str], str]:
-    async with caller.post(f"{daemon.url}/agents/python", data=source, headers=SOURCE) as answer:
-        text = await answer.text()
-        assert answer.status == 200, text + daemon.log()
-        return text.splitlines(), answer.headers["X-Clrk-Invocation-ID"]
-
-
 def lines_of(daemon: Daemon) -> list[str]:
     logs = daemon.clrk("agents", "logs", "watcher", "-o", "json", "--tail", "10000").splitlines()
     return [json.loads(line)["line"] for line in logs]
@@ -98,8 +90,8 @@ def wait_for(daemon: Daemon, line: str, after: int) -> list[str]:
 
 async def test_from_record_to_enforce(recording: tuple[Daemon, list[dict]], caller: aiohttp.ClientSession) -> None:
     daemon, documents = recording
-    first, invocation = await ask(caller, daemon, WORK)
-    assert len(first) == 2
+    first, invocation = await invoke(caller, daemon, "python", WORK)
+    assert len(first.splitlines()) == 2
     spans = daemon.spans_when_complete(invocation)
     assert list(violations(spans)) == []
     marked = [span for span in spans if span["attributes"].get("clrk.egress.would_deny") == "no_rule"]
@@ -118,11 +110,10 @@ async def test_from_record_to_enforce(recording: tuple[Daemon, list[dict]], call
     seen = len(lines_of(daemon))
     reload(daemon, [gateway, *documents[1:], *suggested])
 
-    assert await ask(caller, daemon, WORK) != (first, invocation)
-    again, _ = await ask(caller, daemon, WORK)
+    again, _ = await invoke(caller, daemon, "python", WORK)
     assert again == first
-    denied, _ = await ask(caller, daemon, ELSEWHERE)
-    assert denied == ["no such name"]
+    denied, _ = await invoke(caller, daemon, "python", ELSEWHERE)
+    assert denied == "no such name\n"
     daemon.clrk("policy", "explain", "python", "GET", "http://tools.internal/orders/9")
     told = json.loads(
         daemon.clrk("policy", "explain", "python", "POST", "http://tools.internal/x", "-o", "json", code=1)

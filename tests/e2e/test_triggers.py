@@ -12,11 +12,10 @@ import pytest
 from cloudevents.core.bindings.http import HTTPMessage, from_structured, to_binary, to_structured
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
-from stack import Daemon
+from stack import SOURCE, Daemon
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
-SOURCE = {"content-type": "text/plain"}
 FORMAT = JSONFormat()
 
 
