@@ -5,7 +5,6 @@ Everything belongs to one instance name and one temporary folder; nothing of ano
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -210,8 +209,8 @@ async def invoke(caller: aiohttp.ClientSession, daemon: Daemon, name: str, sourc
         text = await answer.text()
     invocation_id = answer.headers.get("X-Clrk-Invocation-ID", "")
     if answer.status != 200:
-        said = await asyncio.to_thread(daemon.clrk, "agents", "logs", f"{name}/{invocation_id}") if invocation_id else ""
-        pytest.fail(f"{answer.status} {text}\n{said[-6000:]}\n{daemon.log()}")
+        logs = [daemon.clrk("agents", "logs", f"{name}/{invocation_id}")[-6000:]] if invocation_id else []
+        pytest.fail("\n".join([f"{answer.status} {text}", *logs, daemon.log()]))
     return text, invocation_id
 
 
