@@ -236,11 +236,12 @@ def _may_be_mcp_stream(head: RequestHead) -> bool:
     return head.method == "DELETE" and head.header("mcp-session-id") is not None
 
 
-def find_client_errors(head: RequestHead, hosts: KnownHosts = _TABLE) -> Dialect | None:
-    """Return who words errors for the SDK that sent a request, by its host or path; None where that says nothing."""
-    if (provider := hosts.provider(head.host)) is not None:
-        return find_error_writer(provider, head)
-    return next((api.dialect(head) for api in _apis_at(head.path) if api.elsewhere is not None), None)
+def find_client_errors(head: RequestHead, hosts: KnownHosts = _TABLE) -> Dialect:
+    """Return who words errors for the SDK that sent a request, by its host or path; OpenAI's dialect otherwise."""
+    provider = hosts.provider(head.host)
+    if provider is None and (apis := [api for api in _apis_at(head.path) if api.elsewhere is not None]):
+        return apis[0].dialect(head)
+    return find_error_writer(provider, head)
 
 
 def find_error_writer(provider: Provider | None, head: RequestHead) -> Dialect:

@@ -57,14 +57,16 @@ class GuardedGovernor:
         return self._inner is not None and self._inner.decodes_response
 
     def judge(self, body: bytes) -> Answer | None:
-        """See Governor."""
+        """See Governor. Raises: RefusedError; where the gateway only watches, an Answer that nobody is given."""
         if self._inner is not None:
             self._judged = True
             try:
                 return self._inner.judge(body)
             except Exception:  # as above
                 self._failed("judging a call")
-        return Answer(503, "text/plain; charset=utf-8", f"clrk: {_MESSAGE}\n".encode(), _REASON, _MESSAGE)
+        if self._enforces:
+            raise RefusedError(503, _REASON, _MESSAGE)
+        return Answer(503, "", b"", _REASON, _MESSAGE)
 
     def rewrite_request(self, body: bytes) -> bytes:
         """See Governor. Raises: RefusedError; nothing has gone out yet."""

@@ -15,7 +15,11 @@ import pytest
 from botocore.exceptions import ClientError
 from egress_lab import aliased, laboratory, upstream
 from google import genai
+from google.genai.errors import APIError as GoogleApiError
 from google.genai.errors import ClientError as GoogleError
+from test_egress_governor import Judge
+
+from clrk.gateway.govern import Govern
 
 pytestmark = pytest.mark.usefixtures("brief_linger")
 
@@ -64,15 +68,17 @@ CLIENTS = [
 ]
 
 
-async def _refusal(host: str, line: str, rules: list[dict[str, Any]], gateway: dict[str, Any]) -> bytes:
+async def _refusal(
+    host: str, line: str, rules: list[dict[str, Any]], gateway: dict[str, Any], govern: Govern | None = None
+) -> bytes:
     """Return the gateway's own answer to a request over TLS."""
-    async with laboratory(gateway=gateway, rules=rules, recognise="real") as lab:
+    async with laboratory(gateway=gateway, rules=rules, recognise="real", govern=govern) as lab:
         wire = await lab.dial_tls(host)
         head = f"{line} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
         return await wire.ask(head.encode() + b"{}")
 
 
-async def _raised(raw: bytes, client: Callable[[str], None], error: type[Exception]) -> Exception:
+async def _raised(raw: bytes, client: Callable[[str], None], error: Any) -> Exception:
     """Return what an SDK raises when it gets an answer."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -118,7 +124,36 @@ async def test_an_upstream_that_is_down_is_said_in_the_sdks_exception():
     assert json.loads(raw.partition(b"\r\n\r\n")[2])["reason"] == "connection_refused"
 
 
-async def test_other_hosts_get_the_problem_document_alone():
-    raw = await _refusal("tools.internal", "GET /v1/models", [{"hostnames": ["tools.internal"], "ports": [80]}], {})
+async def test_a_host_that_nobody_declared_is_answered_in_words_that_openais_sdk_shows():
+    """Which SDK asks a host that is no known provider, and not by the path of an API of models, nothing says."""
+    raw = await _refusal("llm.internal", "GET /v1/models", [{"hostnames": ["llm.internal"], "ports": [80]}], {})
     found = json.loads(raw.partition(b"\r\n\r\n")[2])
-    assert set(found) == {"type", "title", "status", "detail", "reason", "invocation_id", "add_rule"}
+    said = str(await _raised(raw, _openai, openai.PermissionDeniedError))
+    assert said.startswith("Error code: 403 - clrk: GET llm.internal:443 is not allowed (port_not_allowed)")
+    assert found["add_rule"] in said
+    assert {"type", "title", "status", "detail", "reason", "invocation_id"} < set(found)
+
+
+_ANY_STATUS = (openai.APIStatusError, anthropic.APIStatusError, GoogleApiError, ClientError)
+
+
+def _broken(*_: object) -> None:
+    raise ValueError("a bug of ours")
+
+
+@pytest.mark.parametrize(
+    "govern",
+    [
+        pytest.param(_broken, id="finding"),
+        pytest.param(lambda *_: Judge(fails="judge"), id="judging"),
+        pytest.param(lambda *_: Judge(fails="rewrite_request"), id="rewriting"),
+    ],
+)
+@pytest.mark.parametrize(("host", "line", "client", "_error"), CLIENTS)
+async def test_the_sdks_exception_says_that_a_governor_broke(host, line, client, _error, govern):
+    raw = await _refusal(host, line, [{"hostnames": [host]}], {}, govern)
+    assert raw.startswith(b"HTTP/1.1 503 ")
+    found = json.loads(raw.partition(b"\r\n\r\n")[2])
+    assert found["reason"] == "governor_failed"
+    said = str(await _raised(raw, client, _ANY_STATUS))
+    assert f"clrk: {found['detail']}" in said
