@@ -156,11 +156,11 @@ def _values_of(credential: Credential, values: SecretValues) -> Mapping[str, str
     found: dict[str, str] = {}
     for key in (*credential.keys, *credential.optional_keys):
         value = values.get(credential.secret, key)
+        if value is None and key in credential.optional_keys:
+            continue
         if not value:
-            if key in credential.optional_keys:
-                continue
-            what = "is not declared, or has no such key" if value is None else "is empty"
-            message = f"Secret {credential.secret}, key {key!r}, {what}; declare it and reload (clrk apply)"
+            what = "has no value" if value is None else "is empty"
+            message = f"Secret {credential.secret}, key {key!r}, {what}; declare it, or mend its source, and reload"
             raise CredentialError("credential_missing", f"{_who(credential)}: {message}")
         if not isinstance(credential.target, QueryParamTarget) and _CARRIED.fullmatch(value) is None:
             message = f"Secret {credential.secret}, key {key!r}, holds what no header can carry, such as a line break"

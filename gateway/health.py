@@ -16,7 +16,7 @@ from clrk.gateway.telemetry.store import StoreError
 @dataclass(frozen=True, slots=True)
 class DaemonHealth:
     """How the daemon stands. reload_problems are those of the last reload, empty when it was taken;
-    reload_notes say what of it waits for the next start.
+    reload_notes say what of it waits for the next start, and what is valid but can not be meant.
 
     Shape: generation counts the configurations that were taken, refusals the reloads that were not.
     """
@@ -54,7 +54,7 @@ class RuntimeNews:
         self.problems = problems
 
     def take(self, generation: int, notes: list[str] | None = None) -> None:
-        """Note a configuration that is in force, and what of it is not yet."""
+        """Note a configuration that is in force, and what there is to say of it."""
         self.generation = generation
         self.problems, self.notes = [], notes or []
 

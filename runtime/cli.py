@@ -16,11 +16,9 @@ from clrk.core.errors import ClrkError, ConfigError
 from clrk.core.layout import HostLayout
 from clrk.core.resources import RuntimeSpec
 from clrk.core.route_resources import AIProviderRoute, MCPRoute
-from clrk.runtime.config.budgets import shared_accounts
-from clrk.runtime.config.credentials import missing_credentials
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.config.load import DEFAULT_PATH, load
-from clrk.runtime.config.tools import idle_tool_policies
+from clrk.runtime.config.notes import notes_of
 
 EXIT_FAILED: Final = 1
 EXIT_INVALID: Final = 2
@@ -168,8 +166,7 @@ def _summarise(resources: Resources) -> list[str]:
         )
     for (namespace, name), values in sorted(resources.secrets.items()):
         lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
-    notes = (*missing_credentials(resources), *shared_accounts(resources), *idle_tool_policies(resources))
-    lines += [f"  note: {note}" for note in notes]
+    lines += [f"  note: {note}" for note in notes_of(resources)]
     if not resources.agents and not resources.daemons:
         lines.append("  no agent is declared")
     return lines

@@ -24,6 +24,7 @@ from clrk.runtime import ca
 from clrk.runtime.cgroup import Cgroups
 from clrk.runtime.config.declared import Resources
 from clrk.runtime.config.load import load
+from clrk.runtime.config.notes import notes_of
 from clrk.runtime.gateway_config import build_gateway_config
 from clrk.runtime.gateway_process import GatewayProcess
 from clrk.runtime.gateway_supervisor import GatewaySupervisor
@@ -131,6 +132,8 @@ class _Daemon:
         stack.push_async_callback(supervisor.runs.stop_all)
         _LOG.info("ingress on http://%s, health on http://%s", *map(format_address, listeners.tcp()))
         _LOG.info("for `clrk`: %s", self._layout.admin_socket)
+        for note in notes_of(self._resources):
+            _LOG.warning("%s", note)
         return supervisor
 
     # --- signals ----------------------------------------------------------------------------------------------------
@@ -193,9 +196,9 @@ class _Daemon:
                 await supervisor.refuse_reload([str(exc)])
                 continue
             notes = [_RUNTIME_CHANGED] if loaded.runtime != self._resources.runtime else []
-            for note in notes:
-                _LOG.warning("reload: %s", note)
             self._resources = loaded.with_runtime(self._resources.runtime)
+            for note in (*notes, *notes_of(self._resources)):
+                _LOG.warning("reload: %s", note)
             try:
                 await supervisor.reload(self._resources, notes)
             except HostError as exc:  # the gateway of now does not know; the next one begins with these resources

@@ -10,7 +10,7 @@ from pyroute2 import IPRoute
 from clrk.core.errors import HostError
 from clrk.core.gateway_config import GatewayConfig
 from clrk.runtime.ca import Authorities
-from clrk.runtime.config.declared import Resources
+from clrk.runtime.config.declared import Key, Resources
 
 
 def build_gateway_config(resources: Resources, authorities: Authorities) -> GatewayConfig:
@@ -37,12 +37,19 @@ def build_gateway_config(resources: Resources, authorities: Authorities) -> Gate
 
 
 def _outgoing_secrets(resources: Resources) -> dict[str, dict[str, str]]:
-    named = {(space, policy.spec.secret_ref.name) for (space, _), policy in resources.credential_policies.items()}
+    """Return the values that go out in calls. One that may be left out, and can not be read, is empty: calls fail."""
+    named: dict[Key, set[str]] = {}
+    for (space, _), policy in resources.credential_policies.items():
+        named.setdefault((space, policy.spec.secret_ref.name), set()).update(policy.spec.optional_keys)
     for (space, _), gateway in resources.gateways.items():
         proxy = gateway.spec.upstream_proxy
         if proxy is not None and proxy.secret_ref is not None:
-            named.add((space, proxy.secret_ref.name))
-    return {"/".join(key): dict(resources.secrets[key]) for key in sorted(named) if key in resources.secrets}
+            named.setdefault((space, proxy.secret_ref.name), set())
+    return {
+        "/".join(key): {**resources.secrets[key], **dict.fromkeys(optional & resources.unread.get(key, {}).keys(), "")}
+        for key, optional in sorted(named.items())
+        if key in resources.secrets
+    }
 
 
 def open_memfd(config: GatewayConfig) -> int:

@@ -28,6 +28,7 @@ from clrk.core.messages import (
     StopRun,
 )
 from clrk.runtime.config.declared import Resources
+from clrk.runtime.config.notes import notes_of
 from clrk.runtime.control_channel import ChannelClosedError, ControlChannel
 from clrk.runtime.gateway_config import open_memfd
 from clrk.runtime.gateway_process import GatewayProcess, RestartDelay
@@ -40,7 +41,7 @@ _STOP_GRACE_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.3  # for a gateway that ends by itself to log why
 _COUNTERS_INTERVAL_S: Final = 1.0
 _MAX_PROBLEMS: Final = 64
-_MAX_PROBLEM_CHARS: Final = 512  # 64 of them fit a packet, in whatever script
+_MAX_PROBLEM_BYTES: Final = 512  # 64 of them fit a packet
 
 
 class GatewaySupervisor:
@@ -119,9 +120,8 @@ class GatewaySupervisor:
     async def refuse_reload(self, problems: Sequence[str]) -> None:
         """Tell the gateway why a reload changed nothing, for those who ask there."""
         if self._live is not None:
-            told = [problem[:_MAX_PROBLEM_CHARS] for problem in problems[:_MAX_PROBLEMS]]
             with contextlib.suppress(ChannelClosedError):  # run() buries it; the log has the problems
-                await self._live.send(ReloadRefused(told))
+                await self._live.send(ReloadRefused(_told(problems)))
 
     async def drain(self) -> None:
         """Ask the gateway to refuse new invocations; `drained` is set when none is left, or there is no gateway."""
@@ -198,7 +198,7 @@ class GatewaySupervisor:
         sockets = self._listeners
         rest = (self._flows_fd, sockets.ingress.fileno(), sockets.admin_unix.fileno(), sockets.admin_tcp.fileno())
         try:
-            message = Configure(PROTOCOL_VERSION, generation, list(notes))
+            message = Configure(PROTOCOL_VERSION, generation, _told([*notes, *notes_of(resources)]))
             await channel.send(message, (memfd, *(rest if first else ())))
         finally:
             os.close(memfd)
@@ -226,3 +226,10 @@ class GatewaySupervisor:
             except ClrkError as exc:  # telemetry only
                 _LOG.warning("kernel counters: %s", exc)
             await asyncio.sleep(_COUNTERS_INTERVAL_S)
+
+
+def _told(lines: Sequence[str]) -> list[str]:
+    """Return what the gateway is told of them. Names of files hold whatever bytes: what is no text becomes `?`."""
+    return [
+        line.encode("utf-8", "replace")[:_MAX_PROBLEM_BYTES].decode("utf-8", "ignore") for line in lines[:_MAX_PROBLEMS]
+    ]

@@ -38,7 +38,7 @@ def show_status(admin: Admin, args: argparse.Namespace) -> int:
         ("dropped", _drops(store["counters"]) or "nothing"),
     ]
     facts += [("reload refused", problem) for problem in configuration["problems"]]
-    facts += [("not yet", note) for note in configuration["notes"]]
+    facts += [("note", note) for note in configuration["notes"]]
     facts += [(f"export {exporter['name']}", _exporter(exporter)) for exporter in status["exporters"]]
     facts += [(f"kernel {name}", count) for name, count in sorted(status["kernel"].items()) if count]
     terminal.write_table(("FACT", "VALUE"), facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeVar
 
@@ -39,7 +40,7 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
     """Check the documents against each other and the host, and read the files they name. Findings go to problems."""
     unique = _drop_duplicates(declared, problems)
     gateways = _of_kind(unique, EgressGateway)
-    secrets = {one.key: _read_secret(one, spec, environ, problems) for one, spec in _pairs(unique, Secret)}
+    read = {one.key: _read_secret(one, spec, environ, problems) for one, spec in _pairs(unique, Secret)}
     upstream_ca_pem = {}
     for one, gateway in _pairs(unique, EgressGateway):
         check_otlp(one, gateway, problems)
@@ -48,7 +49,7 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
     tasks, daemons = _of_kind(unique, TaskAgent), _of_kind(unique, DaemonAgent)
     agents: list[tuple[Declared, Agent]] = [*_pairs(unique, TaskAgent), *_pairs(unique, DaemonAgent)]
     for one, agent in agents:
-        _check_agent(one, agent, gateways, secrets, problems)
+        _check_agent(one, agent, gateways, read, problems)
         for where, text in find_bad_mounts(agent, (*tasks.values(), *daemons.values())):
             problems.add_at(one, where, text)
     referring: list[tuple[Declared, EgressL4Route | AIProviderRoute | MCPRoute]] = [
@@ -65,7 +66,8 @@ def resolve(declared: Iterable[Declared], environ: Mapping[str, str], problems: 
         daemons=daemons,
         gateways=gateways,
         routes=_of_kind(unique, EgressL4Route),
-        secrets=secrets,
+        secrets={key: secret.values for key, secret in read.items()},
+        unread={key: secret.unread for key, secret in read.items() if secret.unread},
         upstream_ca_pem=upstream_ca_pem,
         jwks_files=_read_key_sets(unique, problems),
         environment_files=read_environment_files(environ, problems),
@@ -120,7 +122,7 @@ def _check_agent(
     one: Declared,
     agent: Agent,
     gateways: Mapping[Key, EgressGateway],
-    secrets: Mapping[Key, Mapping[str, str]],
+    secrets: Mapping[Key, ReadSecret],
     problems: Problems,
 ) -> None:
     for index, ref in enumerate(agent.spec.egress_refs):  # without egressRefs: "default", or everything is denied
@@ -141,7 +143,7 @@ def _check_agent(
             problems.add_at(one, (*path, "path"), f"{mount.path} is already taken by mounts[{other}]")
 
 
-def _check_env(one: Declared, spec: AgentSpec, secrets: Mapping[Key, Mapping[str, str]], problems: Problems) -> None:
+def _check_env(one: Declared, spec: AgentSpec, secrets: Mapping[Key, ReadSecret], problems: Problems) -> None:
     namespace = one.key[0]
     taken: dict[str, int] = {}
     for index, variable in enumerate(spec.template.spec.env):
@@ -155,15 +157,17 @@ def _check_env(one: Declared, spec: AgentSpec, secrets: Mapping[Key, Mapping[str
         if variable.value_from is None:
             continue
         ref, path = variable.value_from.secret_key_ref, (*path, "valueFrom", "secretKeyRef")
-        values = secrets.get((namespace, ref.name))
-        if values is None and ("Secret", namespace, ref.name) in problems.broken:
+        secret = secrets.get((namespace, ref.name))
+        if secret is None and ("Secret", namespace, ref.name) in problems.broken:
             continue
-        if values is None:
+        if secret is None:
             names = [name for space, name in secrets if space == namespace]
             text = f"no Secret {ref.name!r} in namespace {namespace!r}{nearest(ref.name, names)}"
             problems.add_at(one, (*path, "name"), text)
-        elif ref.key not in values:
-            text = f"Secret {ref.name!r} has no key {ref.key!r}{nearest(ref.key, values)}"
+        elif (why := secret.unread.get(ref.key)) is not None:
+            problems.add_at(one, (*path, "key"), f"Secret {ref.name!r} has no value of {ref.key!r}: {why}")
+        elif ref.key not in secret.values:
+            text = f"Secret {ref.name!r} has no key {ref.key!r}{nearest(ref.key, secret.values)}"
             problems.add_at(one, (*path, "key"), text)
 
 
@@ -237,25 +241,38 @@ def _read_ca(one: Declared, gateway: EgressGateway, problems: Problems) -> str |
 # --- Secret ---------------------------------------------------------------------------------------------------------
 
 
-def _read_secret(one: Declared, secret: Secret, environ: Mapping[str, str], problems: Problems) -> dict[str, str]:
-    """Return the values of a Secret; a key that could not be read has an empty value, so that refs to it still hold."""
-    values = dict(secret.data)
+@dataclass(frozen=True, slots=True)
+class ReadSecret:
+    """The values of a Secret, and of each key that has none: where it should come from, and why it does not."""
+
+    values: dict[str, str] = field(repr=False)
+    unread: dict[str, str]
+
+
+def _read_secret(one: Declared, secret: Secret, environ: Mapping[str, str], problems: Problems) -> ReadSecret:
+    """Read the values of a Secret. What is not there is no mistake: it fails the calls that need it (CONTRACT 12)."""
+    values, unread = dict(secret.data), dict[str, str]()
     for source, written in (("fromFile", secret.from_file), ("fromEnv", secret.from_env)):
         for key, name in written.items():
-            path = (source, key)
-            if key in values:
-                problems.add_at(one, path, "this key is already given")
-            elif source == "fromEnv":
-                if name not in environ:
-                    problems.add_at(one, path, f"the runtime's environment has no {name}")
-                values[key] = environ.get(name, "")
-            else:  # an editor ends a file with a newline, which is never meant to be part of a token
-                values[key] = (_read_text(one, path, FilePath(name), problems) or "").removesuffix("\n")
+            if key in values or key in unread:
+                problems.add_at(one, (source, key), "this key is already given")
+                continue
+            try:
+                # An editor ends a file with a newline, which is never meant to be part of a token.
+                read = environ[name] if source == "fromEnv" else _read_file(FilePath(name)).removesuffix("\n")
+            except KeyError:
+                unread[key] = f"{source}.{key}: the runtime's environment has no {name}"
+            except OSError as exc:
+                unread[key] = f"{source}.{key}: {exc.strerror}: {name}"
+            except ValueError as exc:
+                problems.add_at(one, (source, key), f"{exc}: {name}")
+            else:
+                values[key] = read
     for key, value in values.items():
         if (what := _unusable(value)) is not None:
             source = next(name for name in ("data", "fromFile", "fromEnv") if one.document.value.get(name, {}).get(key))
             problems.add_at(one, (source, key), what)
-    return values
+    return ReadSecret(values, unread)
 
 
 def _unusable(value: str) -> str | None:
@@ -267,16 +284,23 @@ def _unusable(value: str) -> str | None:
 
 
 def _read_text(one: Declared, path: Path, file: FilePath, problems: Problems) -> str | None:
-    """Return the text of a regular file of at most 1 MiB; what is wrong with it is noted without its content."""
+    """Return the text of a file; what is wrong with it is noted without its content."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            problems.add_at(one, path, f"not a regular file: {file}")
-        elif file.stat().st_size > MAX_READ_BYTES:
-            problems.add_at(one, path, f"over {MAX_READ_BYTES // 2**20} MiB: {file}")
-        else:
-            return file.read_text(encoding="utf-8")
+        return _read_file(file)
     except OSError as exc:
         problems.add_at(one, path, f"{exc.strerror}: {file}")
-    except UnicodeDecodeError:
-        problems.add_at(one, path, f"not UTF-8 text: {file}")
+    except ValueError as exc:
+        problems.add_at(one, path, f"{exc}: {file}")
     return None
+
+
+def _read_file(file: FilePath) -> str:
+    """Return the text of a regular file of at most 1 MiB. Raises: OSError; ValueError that says what it is instead."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("not a regular file")
+    if file.stat().st_size > MAX_READ_BYTES:
+        raise ValueError(f"over {MAX_READ_BYTES // 2**20} MiB")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None

@@ -21,6 +21,7 @@ class Resources:
     """Everything that was declared, checked and with its references resolved.
 
     Shape: keys are (namespace, name); secrets holds plain values and must never be printed or passed on whole;
+        unread says of each key of a Secret that has no value why, without any value;
         upstream_ca_pem maps `namespace/name` of an EgressGateway to PEM text;
         jwks_files maps the file of a JwtExtractor to its text;
         environment_files maps the paths in OTEL_EXPORTER_OTLP_*CERTIFICATE and *CLIENT_KEY to their text.
@@ -38,6 +39,7 @@ class Resources:
     ai_routes: Mapping[Key, AIProviderRoute] = field(default_factory=dict)
     mcp_routes: Mapping[Key, MCPRoute] = field(default_factory=dict)
     credential_policies: Mapping[Key, CredentialInjectionPolicy] = field(default_factory=dict)
+    unread: Mapping[Key, Mapping[str, str]] = field(default_factory=dict)
 
     def with_runtime(self, runtime: RuntimeSpec) -> Resources:
         """Return these resources with another Runtime."""

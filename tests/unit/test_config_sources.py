@@ -103,8 +103,7 @@ def test_secret_sources(tmp_path):
     ("body", "problem"),
     [
         ("data: {a: hunter2}\nfromEnv: {a: X}\n", "5: Secret/s: fromEnv.a: this key is already given"),
-        ("fromEnv: {a: NOPE}\n", "4: Secret/s: fromEnv.a: the runtime's environment has no NOPE"),
-        ("fromFile: {a: nope}\n", "4: Secret/s: fromFile.a: No such file or directory: {dir}/nope"),
+        ("fromFile: {a: .}\n", "4: Secret/s: fromFile.a: not a regular file: {dir}"),
         ("data: {a: 12345678}\n", "4: Secret/s: data.a: not text; numbers and yes/no need quotes"),
         ('data: {a: "hunter2\\0"}\n', "4: Secret/s: data.a: holds a NUL character"),
         ("fromEnv: {a: BYTES}\n", "4: Secret/s: fromEnv.a: not UTF-8 text"),
@@ -120,6 +119,37 @@ def test_secret_problems_never_show_values(tmp_path, body, problem):
     assert "12345678" not in "".join(problems)
     if "python/name" not in body:
         assert "hunter" not in "".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("fromFile: {token: nope, other: there}\n", "fromFile.token: No such file or directory: {dir}/nope"),
+        ("fromEnv: {token: NOPE, other: THERE}\n", "fromEnv.token: the runtime's environment has no NOPE"),
+    ],
+)
+def test_a_source_that_is_not_there_is_no_mistake_of_the_resources(tmp_path, source, why):
+    """CONTRACT section 12: a missing secret fails the call. Whose calls need it, is told; all others go on."""
+    (tmp_path / "there").write_text("x")
+    (tmp_path / "a.yaml").write_text(SECRET + source)
+    loaded = load([tmp_path], {"THERE": "x"})
+    assert loaded.secrets["default", "s"] == {"other": "x"}
+    assert loaded.unread["default", "s"] == {"token": why.format(dir=tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("fromFile: {token: nope}\n", "fromFile.token: No such file or directory: {dir}/nope"),
+        ("fromEnv: {token: NOPE}\n", "fromEnv.token: the runtime's environment has no NOPE"),
+    ],
+)
+def test_a_run_that_is_given_a_secret_can_not_do_without_it(tmp_path, source, why):
+    """There is no call that could fail in its place: the agent would begin with an environment that lacks it."""
+    assert problems_of(tmp_path, documents(SECRET + source, WITH_SECRET)) == [
+        "10: TaskAgent/a: spec.template.spec.env[0].valueFrom.secretKeyRef.key: Secret 's' has no value of 'token': "
+        + why.format(dir=tmp_path)
+    ]
 
 
 def test_secret_ref(tmp_path):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from resource_files import HEAD, documents
 
 from clrk.core.gateway_config import GatewayConfig
 from clrk.gateway.app import read_config
+from clrk.gateway.credential_hosts import compile_credentials, update_values
+from clrk.gateway.credentials import CredentialError, fill
+from clrk.gateway.secret_values import SecretValues
+from clrk.runtime.ca import Authorities, HostCa
 from clrk.runtime.config.load import load
-from clrk.runtime.gateway_config import open_memfd
+from clrk.runtime.gateway_config import build_gateway_config, open_memfd
 
 
 def declared(kind: str, name: str, spec: str) -> str:
@@ -57,3 +62,20 @@ def test_every_kind_arrives_as_it_is(tmp_path: Path) -> None:
     )  # fmt: skip
     assert len(sent.credential_policies) == 3
     assert read_config(open_memfd(sent)) == sent
+
+
+def test_secrets_that_can_not_be_read_are_missing_and_no_call_does_without_one(tmp_path: Path) -> None:
+    """CONTRACT section 12: the call fails with a 502. A session token that is declared is not left out either."""
+    files = "fromFile: {token: gone, sessionToken: gone}\ndata: {accessKeyId: a, secretAccessKey: b}\n"
+    (tmp_path / "all.yaml").write_text(
+        documents(*EVERY_KIND[:-1], HEAD + "kind: Secret\nmetadata: {name: s}\n" + files)
+    )
+    sent = build_gateway_config(load([tmp_path / "all.yaml"]), Authorities(HostCa("certificate", "key")))
+    assert sent.secrets == {"default/s": {"accessKeyId": "a", "secretAccessKey": "b", "sessionToken": ""}}
+    values = SecretValues()
+    update_values(values, sent)
+    found = compile_credentials(sent.gateways[0], sent, values)
+    for credential in found.of("a.example", 443):
+        with pytest.raises(CredentialError, match=r"has no value|is empty") as caught:
+            fill([credential], values, "bedrock.us-east-1.amazonaws.com")
+        assert caught.value.code == "credential_missing"

@@ -107,6 +107,8 @@ def test_check_notes_a_tool_policy_that_judges_nothing(matches, noted, tmp_path,
         ("s", "other", "Secret default/s has no key 'other'"),
         ("s", "empty", "Secret default/s, key 'empty', is empty"),
         ("gone", "token", "there is no Secret default/gone"),
+        ("s", "file", "Secret default/s: fromFile.file: No such file or directory: {dir}/nope"),
+        ("s", "env", "Secret default/s: fromEnv.env: the runtime's environment has no CLRK_NOPE"),
     ],
 )
 def test_check_notes_a_credential_that_is_not_there_and_exits_0(secret, key, note, tmp_path, capsys):
@@ -115,11 +117,14 @@ def test_check_notes_a_credential_that_is_not_there_and_exits_0(secret, key, not
         f"  hostnames: [api.openai.com]\n  secretRef: {{name: {secret}}}\n  secretKey: {key}\n"
         "  target: {type: Header}\n"
     )
-    (tmp_path / "a.yaml").write_text(VALID.replace("hunter2}", "hunter2, empty: ''}") + policy)
+    sources = "hunter2, empty: ''}"
+    if key in ("file", "env"):
+        sources += "\nfromFile: {file: nope}\nfromEnv: {env: CLRK_NOPE}"
+    (tmp_path / "a.yaml").write_text(VALID.replace("hunter2}", sources) + policy)
     assert main(["check", "-c", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    shown = f"  note: CredentialInjectionPolicy default/p: {note}, so calls to its hosts get a 502\n"
-    assert (shown in out) if note else ("note:" not in out)
+    said = f"CredentialInjectionPolicy default/p: {note}, so calls to its hosts get a 502".format(dir=tmp_path)
+    assert (f"  note: {said}\n" in out) if note else ("note:" not in out)
     assert "hunter2" not in out
 
 

@@ -54,7 +54,7 @@ class ConfigureFd(enum.IntEnum):
 class Configure(msgspec.Struct, frozen=True, tag=True):
     """First message, and again after each reload (then with the CONFIG fd alone).
 
-    Shape: notes say, for people, what of the reload does not take effect now.
+    Shape: notes say, for people, what of the reload does not take effect now, and what is valid but can not be meant.
     """
 
     version: int

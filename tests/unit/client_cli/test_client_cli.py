@@ -24,7 +24,7 @@ async def test_status_says_what_was_dropped_and_what_was_refused(daemon):
     for line in (
         r"sandboxes +3 running, 1 warm", r"configuration +generation 7", r"dropped +dropped_log_lines 4",
         r"reload refused +a\.yaml:3: TaskAgent/a", r"kernel stamp_push_failed +2",
-        r"not yet +the Runtime resource changed",
+        r"note +the Runtime resource changed",
     ):  # fmt: skip
         assert re.search(line, out), line
     assert "kernel fine" not in out
