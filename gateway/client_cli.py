@@ -219,6 +219,7 @@ def _add_span_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="NAME", help="provider: anthropic, openai, …")
     parser.add_argument("--model", metavar="MODEL", help="requested or answering model; * and ? are wildcards")
     parser.add_argument("--denied", action="store_true", help="only what policy or a budget refused")
+    parser.add_argument("--would-deny", action="store_true", help="only what went out because the mode is no Enforce")
     parser.add_argument("--errors", action="store_true", help="only what failed")
     parser.add_argument("--min-input-tokens", type=int, metavar="N")
 

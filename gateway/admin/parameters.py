@@ -16,7 +16,7 @@ MAX_LIMIT: Final = 10_000
 _LONG_AGO_S: Final = 200 * 365 * 86_400.0  # further back does not fit in 64 bits of nanoseconds
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _KNOWN: Final = frozenset(
-    {"agent", "since", "until", "system", "model", "denied", "errors", "min_input_tokens", "limit"}
+    {"agent", "since", "until", "system", "model", "denied", "would_deny", "errors", "min_input_tokens", "limit"}
 )
 _AGENT: Final = re.compile(r"(?:[a-z0-9-]{1,63}/)?[a-z0-9-]{1,63}")
 
@@ -62,6 +62,7 @@ def parse_filter(query: Mapping[str, str], now_ns: int) -> tuple[SpanFilter, int
         system=query.get("system", ""),
         model=query.get("model", ""),
         denied=_flag(query, "denied"),
+        would_deny=_flag(query, "would_deny"),
         errors=_flag(query, "errors"),
         min_input_tokens=_count(query, "min_input_tokens", 2**62),
     )

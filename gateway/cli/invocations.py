@@ -50,7 +50,7 @@ def _why_none(admin: Admin, key: tuple[str, str], name: str) -> str:
 
 def _query(args: argparse.Namespace) -> dict[str, str]:
     query = {name: str(value) for name in _FILTERS if (value := getattr(args, name)) is not None}
-    return query | {name: "true" for name in ("denied", "errors") if getattr(args, name)}
+    return query | {name: "true" for name in ("denied", "would_deny", "errors") if getattr(args, name)}
 
 
 def _fetch(

@@ -62,7 +62,7 @@ def _query(args: argparse.Namespace) -> dict[str, str]:
         for name in ("agent", "since", "until", "system", "model", "min_input_tokens")
         if (value := getattr(args, name)) is not None
     }
-    return query | {name: "true" for name in ("denied", "errors") if getattr(args, name)}
+    return query | {name: "true" for name in ("denied", "would_deny", "errors") if getattr(args, name)}
 
 
 def _write_table(spans: list[SpanFacts]) -> None:

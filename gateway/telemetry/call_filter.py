@@ -10,7 +10,8 @@ class CallFilter:
     """Empty fields do not filter.
 
     Shape: agent is `name` (any namespace) or `namespace/name`; system and model match whole values, model also with
-    the wildcards `*` and `?`. Units: since_ns inclusive, until_ns exclusive, CLOCK_REALTIME.
+    the wildcards `*` and `?`; denied and would_deny together find either. Units: since_ns inclusive, until_ns
+    exclusive, CLOCK_REALTIME.
     """
 
     agent: str = ""
@@ -19,6 +20,7 @@ class CallFilter:
     system: str = ""
     model: str = ""
     denied: bool = False
+    would_deny: bool = False
     errors: bool = False
     min_input_tokens: int | None = None
 

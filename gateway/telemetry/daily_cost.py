@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from clrk.gateway.telemetry import attributes as attr
+from clrk.gateway.telemetry.schema import Denial
 
 DAYS: Final = 7
 DAY_NS: Final = 86_400 * 10**9
@@ -34,7 +35,7 @@ SELECT date(start_ns / 1000000000, 'unixepoch') AS day, count(*), coalesce(sum(i
     coalesce(sum({_attribute(attr.GEN_AI_USAGE_OUTPUT_TOKENS)}), 0),
     coalesce(sum({_attribute(attr.CLRK_COST_USD)}), 0.0), coalesce(sum({_attribute(attr.CLRK_COST_UNKNOWN)}), 0)
 FROM spans INDEXED BY spans_llm
-WHERE llm AND start_ns >= ? AND agent_name = ? AND agent_namespace = ? AND NOT denied
+WHERE llm AND start_ns >= ? AND agent_name = ? AND agent_namespace = ? AND denied != {Denial.DENIED:d}
 GROUP BY day ORDER BY day DESC
 """  # noqa: S608 - names of attributes, all of them ours
 

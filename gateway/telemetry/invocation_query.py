@@ -15,7 +15,7 @@ from clrk.gateway.telemetry.records import (
     InvocationSummary,
     InvocationTotals,
 )
-from clrk.gateway.telemetry.schema import RECORD_COLUMNS, TOTALS_COLUMNS
+from clrk.gateway.telemetry.schema import RECORD_COLUMNS, TOTALS_COLUMNS, Denial
 
 _COLUMNS: Final = ", ".join((*RECORD_COLUMNS, *TOTALS_COLUMNS))
 
@@ -37,7 +37,11 @@ def select_listing(
         if value not in ("", None):
             clauses.append(clause)
             values.append(value)
-    if wanted.denied:
+    if wanted.would_deny:
+        clause, times = _with_would_deny(wanted)
+        clauses.append(f"({clause} OR denials)" if wanted.denied else clause)
+        values += times
+    elif wanted.denied:
         clauses.append("denials")
     if wanted.errors:
         clauses.append("error_spans")
@@ -74,9 +78,17 @@ def _index(wanted: InvocationFilter) -> str:
     # The planner would begin with the calls and sort; an index in the order of the listing ends with the page.
     if wanted.agent:
         return "INDEXED BY invocations_agent"
-    if wanted.denied:
+    if wanted.denied and not wanted.would_deny:
         return "INDEXED BY invocations_denied"
     return "INDEXED BY invocations_error" if wanted.errors else "INDEXED BY invocations_created"
+
+
+def _with_would_deny(wanted: InvocationFilter) -> tuple[str, list[object]]:
+    """Return the condition of an invocation with a call that Enforce would have denied."""
+    calls = f"SELECT invocation_id FROM spans INDEXED BY spans_denied WHERE denied AND denied = {Denial.WOULD_DENY:d}"  # noqa: S608
+    if wanted.since_ns is None:
+        return f"invocation_id IN ({calls})", []
+    return f"invocation_id IN ({calls} AND start_ns >= ?)", [wanted.since_ns]  # a call begins after its invocation
 
 
 def _with_calls(wanted: InvocationFilter) -> tuple[str, list[object]] | None:

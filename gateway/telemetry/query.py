@@ -15,6 +15,7 @@ from typing import Final, Literal
 import msgspec
 
 from clrk.gateway.telemetry.call_filter import CallFilter
+from clrk.gateway.telemetry.schema import Denial
 
 PAGE_SIZE: Final = 500
 _BUSY_TIMEOUT_S: Final = 5.0
@@ -94,8 +95,10 @@ def _conditions(wanted: SpanFilter) -> tuple[list[str], list[object]]:
         add("start_ns < ?", wanted.until_ns)
     if wanted.min_input_tokens is not None:
         add("input_tokens >= ?", wanted.min_input_tokens)
-    if wanted.denied:
+    if wanted.denied or wanted.would_deny:
         add("denied")
+        if not (wanted.denied and wanted.would_deny):
+            add("denied = ?", Denial.DENIED if wanted.denied else Denial.WOULD_DENY)
     if wanted.model or wanted.system or wanted.min_input_tokens is not None:
         add("llm")  # says that the index spans_llm holds the answer
     if wanted.errors:
@@ -141,7 +144,7 @@ def _index(wanted: SpanFilter) -> str:
         return ""
     if wanted.model or wanted.system or wanted.min_input_tokens is not None:
         return "INDEXED BY spans_llm"
-    if wanted.denied:
+    if wanted.denied or wanted.would_deny:
         return "INDEXED BY spans_denied"
     return "INDEXED BY spans_error" if wanted.errors else ""
 

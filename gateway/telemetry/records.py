@@ -73,8 +73,8 @@ class InvocationSummary(msgspec.Struct, frozen=True):
 class InvocationFilter(CallFilter):
     """What listings of invocations may ask for, by created_ns; empty fields do not filter.
 
-    Shape: system, model, denied, errors and min_input_tokens ask for invocations with at least one such call (errors:
-    one such span, as `clrk traces --errors` shows them).
+    Shape: system, model, denied, would_deny, errors and min_input_tokens ask for invocations with at least one such
+    call (errors: one such span, as `clrk traces --errors` shows them).
     """
 
     phase: str = ""

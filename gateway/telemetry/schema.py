@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sqlite3
 from typing import Final
 
@@ -34,7 +35,7 @@ CREATE TABLE spans (
     response_model TEXT,
     input_tokens INTEGER,
     llm INTEGER NOT NULL,
-    denied INTEGER NOT NULL,
+    denied INTEGER NOT NULL, -- Denial
     error INTEGER NOT NULL,
     sampled INTEGER NOT NULL DEFAULT 1,
     json BLOB NOT NULL,
@@ -174,6 +175,15 @@ END_UNFINISHED: Final = (
 )
 UPSERT_COUNTER: Final = f"{_insert('counters', 'name', 'value')} ON CONFLICT DO UPDATE SET value = excluded.value"
 
+
+class Denial(enum.IntEnum):
+    """What policy or a budget made of a call: nothing, a refusal, or one in a mode in which it went out."""
+
+    NONE = 0
+    DENIED = 1
+    WOULD_DENY = 2
+
+
 _ENCODER: Final = msgspec.json.Encoder()
 _DENIED_NAMES: Final = frozenset({attr.SPAN_EGRESS_DIAL_DENIED, attr.SPAN_EGRESS_DNS_DENIED})
 
@@ -230,7 +240,7 @@ def span_row(item: SpanItem) -> Row:
         _text(attributes, attr.GEN_AI_RESPONSE_MODEL),
         tokens if isinstance(tokens, int) else None,
         own and (system is not None or model is not None or tokens is not None),
-        own and is_denied(record),
+        _denial(record) if own else Denial.NONE,
         record.status.code is StatusCode.ERROR,
         item.sampled,
         _ENCODER.encode(record),
@@ -262,6 +272,12 @@ def record_row(item: InvocationItem) -> Row:
     """Return the values of UPSERT_RECORD."""
     values = [getattr(item.record, column) for column in RECORD_COLUMNS[:-1]]
     return (*values[:5], item.record.phase.value, *values[6:], _ENCODER.encode(item.record.identity).decode())
+
+
+def _denial(record: SpanRecord) -> Denial:
+    if is_denied(record):
+        return Denial.DENIED
+    return Denial.WOULD_DENY if attr.CLRK_EGRESS_WOULD_DENY in record.attributes else Denial.NONE
 
 
 def is_denied(record: SpanRecord) -> bool:

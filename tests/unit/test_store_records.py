@@ -136,12 +136,15 @@ async def test_each_filter_finds_its_invocations_newest_first(store, telemetry):
     record(telemetry, people["b"], "chat", gen_ai__system="openai", gen_ai__request__model="gpt",
            gen_ai__response__model="gpt-1", gen_ai__usage__input_tokens=7)  # fmt: skip
     record(telemetry, people["b"], "egress.dns.denied", error="no")
+    record(telemetry, people["d"], "GET x", clrk__egress__would_deny="no_rule")
     record(telemetry, people["c"], "invoke_agent other", error="exit", kind=SpanKind.INTERNAL)
     for wanted, expected in (
         ({}, "abcd"), ({"agent": "support"}, "ab"), ({"agent": "team-b/support"}, "b"), ({"agent": "nobody"}, ""),
         ({"phase": "Failed"}, "c"), ({"trigger": "cron"}, "d"), ({"since_ns": now - MS}, "ab"),
         ({"until_ns": now - MS}, "cd"), ({"system": "anthropic"}, "a"), ({"model": "gpt-1"}, "b"),
         ({"model": "*"}, "ab"), ({"model": "claude"}, ""), ({"min_input_tokens": 8}, "a"), ({"denied": True}, "b"),
+        ({"would_deny": True}, "d"), ({"would_deny": True, "since_ns": now - MS}, ""),
+        ({"would_deny": True, "agent": "other"}, "d"), ({"would_deny": True, "denied": True}, "bd"),
         ({"errors": True}, "bc"), ({"errors": True, "agent": "other"}, "c"), ({"system": "' OR 1 --"}, ""),
     ):  # fmt: skip
         assert await listed(store, **wanted) == [people[name].invocation_id for name in expected], wanted

@@ -46,8 +46,10 @@ async def test_each_filter_finds_its_spans_and_no_others(store):
     record(into(store), second, "c", start_ns=now - 20 * MS, gen_ai__provider__name="openai",
            gen_ai__request__model="gpt", gen_ai__usage__input_tokens=7, clrk__budget__denied=True)  # fmt: skip
     record(into(store), identity("other"), "d", start_ns=now - 10 * MS, clrk__egress__deny_reason="no_rule")
+    record(into(store), identity("watched"), "e", start_ns=now - 5 * MS, clrk__egress__would_deny="no_rule",
+           gen_ai__request__model="gpt")  # fmt: skip
     for wanted, expected in (
-        (SpanFilter(), ["a", "b", "egress.dns.denied", "c", "d"]),
+        (SpanFilter(), ["a", "b", "egress.dns.denied", "c", "d", "e"]),
         (SpanFilter(agent="support"), ["a", "b", "egress.dns.denied", "c"]),
         (SpanFilter(agent="default/support"), ["a", "b"]),
         (SpanFilter(agent="nobody"), []),
@@ -61,8 +63,12 @@ async def test_each_filter_finds_its_spans_and_no_others(store):
         (SpanFilter(model="claude-x-1"), ["a"]),
         (SpanFilter(model="claude"), []),
         (SpanFilter(model="c*-x?1"), ["a"]),
-        (SpanFilter(model="*"), ["a", "c"]),
+        (SpanFilter(model="*"), ["a", "c", "e"]),
         (SpanFilter(denied=True), ["egress.dns.denied", "c", "d"]),
+        (SpanFilter(would_deny=True), ["e"]),
+        (SpanFilter(would_deny=True, model="gpt"), ["e"]),
+        (SpanFilter(would_deny=True, agent="support"), []),
+        (SpanFilter(would_deny=True, denied=True), ["egress.dns.denied", "c", "d", "e"]),
         (SpanFilter(errors=True), ["b", "egress.dns.denied"]),
         (SpanFilter(errors=True, denied=True, agent="support"), ["egress.dns.denied"]),
         (SpanFilter(min_input_tokens=7), ["a", "c"]),
@@ -71,7 +77,7 @@ async def test_each_filter_finds_its_spans_and_no_others(store):
     ):
         assert await names(store, wanted) == expected, wanted
         assert await names(store, wanted, order="newest") == expected[::-1], wanted
-    assert await names(store, SpanFilter(), order="newest", limit=2) == ["d", "c"]
+    assert await names(store, SpanFilter(), order="newest", limit=2) == ["e", "d"]
 
 
 async def test_filter_values_are_values_and_never_sql(store):
@@ -102,6 +108,7 @@ async def test_pages_keep_order_and_lose_nothing_when_many_spans_start_at_once(s
         (SpanFilter(system="s"), "spans_llm"),
         (SpanFilter(min_input_tokens=1), "spans_llm"),
         (SpanFilter(denied=True), "spans_denied"),
+        (SpanFilter(would_deny=True), "spans_denied"),
         (SpanFilter(errors=True), "spans_error"),
     ],
 )

@@ -219,6 +219,12 @@ async def test_the_rule_to_add_stands_beside_what_was_denied_or_would_be(daemon)
     assert f"200  WOULD DENY port_not_allowed  {pasted}" in drawn_tree
     assert "# no rule" not in drawn_tree
     assert "200, would deny" in (await daemon.clrk("traces")).out
+    for command in (("traces",), ("agents", "traces", "support")):
+        (would,) = (await daemon.clrk(*command, "--would-deny", "--json")).out.splitlines()
+        assert json.loads(would)["attributes"]["clrk.egress.would_deny"] == "port_not_allowed"
+        denied = (await daemon.clrk(*command, "--denied", "--json")).out
+        assert "would_deny" not in denied
+        assert len(denied.splitlines()) == 2
 
 
 async def test_a_model_call_that_was_denied_is_no_call_of_a_model(daemon):
