@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"clrk {__version__}")
     parser.add_argument(
         "--socket",
+        type=_written,
         metavar="PATH",
         help="admin socket of the daemon (default: $CLRK_ADMIN_SOCKET, else /run/$CLRK_INSTANCE/admin.sock, "
         "else /run/clrk/admin.sock)",
@@ -81,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_policy(commands)
     _add_daemon(commands)
     return parser
+
+
+def _written(text: str) -> str:
+    """Take what is not empty: most often a variable of a script that is not set, and never what was meant."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; leave it out, or write a value")
+    return text
 
 
 _EPILOG = """\
@@ -106,8 +114,12 @@ def _add_agents(commands: Any) -> None:
 
     invocations = verbs.add_parser("invocations", help="what an agent was asked to do, and what came of it")
     invocations.add_argument("name", metavar="NAME", help="NAME or NAMESPACE/NAME")
-    invocations.add_argument("--phase", metavar="PHASE", help="Pending, Running, Succeeded, Failed, Timeout, …")
-    invocations.add_argument("--trigger", metavar="NAME", help="http, cron, cli or what the caller named")
+    invocations.add_argument(
+        "--phase", type=_written, metavar="PHASE", help="Pending, Running, Succeeded, Failed, Timeout, …"
+    )
+    invocations.add_argument(
+        "--trigger", type=_written, metavar="NAME", help="http, cron, cli or what the caller named"
+    )
     _add_span_filters(invocations)
     invocations.add_argument("--limit", type=int, metavar="N", help="only the newest N (default 50 in a table)")
     _add_output(invocations)
@@ -147,11 +159,13 @@ def _add_run_task(verbs: Any) -> None:
     run.add_argument(
         "-H", "--header", action="append", default=[], metavar="K=V", help="event attribute; K becomes ce-K"
     )
-    run.add_argument("--ce-type", metavar="TYPE")
-    run.add_argument("--ce-source", metavar="SOURCE")
-    run.add_argument("--ce-subject", metavar="SUBJECT")
-    run.add_argument("--content-type", metavar="TYPE", help="default: JSON if the input is JSON, else text or octets")
-    run.add_argument("--timeout", metavar="DURATION", help="cancel after this time, for example 30s")
+    run.add_argument("--ce-type", type=_written, metavar="TYPE")
+    run.add_argument("--ce-source", type=_written, metavar="SOURCE")
+    run.add_argument("--ce-subject", type=_written, metavar="SUBJECT")
+    run.add_argument(
+        "--content-type", type=_written, metavar="TYPE", help="default: JSON if the input is JSON, else text or octets"
+    )
+    run.add_argument("--timeout", type=_written, metavar="DURATION", help="cancel after this time, for example 30s")
     run.add_argument("-q", "--quiet", action="store_true", help="do not write the invocation id to stderr")
     run.set_defaults(command=_lazy("run_task", "run_task"))
 
@@ -166,7 +180,7 @@ def _add_trace(commands: Any) -> None:
 
 def _add_traces(commands: Any) -> None:
     traces = commands.add_parser("traces", help="the calls that fit a filter")
-    traces.add_argument("--agent", metavar="[NAMESPACE/]NAME")
+    traces.add_argument("--agent", type=_written, metavar="[NAMESPACE/]NAME")
     _add_span_filters(traces)
     traces.add_argument("--limit", type=int, metavar="N", help="only the newest N (default 200 in a table)")
     traces.add_argument("--json", action="store_true", help="one span a line, as JSON")
@@ -195,7 +209,9 @@ def _add_policy(commands: Any) -> None:
         "would have been denied, and that were. Run the gateway with mode Record, then apply it and enforce.",
     )
     suggest.add_argument("name", metavar="AGENT", help="NAME or NAMESPACE/NAME")
-    suggest.add_argument("--since", metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z (default: all there is)")
+    suggest.add_argument(
+        "--since", type=_written, metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z (default: all there is)"
+    )
     suggest.add_argument("--paths", action="store_true", help="narrow HTTP hosts to methods and paths; ids become *")
     suggest.set_defaults(command=_lazy("policy", "suggest_rules"))
 
@@ -207,17 +223,19 @@ def _add_budgets(commands: Any) -> None:
         description="Accounts of token budgets: those of a UTC day, and of runs that go on. RESERVED is held by calls "
         "under way, and becomes USED or comes back when they end.",
     )
-    budgets.add_argument("--agent", metavar="[NAMESPACE/]NAME", help="only accounts of this agent's own")
-    budgets.add_argument("--day", metavar="YYYY-MM-DD", help="a UTC day (default: today)")
+    budgets.add_argument("--agent", type=_written, metavar="[NAMESPACE/]NAME", help="only accounts of this agent's own")
+    budgets.add_argument("--day", type=_written, metavar="YYYY-MM-DD", help="a UTC day (default: today)")
     _add_output(budgets)
     budgets.set_defaults(command=_lazy("budgets", "list_budgets"))
 
 
 def _add_span_filters(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--since", metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z")
-    parser.add_argument("--until", metavar="TIME", help="like --since")
-    parser.add_argument("--system", metavar="NAME", help="provider: anthropic, openai, …")
-    parser.add_argument("--model", metavar="MODEL", help="requested or answering model; * and ? are wildcards")
+    parser.add_argument("--since", type=_written, metavar="TIME", help="15m, 2h, 1d or 2026-11-22T03:10:00Z")
+    parser.add_argument("--until", type=_written, metavar="TIME", help="like --since")
+    parser.add_argument("--system", type=_written, metavar="NAME", help="provider: anthropic, openai, …")
+    parser.add_argument(
+        "--model", type=_written, metavar="MODEL", help="requested or answering model; * and ? are wildcards"
+    )
     parser.add_argument("--denied", action="store_true", help="only what policy or a budget refused")
     parser.add_argument("--would-deny", action="store_true", help="only what went out because the mode is no Enforce")
     parser.add_argument("--errors", action="store_true", help="only what failed")

@@ -22,6 +22,7 @@ from clrk.runtime.config.notes import notes_of
 
 EXIT_FAILED: Final = 1
 EXIT_INVALID: Final = 2
+_LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 _EXAMPLES: Final = """\
 examples:
@@ -66,10 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def _path(text: str) -> Path:
+    """Take what is not empty: Path("") is the folder that one happens to be in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or a folder")
+    return Path(text)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     config = argparse.ArgumentParser(add_help=False)
     config.add_argument(
-        "-c", "--config", metavar="PATH", type=Path, action="append",
+        "-c", "--config", metavar="PATH", type=_path, action="append",
         help="file or folder (*.yaml, *.yml) of resources; repeatable; default /etc/clrk",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
@@ -180,11 +188,14 @@ def _serve(layout: HostLayout, paths: Sequence[Path]) -> int:
     if os.geteuid() != 0:
         print("clrk-runtime: serve needs root (namespaces, cgroups, BPF): use sudo", file=sys.stderr)
         return EXIT_FAILED
+    level = os.environ.get("CLRK_LOG_LEVEL", "INFO").upper()
+    if level not in _LOG_LEVELS:
+        raise ConfigError((f"CLRK_LOG_LEVEL: write one of {', '.join(_LOG_LEVELS)}, not {level.lower()!r}",))
     from clrk.runtime.daemon import serve  # imports BPF and netlink: `check` works without them
 
     # Under systemd the journal has the time and the name.
     form = "%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=os.environ.get("CLRK_LOG_LEVEL", "INFO").upper(), format=form)
+    logging.basicConfig(stream=sys.stderr, level=level, format=form)
     return serve(layout, paths)
 
 

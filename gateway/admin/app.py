@@ -245,7 +245,7 @@ class _AdminApi:
     async def _resolve(self, prefix: str) -> str:
         """Return the invocation id that begins with prefix."""
         if not _ID_PREFIX.fullmatch(prefix):
-            raise ParameterError(f"{prefix[:64]!r} is no invocation id: it is hex digits and -, or their beginning")
+            raise ParameterError(f"invocation: write an id, or its beginning (hex digits and -), not {prefix[:64]!r}")
         found = await self._store.invocations(prefix)
         if not found:
             raise web.HTTPNotFound(reason=f"no invocation {prefix} in the store")

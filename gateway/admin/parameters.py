@@ -28,7 +28,7 @@ class ParameterError(ClrkError):
 def parse_time(text: str, now_ns: int) -> int:
     """Return CLOCK_REALTIME nanoseconds of a duration before now (`15m`) or an RFC 3339 time; without offset: UTC.
 
-    Raises: ParameterError.
+    Raises: ParameterError that does not know its name.
     """
     try:
         seconds = parse_duration(text)
@@ -39,7 +39,7 @@ def parse_time(text: str, now_ns: int) -> int:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise ParameterError(f"{text!r} is no time: write 15m, 2h, 1d or 2026-11-22T03:14:00Z") from None
+        raise ParameterError(f"{text[:40]!r} is no time: write 15m, 2h, 1d or 2026-11-22T03:14:00Z") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return max(-(2**62), min(2**62, (moment - _EPOCH) // timedelta(microseconds=1) * 1000))
@@ -54,11 +54,11 @@ def parse_filter(query: Mapping[str, str], now_ns: int) -> tuple[SpanFilter, int
         raise ParameterError(f"unknown parameter {min(unknown)!r}: use {', '.join(sorted(_KNOWN))}")
     agent = query.get("agent", "")
     if agent and not _AGENT.fullmatch(agent):
-        raise ParameterError(f"agent {agent!r}: write NAME or NAMESPACE/NAME")
+        raise ParameterError(f"agent: write NAME or NAMESPACE/NAME, not {agent[:128]!r}")
     wanted = SpanFilter(
         agent=agent,
-        since_ns=parse_time(query["since"], now_ns) if "since" in query else None,
-        until_ns=parse_time(query["until"], now_ns) if "until" in query else None,
+        since_ns=_time(query, "since", now_ns),
+        until_ns=_time(query, "until", now_ns),
         system=query.get("system", ""),
         model=query.get("model", ""),
         denied=_flag(query, "denied"),
@@ -67,6 +67,13 @@ def parse_filter(query: Mapping[str, str], now_ns: int) -> tuple[SpanFilter, int
         min_input_tokens=_count(query, "min_input_tokens", 2**62),
     )
     return wanted, _count(query, "limit", MAX_LIMIT)
+
+
+def _time(query: Mapping[str, str], name: str, now_ns: int) -> int | None:
+    try:
+        return parse_time(query[name], now_ns) if name in query else None
+    except ParameterError as exc:
+        raise ParameterError(f"{name}: {exc}") from None
 
 
 def _flag(query: Mapping[str, str], name: str) -> bool:

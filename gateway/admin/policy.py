@@ -32,11 +32,11 @@ class PolicyView:
         namespace, name = request.match_info["namespace"], request.match_info["name"]
         method, url = request.query.get("method", "GET"), request.query.get("url", "")
         if _METHOD.fullmatch(method) is None:
-            raise ParameterError(f"method {method[:40]!r}: write a method such as GET")
+            raise ParameterError(f"method: write one such as GET, not {method[:40]!r}")
         try:
             call = PlannedCall.parse(method, url)
         except UnreadableCallError as exc:
-            raise ParameterError(str(exc)) from None
+            raise ParameterError(f"url: {exc}") from None
         found = self._explain(namespace, name, call)
         if found is None:
             raise web.HTTPNotFound(reason=f"no agent {json.dumps(f'{namespace}/{name}')}")

@@ -9,21 +9,21 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from clrk.gateway.cli import terminal
-from clrk.gateway.cli.connection import Admin, CommandError
+from clrk.gateway.cli.connection import USAGE, Admin, CommandError
 
 _SPENDING: Final = ("DAY (UTC)", "LLM CALLS", "IN", "OUT", "COST", "OF UNKNOWN PRICE")
 SHORT_ID: Final = 13  # characters of an invocation id that name its millisecond
 
 
-def agent_key(text: str) -> tuple[str, str]:
+def agent_key(text: str, argument: str = "NAME") -> tuple[str, str]:
     """Return namespace and name of NAME or NAMESPACE/NAME.
 
-    Raises: CommandError.
+    Raises: CommandError that names the argument.
     """
     namespace, slash, name = text.rpartition("/")
     namespace = namespace if slash else "default"
     if not name or not namespace or "/" in namespace:
-        raise CommandError(f"{text!r} is no agent: write NAME or NAMESPACE/NAME", 2)
+        raise CommandError(f"{argument}: write NAME or NAMESPACE/NAME, not {text!r}", USAGE)
     return namespace, name
 
 

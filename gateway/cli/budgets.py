@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.agents import agent_key
-from clrk.gateway.cli.connection import Admin, CommandError
+from clrk.gateway.cli.connection import USAGE, Admin, CommandError
 
 _DAY: Final = re.compile(r"\d{4}-\d{2}-\d{2}")
 _COLUMNS: Final = ("ROUTE", "KEY", "PERIOD", "UNIT", "USED", "RESERVED", "LIMIT", "LEFT", "RESETS")
@@ -18,11 +18,11 @@ _COLUMNS: Final = ("ROUTE", "KEY", "PERIOD", "UNIT", "USED", "RESERVED", "LIMIT"
 def list_budgets(admin: Admin, args: argparse.Namespace) -> int:
     """Print every account: a line for tokens, and one for USD where that is limited or spent."""
     if args.day is not None and not _DAY.fullmatch(args.day):
-        raise CommandError(f"--day: write a UTC day such as 2026-11-28, not {args.day!r}", 2)
+        raise CommandError(f"--day: write a UTC day such as 2026-11-28, not {args.day!r}", USAGE)
+    wanted = "/".join(agent_key(args.agent, "--agent")) if args.agent is not None else ""
     items = admin.get("budgets", query={"day": args.day} if args.day is not None else None)["items"]
     none = "no budgets; declare an AIProviderRoute with a TokenBudget filter"
-    if args.agent is not None and items:
-        wanted = "/".join(agent_key(args.agent))
+    if wanted and items:
         items = [item for item in items if item["agent"] == wanted]
         none = f"no account of {wanted}'s own so far; without --agent all accounts are listed"
     if args.output != "table":

@@ -15,6 +15,8 @@ from clrk.core.errors import ClrkError
 _CONNECT_TIMEOUT_S: Final = 5.0
 _ANSWER_TIMEOUT_S: Final = 120.0
 _CHUNK: Final = 65_536
+USAGE: Final = 2  # the exit code of argparse for what can not be understood
+_POSITIONAL: Final = {"invocation": "INVOCATION", "method": "METHOD", "url": "URL"}
 
 
 class CommandError(ClrkError):
@@ -81,18 +83,31 @@ class Admin:
     ) -> http.client.HTTPResponse:
         connection = AdminConnection(self.path, timeout_s)
         try:
-            connection.request("GET", url_path(*segments) + (f"?{urlencode(query)}" if query else ""))
+            connection.request(
+                "GET", url_path(*segments) + (f"?{urlencode(query, errors='surrogateescape')}" if query else "")
+            )
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as exc:
             raise CommandError(f"the daemon at {self.path} does not answer: {type(exc).__name__} {exc}") from exc
         if response.status != 200:
-            raise CommandError(problem_detail(response.status, response.read()))
+            detail = problem_detail(response.status, response.read())
+            if response.status == http.client.BAD_REQUEST:
+                raise CommandError(_name_argument(detail, query or {}), USAGE)
+            raise CommandError(detail)
         return response
 
 
 def url_path(*segments: str) -> str:
-    """Return `/v1/…` with every segment quoted."""
-    return "/v1/" + "/".join(quote(segment, safe="") for segment in segments)
+    """Return `/v1/…` with every segment quoted; bytes of an argument that are no text go as they are."""
+    return "/v1/" + "/".join(quote(segment, safe="", errors="surrogateescape") for segment in segments)
+
+
+def _name_argument(detail: str, query: Mapping[str, str]) -> str:
+    """Return what the daemon says of a parameter, under the name that it has on the command line."""
+    name, colon, said = detail.partition(": ")
+    if colon and name in _POSITIONAL:
+        return f"{_POSITIONAL[name]}: {said}"
+    return f"--{name.replace('_', '-')}: {said}" if colon and name in query else detail
 
 
 def problem_detail(status: int, body: bytes) -> str:

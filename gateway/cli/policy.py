@@ -9,7 +9,7 @@ from typing import Any
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.agents import agent_key
-from clrk.gateway.cli.connection import Admin, CommandError
+from clrk.gateway.cli.connection import USAGE, Admin, CommandError
 from clrk.gateway.policy_suggest import gather, render
 from clrk.gateway.printable import printable
 
@@ -24,7 +24,7 @@ def explain_call(admin: Admin, args: argparse.Namespace) -> int:
     try:
         found = admin.get("agents", namespace, name, "explain", query=query)
     except CommandError as exc:
-        raise CommandError(str(exc), 2) from None
+        raise CommandError(str(exc), USAGE) from None
     if args.output != "table":
         terminal.write_document(found, args.output)
     else:

@@ -14,12 +14,13 @@ from urllib.parse import quote
 
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.agents import SHORT_ID, agent_key
-from clrk.gateway.cli.connection import Admin, AdminConnection, CommandError, problem_detail, url_path
+from clrk.gateway.cli.connection import USAGE, Admin, AdminConnection, CommandError, problem_detail, url_path
 
 EXIT_CODES: Final = {"Succeeded": 0, "Failed": 1, "Timeout": 124, "Rejected": 77}
 _CHUNK: Final = 65_536
 _OUTCOME_WAIT_S: Final = 10
 _TIMEOUT_GRACE_S: Final = 10.0
+_VALUE: Final = re.compile(r"[\x21-\x7e][\x20-\x7e]*")  # of a header
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 # CloudEvents HTTP binding, section 3.1.3.2: space, double quote, percent and all but printable ASCII are encoded.
 _HEADER_SAFE: Final = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
@@ -135,12 +136,14 @@ def _read_input(text: str | None) -> bytes:
         if text.startswith("@"):
             return Path(text[1:]).read_bytes()
     except OSError as exc:
-        raise CommandError(f"read {text[1:]}: {exc.strerror}", 2) from exc
+        raise CommandError(f"-i {text}: {exc.strerror}", USAGE) from exc
     return text.encode("utf-8", "surrogateescape")
 
 
 def _headers(args: argparse.Namespace, body: bytes) -> dict[str, str]:
     headers = {"X-Clrk-Trigger": "cli"}
+    if args.content_type is not None and not _VALUE.fullmatch(args.content_type):
+        raise CommandError(f"--content-type: write a media type such as text/plain, not {args.content_type!r}", USAGE)
     if body:
         headers["Content-Type"] = args.content_type or _content_type(body)
     elif args.content_type:
@@ -148,7 +151,7 @@ def _headers(args: argparse.Namespace, body: bytes) -> dict[str, str]:
     for pair in args.header:
         key, equals, value = pair.partition("=")
         if not equals or not _TOKEN.fullmatch(key):
-            raise CommandError(f"-H {pair!r}: write NAME=VALUE", 2)
+            raise CommandError(f"-H {pair!r}: write NAME=VALUE", USAGE)
         _set_attribute(headers, key.lower().removeprefix("ce-"), value)
     for key in ("type", "source", "subject"):
         if (value := getattr(args, f"ce_{key}")) is not None:
@@ -183,7 +186,7 @@ def _timeout(text: str | None) -> float | None:
     try:
         timeout_s = parse_duration(text)
     except ValueError as exc:
-        raise CommandError(f"--timeout: {exc}", 2) from None
+        raise CommandError(f"--timeout: {exc}", USAGE) from None
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise CommandError(f"--timeout: write more than 0 and at most {MAX_TIMEOUT_S / 3600:g}h, not {text!r}", 2)
+        raise CommandError(f"--timeout: write more than 0 and at most {MAX_TIMEOUT_S / 3600:g}h, not {text!r}", USAGE)
     return timeout_s

@@ -156,7 +156,7 @@ def test_check_of_invalid_resources_lists_all_and_exits_2(tmp_path, capsys):
     assert any("missing: no such file or folder" in line for line in lines)
 
 
-@pytest.mark.parametrize("arguments", [["check", "-x"], ["check", "extra"], ["serv"], ["--bogus"]])
+@pytest.mark.parametrize("arguments", [["check", "-x"], ["check", "extra"], ["serv"], ["--bogus"], ["check", "-c", ""]])
 def test_usage_errors_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -197,6 +197,15 @@ def test_serve_without_root_says_so(monkeypatch, capsys, arguments):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert main(arguments) == 1
     assert capsys.readouterr().err == "clrk-runtime: serve needs root (namespaces, cgroups, BPF): use sudo\n"
+
+
+def test_a_log_level_that_is_none_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(VALID)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("CLRK_LOG_LEVEL", "verbose")
+    assert main(["serve", "-c", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "CLRK_LOG_LEVEL: write one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not 'verbose'" in err
 
 
 def test_instance_names_are_checked(capsys):

@@ -56,7 +56,7 @@ def parse_listing(query: Mapping[str, str], now_ns: int) -> Listing:
     spans, _ = parse_filter({name: value for name, value in given.items() if name not in _OWN}, now_ns)
     phase = given.get("phase", "")
     if phase and phase not in PHASES:
-        raise ParameterError(f"phase {phase[:40]!r}: one of {', '.join(PHASES)}")
+        raise ParameterError(f"phase: write one of {', '.join(PHASES)}, not {phase[:40]!r}")
     trigger = given.get("trigger", "")
     if len(trigger) > _MAX_TEXT:
         raise ParameterError(f"trigger: at most {_MAX_TEXT} characters")

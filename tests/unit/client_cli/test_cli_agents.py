@@ -133,13 +133,6 @@ async def test_all_invocations_are_fetched_page_by_page(daemon):
     assert "only the newest 50 are shown" in table.err
 
 
-@pytest.mark.parametrize("arguments", [["--phase", "Fine"], ["--limit", "0"], ["--since", "soon"]])
-async def test_a_filter_that_can_not_be_used(daemon, arguments):
-    done = await daemon.clrk("agents", "invocations", "support", *arguments)
-    assert (done.code, done.out) == (1, "")
-    assert done.err.startswith(f"clrk: {arguments[0][2:]}") or arguments[1] in done.err
-
-
 async def test_a_hostile_caller_does_not_speak_to_the_terminal(daemon):
     daemon.telemetry.record_invocation(invocation_record(identity(), caller=HOSTILE, trigger=HOSTILE))
     done = await daemon.clrk("agents", "invocations", "support")

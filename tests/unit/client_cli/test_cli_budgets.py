@@ -81,5 +81,5 @@ async def test_what_can_not_be_answered_is_said(serve):
     done = await run(path, "budgets", "--day", "today")
     assert (done.code, done.out) == (2, "")
     assert "--day: write a UTC day" in done.err
-    assert (await run(path, "budgets", "--day", "2026-02-30")).code == 1
+    assert (await run(path, "budgets", "--day", "2026-02-30")).code == 2
     assert "RESERVED is held by calls under way" in " ".join((await run(path, "budgets", "--help")).out.split())

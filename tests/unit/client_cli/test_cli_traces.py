@@ -78,7 +78,7 @@ async def test_filters_reach_the_daemon(daemon):
         done = await daemon.clrk("traces", "--json", *arguments)
         assert (done.code, len(done.out.splitlines())) == (0, expected), arguments
     bad = await daemon.clrk("traces", "--since", "yesterday")
-    assert bad.code == 1
+    assert bad.code == 2
     assert "15m" in bad.err
 
 

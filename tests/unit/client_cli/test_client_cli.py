@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import os
 import re
 import sys
 
 import pytest
-from clrk_command import COMMAND, run
+from clrk_command import COMMAND, answering, run
 from span_samples import identity, record
 
 from clrk.core.messages import Counters
@@ -70,6 +71,85 @@ async def test_without_a_daemon_it_says_what_to_do(tmp_path):
             assert done.code == 1
             assert "clrk-runtime" in done.err
             assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        pytest.param(arguments, option, id=" ".join(arguments))
+        for arguments, option in (
+            (("traces", "--since", "never"), "--since"),
+            (("traces", "--until", "2026-13-01"), "--until"),
+            (("traces", "--agent", "A B"), "--agent"),
+            (("traces", "--agent", ""), "--agent"),
+            (("traces", "--model", ""), "--model"),
+            (("traces", "--system", ""), "--system"),
+            (("traces", "--limit", "-1"), "--limit"),
+            (("traces", "--limit", "many"), "--limit"),
+            (("traces", "--min-input-tokens", "-1"), "--min-input-tokens"),
+            (("traces", "-o", "xml"), "--output"),
+            (("agents", "traces", "support", "--since", ""), "--since"),
+            (("agents", "invocations", "support", "--phase", "Done"), "--phase"),
+            (("agents", "invocations", "support", "--trigger", ""), "--trigger"),
+            (("agents", "invocations", "support", "--limit", "0"), "--limit"),
+            (("agents", "invocations", "support", "--since", "soon"), "--since"),
+            (("agents", "logs", "support", "--tail", "-5"), "--tail"),
+            (("agents", "logs", "support", "--tail", "1e9"), "--tail"),
+            (("agents", "get", "a/b/c"), "NAME"),
+            (("agents", "run-task", "support", "--timeout", "soon"), "--timeout"),
+            (("agents", "run-task", "support", "--content-type", "a\nb"), "--content-type"),
+            (("agents", "run-task", "support", "--content-type", ""), "--content-type"),
+            (("policy", "suggest", "support", "--since", "never"), "--since"),
+            (("policy", "suggest", "support", "--since", ""), "--since"),
+            (("policy", "explain", "support", "G T", "https://x.test"), "METHOD"),
+            (("policy", "explain", "support", "GET", "ftp://x.test"), "URL"),
+            (("budgets", "--day", "2026-02-30"), "--day"),
+            (("budgets", "--day", ""), "--day"),
+            (("budgets", "--agent", "a/b/c"), "--agent"),
+            (("trace", "not an id"), "INVOCATION"),
+            (("--socket", "", "status"), "--socket"),
+        )
+    ],
+)
+async def test_a_value_that_no_option_takes_is_a_usage_error_that_names_it(daemon, arguments, option):
+    """Exit code 2, as argparse has it; 1 is for what is asked in earnest and not there."""
+    done = await daemon.clrk(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert option in done.err
+    assert "Traceback" not in done.err
+    assert daemon.requests == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("agents", "get", "nobody"), ("agents", "invocations", "nobody"), ("trace", "ffffffff"),
+        ("policy", "suggest", "nobody"), ("agents", "logs", "support/ffffffff"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+async def test_what_is_not_there_is_no_usage_error(daemon, arguments):
+    assert (await daemon.clrk(*arguments)).code == 1
+
+
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe", "\u202e\u2603".encode(), b"%2e%2e%2f", b"a" * 70_000, b"\x1b[2J"], ids=range(5)
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("agents", "get"), ("agents", "invocations"), ("agents", "logs"), ("agents", "traces"), ("agents", "run-task"),
+        ("trace",), ("traces", "--agent"), ("traces", "--model"), ("traces", "--since"), ("policy", "suggest"),
+        ("budgets", "--agent"), ("budgets", "--day"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+async def test_hostile_words_end_in_one_line(daemon, command, name):
+    answering(daemon)
+    done = await daemon.clrk(*command, os.fsdecode(name))
+    assert done.code in (0, 1, 2, 77)
+    assert "Traceback" not in done.err
+    assert "\x1b" not in done.err + done.out
 
 
 async def test_a_server_that_is_no_daemon_is_named(tmp_path):
