@@ -183,10 +183,10 @@ async def test_rotation_wrong_and_missing_keys(keyed: Keyed, caller: aiohttp.Cli
     assert text.split() == ["401"]  # the provider says so, and the wrong key with it
     assert keyed.providers.seen()[-1]["headers"]["authorization"] == [f"Bearer {ROTATED}"]
     keyed.key_file.unlink()
-    text, _ = await ask(caller, keyed, CALL.replace("HOST", "api.openai.com"))
+    text, _ = await invoke(caller, keyed.daemon, "python", CALL.replace("HOST", "api.openai.com"))
     assert text.split() == ["401"]  # nobody said yet that it is gone
     keyed.daemon.clrk("apply")
-    text, _ = await ask(caller, keyed, CALL.replace("HOST", "api.openai.com"))
+    text, _ = await invoke(caller, keyed.daemon, "python", CALL.replace("HOST", "api.openai.com"))
     assert "Secret default/providers, key 'openai', has no value" in json.loads(text.removeprefix("502 "))["detail"]
     keyed.key_file.write_text(KEYS["api.openai.com"])
     keyed.daemon.clrk("apply")
