@@ -9,7 +9,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,19 +45,28 @@ def instance(tag: str) -> str:
 @pytest.fixture(scope="session", autouse=True)
 def clean_host() -> None:
     """Nothing of a test run that was killed is in the way of this one, or stays behind after it."""
-    remove_what_the_dead_left()
+    with cleaning_alone() as clean:
+        clean()
 
 
-def remove_what_the_dead_left() -> list[str]:
-    """Remove every instance whose process is no more; return their names. Those of the living are not touched."""
+@contextmanager
+def cleaning_alone() -> Iterator[Callable[[], list[str]]]:
+    """Of several test runs that start now, one cleans up.
+
+    Yields: what removes every instance whose process is no more, and returns their names; the living keep theirs.
+    """
     run = os.open(_RUN_DIR, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(run, fcntl.LOCK_EX)  # of several test runs that start now, one does it
-        dead = _names_of_the_dead()
-        for name in dead:
-            _remove(name)
+        fcntl.flock(run, fcntl.LOCK_EX)
+        yield _remove_what_the_dead_left
     finally:
         os.close(run)
+
+
+def _remove_what_the_dead_left() -> list[str]:
+    dead = _names_of_the_dead()
+    for name in dead:
+        _remove(name)
     return dead
 
 

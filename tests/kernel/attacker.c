@@ -3,8 +3,9 @@
  * Tries to get bytes of its own in front of the stamp: one thread connects, another one sends the forged bytes on the
  * same socket as fast as it can, so that some sends are entered while the socket is in SYN_SENT.
  *
- * Forged bytes that got out first may be refused before connect() has returned; it says then that the connection was
- * reset, because inet_stream_connect() (net/ipv4/af_inet.c) looks at the state once it is woken. That round is over.
+ * Bytes that got out may be refused before connect() has returned; it says then that the connection was reset, because
+ * inet_stream_connect() (net/ipv4/af_inet.c) looks at the state once it is woken: ECONNRESET, or EPIPE where the other
+ * side had closed before they came (tcp_reset(), net/ipv4/tcp_input.c). That round is over.
  *
  * usage: attacker ADDRESS PORT ROUNDS FORGED_FILE; prints how many sends succeeded. Any other error is 1, named on
  * stderr.
@@ -64,7 +65,7 @@ static int attack(const struct sockaddr_in *to)
 	atomic_store(&over, refused != 0);
 	pthread_join(sender, NULL);
 	close(sock);
-	if (refused && refused != ECONNRESET) {
+	if (refused && refused != ECONNRESET && refused != EPIPE) {
 		errno = refused;
 		perror("connect");
 		return -1;

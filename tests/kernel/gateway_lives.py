@@ -7,10 +7,11 @@ import contextlib
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Any
 
 from control_desk import AGENTS, LAYOUT, SPEC, Host, Peer, make_pair, make_resources, open_pool
-from instances import DEADLINE_S, DIES_WITH_US
+from instances import DEADLINE_S, DIES_WITH_US, OWNER
 
 from clrk.core.messages import PROTOCOL_VERSION, Configure, Counters, Ready
 from clrk.runtime.ca import Authorities
@@ -81,4 +82,5 @@ async def open_lives(host: Host) -> AsyncIterator[Lives]:
 
 
 def loopback() -> Any:
-    return SPEC.ingress.model_copy(update={"listen": "127.0.0.1:0"})
+    """At an address of this process alone: nobody else takes the port while a gateway's listener is opened anew."""
+    return SPEC.ingress.model_copy(update={"listen": f"{IPv4Address('127.128.0.0') + OWNER}:0"})

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,35 +81,46 @@ class Agent:
 
     def __init__(self, pid: int, result_fd: int) -> None:
         self.pid = pid
-        self._result_fd = result_fd
-        self._reaped = False
+        self.result_fd = result_fd
+        self.reaped = False
+        self._pickled = b""
+        self._status = 0
 
-    def result(self, timeout_s: float = DEADLINE_S) -> Any:
-        chunks = []
-        deadline = time.monotonic() + timeout_s
-        while True:
-            if not select.select([self._result_fd], [], [], max(0, deadline - time.monotonic()))[0]:
+    def result(self) -> Any:
+        deadline = time.monotonic() + DEADLINE_S
+        while not self.reaped:
+            if not select.select([self.result_fd], [], [], max(0, deadline - time.monotonic()))[0]:
+                doing = self._doing()
                 self.kill()
-                raise TimeoutError("the agent did not end")
-            chunk = os.read(self._result_fd, 65536)
-            if not chunk:
-                break
-            chunks.append(chunk)
-        self._reap()
-        ok, value = pickle.loads(b"".join(chunks))
+                raise TimeoutError(f"the agent did not end: {doing}")
+            self.take()
+        if not self._pickled:
+            raise ChildProcessError(f"the agent said nothing and ended with {os.waitstatus_to_exitcode(self._status)}")
+        ok, value = pickle.loads(self._pickled)
         if not ok:
             raise value
         return value
 
+    def take(self) -> None:
+        """Take more of the result, and at its end the process."""
+        if chunk := os.read(self.result_fd, 65536):
+            self._pickled += chunk
+        else:
+            self._reap()
+
     def kill(self) -> None:
-        if not self._reaped:
+        if not self.reaped:
             os.kill(self.pid, signal.SIGKILL)
             self._reap()
 
+    def _doing(self) -> dict[str, str]:
+        """Where it waits: the number of its system call, and the kernel's functions."""
+        return {name: Path(f"/proc/{self.pid}/{name}").read_text().strip() for name in ("syscall", "stack")}
+
     def _reap(self) -> None:
-        os.waitpid(self.pid, 0)
-        self._reaped = True
-        os.close(self._result_fd)
+        _, self._status = os.waitpid(self.pid, 0)
+        self.reaped = True
+        os.close(self.result_fd)
 
 
 @dataclass
@@ -223,11 +235,15 @@ class Sandbox:
             try:
                 outcome = (True, function(*args))
             except BaseException as exc:
+                exc.add_note(f"in the agent:\n{traceback.format_exc()}")
                 outcome = (False, exc)
             with open(write_end, "wb") as pipe:
                 pipe.write(pickle.dumps(outcome))
-        finally:
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
 
     def run(self, function: Callable[..., Any], *args: Any, uid: int = AGENT_UID) -> Any:
         return self.spawn(function, *args, uid=uid).result()
@@ -242,11 +258,28 @@ class Sandbox:
             _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: a test may look at its own /proc files
 
     def accept(self, listener: str = "egress4") -> Accepted:
+        """Accept one connection.
+
+        Raises: what an agent failed with meanwhile; TimeoutError.
+        """
+        self._await_caller(self.listeners[listener])
         sock, peer = self.listeners[listener].accept()
         sock.settimeout(DEADLINE_S)
         self._accepted.append(sock)
         family = wire.FAMILY_V6 if listener.endswith("6") else wire.FAMILY_V4
         return Accepted(sock, (peer[0], peer[1]), family)
+
+    def _await_caller(self, listener: socket.socket) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            agents = {agent.result_fd: agent for agent in self._agents if not agent.reaped}
+            ready = select.select([listener, *agents], [], [], left_s)[0]
+            if listener in ready:
+                return
+            for fd in ready:
+                agents[fd].take()
+                if agents[fd].reaped:
+                    agents[fd].result()
 
     def nothing_waits(self, listener: str = "egress4") -> bool:
         return not select.select([self.listeners[listener]], [], [], 0)[0]

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instances import DIES_WITH_US, FIRST_UID, OWNER, OWNER_VARIABLE, instance
+from instances import DEADLINE_S, DIES_WITH_US, FIRST_UID, OWNER, OWNER_VARIABLE, instance
 
 from clrk.core.layout import HostLayout
 from clrk.core.resources import HostLimits, RuntimeSpec, TaskAgent, UidRange
@@ -148,17 +149,25 @@ async def running_host(
         spawner.close()
 
 
-def count_leftovers(prefix: str = LAYOUT.netns_prefix) -> dict[str, int]:
+async def until_gone(count: Callable[[], Counter[str]], before: Counter[str]) -> None:
+    """Wait until there is no more of anything than before: a process leaves its cgroup before it is gone itself."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while left := count() - before:
+        assert time.monotonic() < deadline_s, left
+        await asyncio.sleep(0.01)
+
+
+def count_leftovers(prefix: str = LAYOUT.netns_prefix) -> Counter[str]:
     """Everything of the host that a sandbox could leave behind, counted."""
     hierarchy = find_hierarchy(Path("/proc/self/mounts").read_text())
     parents = [root / prefix[:-1] for root in (hierarchy.v2, *hierarchy.v1.values())]
     groups = [path for parent in parents if parent.is_dir() for path in parent.iterdir() if path.is_dir()]
     owned = re.compile(re.escape(prefix) + "[0-9a-f]{8}")
     uids = subprocess.run(["ps", "-eo", "uid="], capture_output=True, text=True, check=True).stdout.split()
-    return {
-        "namespaces": sum(owned.fullmatch(name) is not None for name in os.listdir("/run/netns")),
-        "cgroups": len(groups),
-        "mounts": sum(f"/{prefix}" in line for line in Path("/proc/self/mounts").read_text().splitlines()),
-        "processes": sum(FIRST_UID <= int(uid) < FIRST_UID + 1000 for uid in uids),
-        "fds": len(os.listdir("/proc/self/fd")),
-    }
+    return Counter(
+        namespaces=sum(owned.fullmatch(name) is not None for name in os.listdir("/run/netns")),
+        cgroups=len(groups),
+        mounts=sum(f"/{prefix}" in line for line in Path("/proc/self/mounts").read_text().splitlines()),
+        processes=sum(FIRST_UID <= int(uid) < FIRST_UID + 1000 for uid in uids),
+        fds=len(os.listdir("/proc/self/fd")),
+    )

@@ -69,14 +69,14 @@ def read_stamp(raw: bytes) -> dict[int, bytes]:
     return found
 
 
-async def test_a_daemon_is_stamped_without_an_invocation_and_has_five_seconds_to_end(desk: Desk) -> None:
+async def test_a_daemon_is_stamped_without_an_invocation_and_has_its_grace_to_end(desk: Desk) -> None:
     request, started, stdout = await start_daemon(desk, "loop")
     for raw in (started.header_v4, started.header_v6):
         stamp = read_stamp(raw)
         assert stamp[wire.TLV_AGENT_KIND] == b"\0"
         assert stamp[wire.TLV_AGENT_NAME] == b"loop"
         assert not {wire.TLV_INVOCATION_ID, wire.TLV_TRACEPARENT} & set(stamp)
-    desk.runs.stop(request.run_id, desk.channel, 5.0)
+    desk.runs.stop(request.run_id, desk.channel, DEADLINE_S)
     exited, _ = await desk.peer.hear_all(Exited, Removed)
     assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 3)  # what its handler of SIGTERM says
     assert await read_all(stdout) == b"ending\n"
@@ -134,7 +134,10 @@ async def test_a_run_that_is_not_of_its_kind(desk: Desk, request_: StartRun, rea
     assert failed.reason is reason
 
 
-async def test_the_hosts_own_shutdown_ends_daemons_gently_and_leaves_invocations(desk: Desk) -> None:
+async def test_the_hosts_own_shutdown_ends_daemons_gently_and_leaves_invocations(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clrk.runtime.runs.DAEMON_GRACE_S", DEADLINE_S)
     _, _, stdout = await start_daemon(desk, "loop")
     desk.start(ask("sleep"))
     await desk.peer.hear_all(Started, Spawned)

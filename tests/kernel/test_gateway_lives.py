@@ -166,7 +166,7 @@ async def test_stop_run_carries_its_grace(lives: Lives) -> None:
     os.set_blocking(stdout, True)
     with os.fdopen(stdout, "rb") as stream:
         assert await asyncio.to_thread(stream.readline) == b"up\n"
-        peer.say(StopRun(request.run_id, 5.0))
+        peer.say(StopRun(request.run_id, DEADLINE_S))
         exited, _ = await peer.hear_all(Exited, Removed)
     assert (exited.reason, exited.exit_code) == (ExitReason.STOPPED, 3)
 

@@ -159,6 +159,7 @@ async def test_listeners_that_a_gateway_shut_down_are_opened_anew(lives: Lives) 
     for index, (family, name) in zip(shared, names, strict=True):
         with socket.socket(fileno=os.dup(peer.fds[index])) as sock:
             assert (sock.family, sock.getsockname()) == (family, name)  # callers find it where it was
+            sock.settimeout(DEADLINE_S)  # connect() may return before the listener has the connection
             with sock.accept()[0] as accepted:
                 assert accepted.recv(1000) == repr(name).encode()
 

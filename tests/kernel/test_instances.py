@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from host_harness import start_runtime
-from instances import remove_what_the_dead_left
+from instances import cleaning_alone
 
 pytestmark = pytest.mark.kernel
 
@@ -41,10 +41,14 @@ def test_the_dead_are_cleaned_up_after_and_the_living_left_alone() -> None:
         assert run.stdout is not None
         name = run.stdout.readline().strip()
         assert name == f"clrkt{run.pid}h"
-        assert name not in remove_what_the_dead_left()
+        with cleaning_alone() as clean:
+            assert name not in clean()
         assert all(found(name).values()), found(name)
-        run.kill()
-    assert all(found(name).values()), found(name)
-    assert name in remove_what_the_dead_left()
-    assert not any(found(name).values()), found(name)
-    assert name not in remove_what_the_dead_left()
+        with cleaning_alone() as clean:
+            run.kill()
+            run.wait()
+            assert all(found(name).values()), found(name)
+            assert name in clean()
+        assert not any(found(name).values()), found(name)
+        with cleaning_alone() as clean:
+            assert name not in clean()

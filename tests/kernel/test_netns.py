@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import socket
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from instances import instance
+from instances import DEADLINE_S, instance
 
 from clrk.core.errors import HostError
 from clrk.core.ids import NetnsName
@@ -53,7 +54,7 @@ def test_without_a_free_fd_the_reason_is_named(maker: NamespaceMaker) -> None:
     namespace.remove(NAME)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-        failed = maker.submit(NAME).exception(10)
+        failed = maker.submit(NAME).exception(DEADLINE_S)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert isinstance(failed, HostError)
@@ -134,6 +135,7 @@ def test_maker_returns_to_the_host_namespace(space: Namespace, maker: NamespaceM
 
 
 def test_a_taken_name_fails_and_leaves_the_other_alone(space: Namespace, maker: NamespaceMaker) -> None:
+    gc.collect()
     fds = set(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match="File exists"):
         maker.submit(NAME).result()

@@ -6,13 +6,14 @@ import asyncio
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import Host, count_leftovers, run_in, running_host, task_agent
+from host_harness import Host, count_leftovers, run_in, running_host, task_agent, until_gone
 
 from clrk.core.errors import HostError
 from clrk.runtime.sandbox import Sandbox
@@ -26,9 +27,14 @@ async def host() -> AsyncIterator[Host]:
         yield running
 
 
-def processes_of(uid: int) -> list[str]:
-    shown = subprocess.run(["ps", "-o", "pid=", "-u", str(uid)], capture_output=True, text=True, check=False)
-    return shown.stdout.split()
+async def none_left(uid: int) -> None:
+    """Wait until the uid has no process."""
+
+    def processes() -> Counter[str]:
+        command = ["ps", "-o", "pid=,stat=,wchan=,args=", "-u", str(uid)]
+        return Counter(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines())
+
+    await until_gone(processes, Counter())
 
 
 async def begin(sandbox: Sandbox, *command: str, ready: bytes = b"", **spec: object) -> tuple[int, int]:
@@ -62,8 +68,9 @@ async def test_cpu_and_memory_are_accounted_with_children(host: Host) -> None:
         "code = 'import time\\nx = bytearray(50 << 20)\\nwhile time.process_time() < 0.3: pass'\n"
         "subprocess.run([sys.executable, '-c', code])\n"
     )
+    began_s = time.monotonic()
     ran = await host.python(script)
-    assert 0.3 <= ran.exit.cpu_s < 5
+    assert 0.3 <= ran.exit.cpu_s <= (time.monotonic() - began_s) * (os.cpu_count() or 1)
     assert 50 << 20 <= ran.exit.max_rss_bytes < 512 << 20
 
 
@@ -111,7 +118,7 @@ async def test_a_fork_bomb_stops_at_its_limit(host: Host) -> None:
     finally:
         await sandbox.remove()
     assert int(ran.out) == 19  # itself is the twentieth
-    assert processes_of(sandbox.uid) == []
+    await none_left(sandbox.uid)
 
 
 async def test_a_growing_fork_bomb_is_killed_with_everything(host: Host) -> None:
@@ -124,7 +131,7 @@ async def test_a_growing_fork_bomb_is_killed_with_everything(host: Host) -> None
         assert (await sandbox.wait()).exit_code == 137
     finally:
         await sandbox.remove()
-    assert processes_of(sandbox.uid) == []
+    await none_left(sandbox.uid)
 
 
 async def test_an_fd_hog_meets_a_ceiling(host: Host) -> None:
@@ -171,7 +178,7 @@ async def test_a_daemonised_child_is_killed_with_the_run(host: Host) -> None:
     finally:
         await sandbox.remove()
     assert (ran.out, ran.exit.exit_code) == ("gone\n", 0)
-    assert processes_of(sandbox.uid) == []
+    await none_left(sandbox.uid)
 
 
 async def test_ignoring_signals_does_not_help(host: Host) -> None:
@@ -224,7 +231,7 @@ async def test_removed_without_a_run(host: Host) -> None:
         os.close(fd)
     await sandbox.remove()
     await sandbox.remove()
-    assert count_leftovers() == before
+    await until_gone(count_leftovers, before)
 
 
 async def test_one_spawn_for_each_sandbox(host: Host) -> None:
@@ -279,4 +286,4 @@ async def test_fifty_runs_leave_nothing(host: Host) -> None:
     before = count_leftovers()
     for batch in range(10):
         await asyncio.gather(*(host.sh(f"echo {batch} > /tmp/x; sleep 600 & exit 0") for _ in range(5)))
-    assert count_leftovers() == before
+    await until_gone(count_leftovers, before)

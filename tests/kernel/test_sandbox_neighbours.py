@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import Host, run_in, running_host, task_agent, wait_readable
+from host_harness import LAYOUT, Host, run_in, running_host, task_agent, wait_readable
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio(loop_scope="module")]
 
@@ -94,13 +94,14 @@ async def agent_pid(monitor: int) -> int:
 
 async def test_host_abstract_sockets_are_out_of_reach(host: Host) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind("\0clrk-host-service")
+        name = f"\0{LAYOUT.instance}-service"
+        listener.bind(name)
         listener.listen()
         with socket.socket(socket.AF_UNIX) as client:
-            client.connect("\0clrk-host-service")  # it is there
+            client.connect(name)  # it is there
         ran = await host.python(
             "import socket\n"
-            "try: socket.socket(socket.AF_UNIX).connect('\\0clrk-host-service'); print('reached')\n"
+            f"try: socket.socket(socket.AF_UNIX).connect({name!r}); print('reached')\n"
             "except OSError as exc: print(exc.errno)\n"
         )
     assert ran.out.strip() == str(errno.ECONNREFUSED)

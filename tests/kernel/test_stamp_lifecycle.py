@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -53,6 +54,7 @@ def attach_in_child(layout: HostLayout, cgroup: Path) -> int:
 def test_attach_and_close_leave_nothing() -> None:
     layout = layout_for_this_process("a")
     with instance_cgroup(layout.cgroup_name) as cgroup:
+        gc.collect()
         fds = len(os.listdir("/proc/self/fd"))
         for _ in range(2):
             stamp = Stamp.attach(layout, cgroup)

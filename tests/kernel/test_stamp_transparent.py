@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from harness import EGRESS_V4, FAR_V4, FAR_V6, Accepted, Sandbox, dial
+from instances import DEADLINE_S
 
 from clrk.core import wire
 
@@ -158,7 +159,7 @@ def test_zerocopy_completions(sandbox: Sandbox) -> None:
             chunk = memoryview(PATTERN)[n * 32768 : (n + 1) * 32768]  # no copy: the kernel reads it later
             while chunk:
                 chunk = chunk[sock.send(chunk, MSG_ZEROCOPY) :]
-        while completed < sends and poller.poll(2000):
+        while completed < sends and poller.poll(DEADLINE_S * 1000):
             completed += reap(socket.MSG_DONTWAIT)
         while (late := reap(socket.MSG_DONTWAIT)) or poller.poll(50):
             completed += late
@@ -194,7 +195,7 @@ def test_fionread_poll_and_lowat(sandbox: Sandbox) -> None:
         epoll = select.epoll()
         epoll.register(sock, select.EPOLLIN | select.EPOLLET)
         sock.sendall(b"request")
-        events = epoll.poll(5)
+        events = epoll.poll(DEADLINE_S)
         waiting, unsent = bytearray(4), bytearray(4)
         fcntl.ioctl(sock, termios.FIONREAD, waiting)
         fcntl.ioctl(sock, SIOCOUTQ, unsent)

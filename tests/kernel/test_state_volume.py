@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def host(state_dir: Path) -> AsyncIterator[Host]:
     async with running_host(ready=0, state_dir=str(state_dir)) as running:
         yield running
-    assert not attached(state_dir)
+    await until_detached(state_dir)
 
 
 def keeper(script: str, *, name: str, size_mb: int = 8, **spec: object) -> TaskAgent:
@@ -65,10 +67,21 @@ async def finish(sandbox: Sandbox, agent: TaskAgent) -> Outcome:
     return Outcome(out, err, ended)
 
 
-def attached(state_dir: Path) -> list[str]:
+def attached(below: Path) -> list[str]:
     """Images of ours that a loop device has."""
-    files = [path.read_text().strip() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
-    return [path for path in files if path.startswith(str(state_dir))]
+    files = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # detached since it was listed
+            files.append(path.read_text().strip())
+    return [path for path in files if path.startswith(str(below))]
+
+
+async def until_detached(below: Path) -> None:
+    """The kernel detaches a loop device when its last holder has let go, and tells nobody."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while files := attached(below):
+        assert time.monotonic() < deadline_s, files
+        await asyncio.sleep(0.01)
 
 
 def seen_on_the_host() -> str:
@@ -231,9 +244,7 @@ async def test_an_agent_that_is_gone_is_unmounted_and_its_files_stay(host: Host,
     image = str(state_dir / "agents/default.gone.ext4")
     assert image in attached(state_dir)
     host.pool.set_agents([])
-    async with asyncio.timeout(DEADLINE_S):
-        while image in attached(state_dir):
-            await asyncio.sleep(0.01)  # the kernel detaches it when its last holder has let go, and tells nobody
+    await until_detached(state_dir / "agents/default.gone.ext4")
     assert (await run(host, f"cat {STATE}/f", name="gone")).out == "kept\n"
 
 
@@ -307,9 +318,7 @@ async def test_kill_9_of_the_runtime_leaves_no_mount_and_no_loop_device(tmp_path
         assert await asyncio.to_thread(runtime.stdout.readline) == "up\n"
         assert attached(tmp_path)
         runtime.kill()
-    async with asyncio.timeout(DEADLINE_S):
-        while attached(tmp_path):
-            await asyncio.sleep(0.01)  # as above: the kernel tells nobody
+    await until_detached(tmp_path)
     assert str(tmp_path) not in seen_on_the_host()
     cgroups = Cgroups.open(OTHER_LAYOUT)
     cgroups.remove_leftovers()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import Host, count_leftovers, running_host, start_runtime
+from host_harness import Host, count_leftovers, running_host, start_runtime, until_gone
 from instances import DEADLINE_S
 from warm_host import OTHER_LAYOUT, Clock, filled, finish, run, until, waiting_processes, warm_agent
 
@@ -148,8 +148,9 @@ async def test_one_that_dies_while_it_waits_is_replaced_after_a_while(signum: si
 
 
 async def test_a_view_that_can_not_be_built_is_said_and_not_tried_for_ever(
-    host: Host, caplog: pytest.LogCaptureFixture
+    host: Host, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("clrk.runtime.sandbox._EXEC_TIMEOUT_S", DEADLINE_S)  # so that spawn() waits for bwrap's end
     agent = warm_agent("/bin/true", template={"workdir": "/no/such/folder"})
     host.pool.set_agents([agent])
     await until(host.pool, lambda: "not prepared ahead" in caplog.text)
@@ -163,12 +164,12 @@ async def test_no_agents_any_more_and_close_leave_nothing(host: Host) -> None:
     before = count_leftovers()
     await filled(host, warm_agent("/bin/true", size=3))
     host.pool.set_agents([])
-    await until(host.pool, lambda: count_leftovers() == before)
+    await until_gone(count_leftovers, before)
     async with running_host(ready=0, layout=OTHER_LAYOUT) as other:
         await filled(other, warm_agent("/bin/true", size=3))
     assert waiting_processes() == []
     assert count_leftovers(OTHER_LAYOUT.netns_prefix)["namespaces"] == 0
-    assert count_leftovers() == before
+    await until_gone(count_leftovers, before)
 
 
 RUNTIME = """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from host_harness import Host, Outcome, read_all
 from instances import DEADLINE_S, FIRST_UID, instance
@@ -35,9 +37,12 @@ def warm_agent(*command: str, name: str = "warm", size: int = 1, **spec: object)
 
 
 async def until(pool: SandboxPool, condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await pool.changed()
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, (pool.counts(), pool.warm_agents())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):  # what is not the pool's, a process say, changes without its word
+                await pool.changed()
 
 
 async def filled(host: Host, *agents: TaskAgent) -> None:
