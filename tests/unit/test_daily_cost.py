@@ -23,8 +23,9 @@ def call(store, who, start_ns, **more):
     record(Telemetry(store, {}), who, "chat m", start_ns=start_ns, **(known | more))
 
 
-async def test_days_are_summed_and_calls_without_a_price_are_said(store):
+async def test_days_are_summed_and_calls_without_a_price_are_said(store, monkeypatch):
     now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now)  # it stays today
     today = now // DAY_NS * DAY_NS
     who, other = identity("support"), identity("support", "team-b")
     call(store, who, today, gen_ai__usage__input_tokens=100, gen_ai__usage__output_tokens=10, clrk__cost__usd=0.25)

@@ -93,20 +93,15 @@ async def reopened(tmp_path):
     return telemetry.store
 
 
-def kill_at(tmp_path, seconds, segment_bytes):
-    """Run a child that writes until it is killed; return what it had acknowledged."""
+def kill_after(tmp_path, words, segment_bytes):
+    """Run a child that writes until it is killed, when it has acknowledged so much; return what it had acknowledged."""
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", CHILD, str(HERE), str(tmp_path), str(segment_bytes)], stdout=subprocess.PIPE
     )
-    said = bytearray(child.stdout.readline())  # it has opened the store
-    os.set_blocking(child.stdout.fileno(), False)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        said += child.stdout.read() or b""
+    said = bytearray(b"".join(child.stdout.readline() for _ in range(1 + words)))  # one that it has opened the store
     child.send_signal(signal.SIGKILL)
-    child.wait()
-    os.set_blocking(child.stdout.fileno(), True)
     said += child.stdout.read()
+    child.wait()
     child.stdout.close()
     acknowledged = collections.defaultdict(list)
     for line in bytes(said).decode().splitlines():
@@ -119,7 +114,7 @@ def kill_at(tmp_path, seconds, segment_bytes):
 async def test_nothing_acknowledged_is_lost_or_doubled_by_sigkill(tmp_path, segment_bytes):
     expected, chance = collections.defaultdict(list), random.Random(segment_bytes)
     for _ in range(ROUNDS):
-        for kind, found in kill_at(tmp_path, chance.uniform(0, 0.25), segment_bytes).items():
+        for kind, found in kill_after(tmp_path, chance.randrange(2000), segment_bytes).items():
             expected[kind] += found
     store = await reopened(tmp_path)
     spans = [SpanRecord(**document) for document in (msgspec.json.decode(row[0]) for row in
@@ -156,7 +151,7 @@ async def test_nothing_acknowledged_is_lost_or_doubled_by_sigkill(tmp_path, segm
 
 
 async def test_a_second_recovery_adds_nothing(tmp_path):
-    kill_at(tmp_path, 0.1, 16 * 2**20)
+    kill_after(tmp_path, 500, 16 * 2**20)
     counts = []
     for _ in range(2):
         store = await reopened(tmp_path)

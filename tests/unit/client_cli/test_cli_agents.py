@@ -11,6 +11,7 @@ from clrk_command import HOSTILE
 from span_samples import identity, invocation_record, record, record_invocation
 
 from clrk.gateway.outcome import Phase
+from clrk.gateway.telemetry.daily_cost import DAY_NS
 
 # --- agents ---------------------------------------------------------------------------------------------------------
 
@@ -39,11 +40,12 @@ async def test_agents_list_says_how_they_stand(daemon):
 
 
 async def test_agents_get_says_what_was_spent(daemon):
-    record_invocation(daemon.telemetry, identity())
+    noon_ns = time.time_ns() // DAY_NS * DAY_NS + DAY_NS // 2
+    record_invocation(daemon.telemetry, identity(), start_ns=noon_ns)
     unpriced = {"gen_ai__system": "openai", "gen_ai__usage__input_tokens": 7, "clrk__cost__unknown": True}
-    record(daemon.telemetry, identity(), "chat house-7b", start_ns=time.time_ns(), **unpriced)
+    record(daemon.telemetry, identity(), "chat house-7b", start_ns=noon_ns, **unpriced)
     facts = (await daemon.clrk("agents", "get", "support")).out
-    today = time.strftime("%Y-%m-%d", time.gmtime())
+    today = time.strftime("%Y-%m-%d", time.gmtime(noon_ns // 10**9))
     assert re.search(rf"{today} +2 +327 +85 +\$0\.002\d+ +1 calls\n", facts), facts
     (day,) = json.loads((await daemon.clrk("agents", "get", "support", "-o", "json")).out)["spending"]
     assert (day["day"], day["llmCalls"], day["unpricedCalls"]) == (today, 2, 1)

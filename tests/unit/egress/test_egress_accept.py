@@ -116,7 +116,8 @@ async def test_closing_before_the_first_byte_is_normal():
         assert lab.service.counters.closed_unused == 1
 
 
-async def test_the_stamp_may_come_byte_by_byte():
+async def test_the_stamp_may_come_byte_by_byte(monkeypatch):
+    monkeypatch.setattr(accept, "STAMP_TIMEOUT_S", 60.0)
     async with upstream(hello) as port, laboratory(gateway=aliased(port, NAME), rules=ALLOW) as lab:
         wire_ = await lab.dial(NAME, 80, stamp=False)
         for index in range(wire.HEADER_SIZE):

@@ -36,7 +36,7 @@ async def test_the_rows_of_a_trace_keep_their_order(tmp_path, receiver):
 
 async def test_a_dead_backend_slows_nothing_and_gets_everything_later_in_order(tmp_path, receiver):
     await receiver.stop()
-    telemetry = opened(tmp_path, receiver, timeout="0.2s")
+    telemetry = opened(tmp_path, receiver)
     who = identity()
     for index in range(1500):
         record(telemetry, who, f"s{index}")
@@ -77,7 +77,7 @@ async def test_no_answer_within_the_timeout_is_a_failure_and_sent_again(tmp_path
 
 
 async def test_after_a_restart_the_rest_is_sent_and_nothing_twice(tmp_path, receiver):
-    first = opened(tmp_path, receiver, timeout="0.2s")
+    first = opened(tmp_path, receiver)
     record(first, identity(), "one")
     await until(lambda: first.store.counters["exported_spans"] == 1)
     receiver.fail = lambda signal, message: Failure()
@@ -86,7 +86,7 @@ async def test_after_a_restart_the_rest_is_sent_and_nothing_twice(tmp_path, rece
     await first.close()
     assert receiver.names == ["one"]
     receiver.fail = None
-    second = opened(tmp_path, receiver, timeout="0.2s")
+    second = opened(tmp_path, receiver)
     record(second, identity(), "three")
     await receiver.wait(lambda: "three" in receiver.names)
     await second.close()
@@ -196,7 +196,7 @@ NO_SUCCESS = [
 @pytest.mark.parametrize(("status", "code"), NO_SUCCESS)
 async def test_an_answer_that_is_no_success_loses_nothing(tmp_path, receiver, status, code):
     receiver.fail = lambda signal, message: Failure(status, code)
-    telemetry = opened(tmp_path, receiver, timeout="0.5s")
+    telemetry = opened(tmp_path, receiver)
     for index in range(3):
         record(telemetry, identity(), f"kept{index}")
     await until(lambda: telemetry.store.counters["export_failures"] >= 4)
@@ -206,8 +206,15 @@ async def test_an_answer_that_is_no_success_loses_nothing(tmp_path, receiver, st
     await telemetry.close()
 
 
-async def test_the_wait_that_a_backend_asks_for_is_kept(tmp_path, receiver):
-    asked, moments = "1" if receiver.protocol != "grpc" else "0.5", []
+async def test_the_wait_that_a_backend_asks_for_is_kept(tmp_path, receiver, monkeypatch):
+    asked, moments, waits = "1" if receiver.protocol != "grpc" else "0.5", [], []
+    backoff_s = export_task.Progress.backoff_s
+
+    def noted(self, answer):
+        waits.append(backoff_s(self, answer))
+        return waits[-1]
+
+    monkeypatch.setattr(export_task.Progress, "backoff_s", noted)
 
     def busy(signal, message):
         moments.append(time.monotonic())
@@ -219,7 +226,9 @@ async def test_the_wait_that_a_backend_asks_for_is_kept(tmp_path, receiver):
     record(telemetry, identity(), "patient")
     await receiver.wait(lambda: receiver.names == ["patient"])
     await telemetry.close()
-    assert float(asked) <= moments[1] - moments[0] < float(asked) * 2
+    (wait_s,) = waits
+    assert float(asked) <= wait_s <= float(asked) * 1.2  # the most jitter
+    assert moments[1] - moments[0] >= wait_s
 
 
 async def test_a_partial_success_is_counted_and_not_sent_again(tmp_path, receiver, caplog):

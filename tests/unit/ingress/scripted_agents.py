@@ -34,7 +34,7 @@ AGENTS = [
     agent("cut", "printf part; sleep 0.05; exit 4"),
     agent("crash", "kill -SEGV $$"),
     agent("slow", "sleep 60", timeout=0.3),
-    agent("slowtalk", "printf part; sleep 60", timeout=0.3),
+    agent("slowtalk", "printf part; sleep 60", timeout=3),
     agent("forever", "echo ready; sleep 600"),
     agent("mute", "sleep 600"),
     agent("deaf", "exec 0</dev/null; echo done"),
