@@ -271,7 +271,7 @@ except ssl.SSLWantReadError:
 sock.recv(100)
 sock.close()
 """
-NODE = 'require("https").get("https://localhost:PORT/").on("error", e => console.log(e.code))'
+NODE = 'require("https").get("https://localhost:PORT/", {family: 4}).on("error", e => console.log(e.code))'
 HTTPS = "https://localhost:PORT/"
 OPENSSL = ["openssl", "s_client", "-connect", "127.0.0.1:PORT"]
 REJECTING = {
