@@ -1,4 +1,4 @@
-"""The `clrk-runtime` command."""
+"""The `clrk-runtime` command. Imports what a command needs only when it runs: `clrk-runtime --help` is instant."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from typing import Final
 from clrk import __version__
 from clrk.core.errors import ClrkError, ConfigError
 from clrk.core.layout import HostLayout
-from clrk.core.resources import RuntimeSpec
-from clrk.core.route_resources import AIProviderRoute, MCPRoute
-from clrk.runtime.config.declared import Resources
-from clrk.runtime.config.load import DEFAULT_PATH, load
-from clrk.runtime.config.notes import notes_of
+from clrk.core.loading import loading
 
+DEFAULT_PATH: Final = Path("/etc/clrk")
 EXIT_FAILED: Final = 1
 EXIT_INVALID: Final = 2
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -47,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "doctor":
             return _doctor(options)
         if options.command == "ca":
-            return _ca(options.action, HostLayout(options.instance), load(paths).runtime)
+            return _ca(options.action, HostLayout(options.instance), paths)
         # A reload's problems are read in another folder than the one that the daemon was started in.
         return _serve(HostLayout(options.instance), [path.absolute() for path in paths])
     except ConfigError as exc:
         for problem in exc.problems:
             print(problem, file=sys.stderr)
-        print(_count(len(exc.problems), "problem"), file=sys.stderr)
+        number = len(exc.problems)
+        print("1 problem" if number == 1 else f"{number} problems", file=sys.stderr)
         return EXIT_INVALID
     except ClrkError as exc:
         print(f"clrk-runtime: {exc}", file=sys.stderr)
@@ -111,21 +109,24 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _check(paths: Sequence[Path]) -> int:
-    resources = load(paths)
-    for line in _summarise(resources):
+    from clrk.runtime.config.load import load
+    from clrk.runtime.summary import summarise
+
+    for line in summarise(load(paths)):
         print(line)
     return 0
 
 
-def _ca(action: str, layout: HostLayout, spec: RuntimeSpec) -> int:
+def _ca(action: str, layout: HostLayout, paths: Sequence[Path]) -> int:
     """Show the CA, or put a new one on the disk and have the runtime take it up."""
     from clrk.runtime import ca
+    from clrk.runtime.config.load import load
     from clrk.runtime.reconcile import find_runtime
 
+    state_dir = Path(load(paths).runtime.state_dir)
     if os.geteuid() != 0:
         print("clrk-runtime: the CA is root's: use sudo", file=sys.stderr)
         return EXIT_FAILED
-    state_dir = Path(spec.state_dir)
     if action == "show":
         print(ca.load(state_dir).describe())
         return 0
@@ -139,49 +140,13 @@ def _ca(action: str, layout: HostLayout, spec: RuntimeSpec) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from clrk.core.resources import RuntimeSpec
+    from clrk.runtime.config.load import load
     from clrk.runtime.doctor import examine, report
 
     given = options.config or ([DEFAULT_PATH] if DEFAULT_PATH.exists() else [])
     spec = load(given).runtime if given else RuntimeSpec()
     return report(examine(spec, f"doctor{os.getpid() % 10**7}"), as_json=options.json)
-
-
-def _summarise(resources: Resources) -> list[str]:
-    spec = resources.runtime
-    lines = [f"valid: ingress {spec.ingress.listen}, admin {spec.admin.listen}, state in {spec.state_dir}"]
-    for (namespace, name), agent in sorted([*resources.agents.items(), *resources.daemons.items()]):
-        known = (namespace, agent.gateway_name) in resources.gateways
-        egress = f"egress by {agent.gateway_name}" if known else "no egress: everything is denied"
-        lines.append(f"  {agent.kind} {namespace}/{name}: revision {agent.revision}, {egress}")
-    for (namespace, name), gateway in sorted(resources.gateways.items()):
-        routes = [one for (space, _), one in resources.routes.items() if space == namespace]
-        rules = sum(len(one.spec.rules) for one in routes if one.spec.gateway_ref.name == name)
-        mode = (
-            ""
-            if gateway.spec.mode == "Enforce"
-            else f", mode {gateway.spec.mode}: nothing is denied for lack of a rule"
-        )
-        lines.append(
-            f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {_count(rules, 'rule')}{mode}"
-        )
-    governing: list[AIProviderRoute | MCPRoute] = [*resources.ai_routes.values(), *resources.mcp_routes.values()]
-    for route in sorted(governing, key=lambda route: (route.kind, route.metadata.namespace, route.metadata.name)):
-        where = f"{route.kind} {route.metadata.namespace}/{route.metadata.name}"
-        lines.append(f"  {where}: {_count(len(route.spec.rules), 'rule')} of {route.spec.gateway_ref.name}")
-    for (namespace, name), policy in sorted(resources.credential_policies.items()):
-        lines.append(
-            f"  CredentialInjectionPolicy {namespace}/{name}: Secret {namespace}/{policy.spec.secret_ref.name}"
-        )
-    for (namespace, name), values in sorted(resources.secrets.items()):
-        lines.append(f"  Secret {namespace}/{name}: {_count(len(values), 'key')}")
-    lines += [f"  note: {note}" for note in notes_of(resources)]
-    if not resources.agents and not resources.daemons:
-        lines.append("  no agent is declared")
-    return lines
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _serve(layout: HostLayout, paths: Sequence[Path]) -> int:
@@ -191,7 +156,8 @@ def _serve(layout: HostLayout, paths: Sequence[Path]) -> int:
     level = os.environ.get("CLRK_LOG_LEVEL", "INFO").upper()
     if level not in _LOG_LEVELS:
         raise ConfigError((f"CLRK_LOG_LEVEL: write one of {', '.join(_LOG_LEVELS)}, not {level.lower()!r}",))
-    from clrk.runtime.daemon import serve  # imports BPF and netlink: `check` works without them
+    with loading():
+        from clrk.runtime.daemon import serve  # imports BPF and netlink: `check` works without them
 
     # Under systemd the journal has the time and the name.
     form = "%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(levelname)s %(message)s"

@@ -26,8 +26,6 @@ from clrk.runtime.config.declared import Declared, Key, Problems, Resources
 from clrk.runtime.config.describe import describe_errors, describe_kind, nearest
 from clrk.runtime.config.nodes import MAX_FILE_BYTES, Document, Finding, parse
 
-DEFAULT_PATH: Final = FilePath("/etc/clrk")
-
 _MODELS: Final[dict[str, type[Resource]]] = {
     model.__name__: model
     for model in (

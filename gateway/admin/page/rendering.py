@@ -107,9 +107,6 @@ def _environment() -> Environment:
 
 
 _ENVIRONMENT: Final = _environment()
-# Compiled now: a mistake shows when the gateway starts, not when a page is asked for.
-for _name in _ENVIRONMENT.list_templates():
-    _ENVIRONMENT.get_template(_name)
 
 
 def render(template: str, **values: Any) -> str:
