@@ -265,11 +265,17 @@ make_readable() {
 		fail "some files of $ROOT can not be made readable (see $LOGS/chmod.log); the gateway would not start"
 }
 
+# The gateway may write nothing of the product, its byte code neither: each start would compile all of it again.
+compile_modules() {
+	"$VENV/bin/python" -m compileall -q "$ROOT"/{src,runtime,ebpf,netns,gateway} >"$LOGS/compile.log" 2>&1 ||
+		fail "some modules can not be compiled (see $LOGS/compile.log)"
+}
+
 # Under sudo the checkout is still its owner's: what we made in it is handed over, so that `make check` needs no root.
 hand_over() {
 	local made=("$VENV" "$ROOT/.output")
 	[ "$(id -u)" -eq 0 ] && [ "$(stat -c %u "$ROOT")" -ne 0 ] || return 0
-	made+=("$ROOT"/tests/*/node_modules "$ROOT"/src/*.egg-info "$ROOT"/ebpf/_stamp* "$ROOT/runtime/_launch")
+	made+=("$ROOT"/tests/*/node_modules "$ROOT"/{src,runtime,ebpf,netns,gateway})
 	for path in "${made[@]}"; do
 		[ ! -e "$path" ] || chown -R --reference="$ROOT" "$path"
 	done
@@ -288,6 +294,7 @@ wait $! || fail "installing the tests' servers broke off (see $LOGS/tests.log)"
 while read -r line; do
 	[ -z "$line" ] || failures+=("$line")
 done <"$LOGS/tests.failures"
+compile_modules
 make_readable
 hand_over
 

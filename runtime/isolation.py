@@ -20,7 +20,7 @@ from typing import Final
 from clrk.core.errors import HostError
 from clrk.core.resources import Mount, TemplateSpec
 
-from .view import HOSTNAME, HostView, ca_environment
+from .view import HOSTNAME, LAUNCHER, HostView, ca_environment
 
 BWRAP: Final = "/usr/bin/bwrap"
 OPTIONS_FD: Final = 3
@@ -30,7 +30,7 @@ GROUP_FD: Final = 6
 ORDER_FD: Final = 7  # csrc/launch.c
 MAX_ENVIRONMENT_BYTES: Final = 1 << 20  # csrc/launch.c
 
-_LAUNCH_DIR: Final = "/run/clrk"
+_LAUNCH: Final = "/run/clrk/launch"
 _CPUS: Final = "/sys/devices/system/cpu"  # programs count CPUs there
 _TMP: Final = "/tmp"  # noqa: S108 - here and below: the sandbox's own
 _SHM: Final = "/dev/shm"  # noqa: S108
@@ -81,7 +81,7 @@ def plan_run(template: TemplateSpec, view: HostView, *, uid: int, memory: int, s
         "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP",
         "--seccomp", str(SECCOMP_FD),
     ]  # fmt: skip
-    launch = (f"{_LAUNCH_DIR}/launch", str(uid))
+    launch = (_LAUNCH, str(uid))
     argv = (BWRAP, "--args", str(OPTIONS_FD), "--", *launch, *template.command, *template.args)
     if any("\0" in text for text in (*options, *argv)):
         raise HostError("a NUL character in the command or mounts of the agent")
@@ -119,7 +119,7 @@ def _file_options(template: TemplateSpec, view: HostView, memory: int, mounts: S
         "--ro-bind", str(view.etc_for(template.rootfs)), "/etc",
         "--perms", "0644", "--ro-bind-data", str(PASSWD_FD), "/etc/passwd",
         "--perms", "0644", "--ro-bind-data", str(GROUP_FD), "/etc/group",
-        *_parent_options(f"{_LAUNCH_DIR}/launch"), "--ro-bind", str(view.launcher), _LAUNCH_DIR,
+        *_parent_options(_LAUNCH), "--ro-bind", str(LAUNCHER), _LAUNCH,
         "--proc", "/proc", "--dev", "/dev",
         "--perms", "1777", "--size", half, "--tmpfs", _SHM,
         "--perms", "1777", "--size", half, "--tmpfs", _TMP,

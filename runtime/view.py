@@ -1,4 +1,4 @@
-"""What a sandbox sees of the host's files: a sanitised /etc with the gateway's CA, and the launcher of its agent.
+"""What a sandbox sees of the host's files: a sanitised /etc with the gateway's CA.
 
 Prepared once for each start of the daemon, under the run folder, in a folder that only root can enter: bwrap, as root,
 binds parts of it into sandboxes.
@@ -54,7 +54,8 @@ _ABSENT: Final = frozenset(
     | {"ld.so.preload"}
 )
 
-LAUNCHER: Final = Path(__file__).with_name("_launch")  # built from csrc/launch.c by setup.py
+# Built from csrc/launch.c by setup.py. Sandboxes get it from here: distributions mount /run so that no program runs.
+LAUNCHER: Final = Path(__file__).with_name("_launch")
 _OTHERS_READ: Final = stat.S_IROTH
 _OTHERS_ENTER: Final = stat.S_IROTH | stat.S_IXOTH
 
@@ -63,12 +64,10 @@ _OTHERS_ENTER: Final = stat.S_IROTH | stat.S_IXOTH
 class HostView:
     """The prepared files. `etc_for` adds to them, once for each other rootfs.
 
-    Shape: launcher is a folder with the one program `launch`. state_point is an empty folder: where a run's own mount
-        namespace has the agent's state.
+    Shape: state_point is an empty folder: where a run's own mount namespace has the agent's state.
     """
 
     directory: Path
-    launcher: Path
     state_point: Path
     hidden: tuple[PurePosixPath, ...]
     ca_cert_pem: str = field(repr=False)
@@ -84,18 +83,18 @@ class HostView:
             sandbox may see although their parents are shown (the state folder).
         Raises: HostError.
         """
+        if not LAUNCHER.exists():
+            raise HostError(f"{LAUNCHER} is not built; run packaging/setup.sh")
         directory = layout.run_dir / "view"
         try:
             layout.run_dir.mkdir(mode=0o755, exist_ok=True)
             if directory.exists():
                 shutil.rmtree(directory)
             directory.mkdir(mode=0o700)
-            launcher, state_point = directory / "launcher", directory / "state"
-            launcher.mkdir(mode=0o755)
-            _copy_executable(LAUNCHER, launcher / "launch")
+            state_point = directory / "state"
             state_point.mkdir(mode=0o700)
             paths = tuple(PurePosixPath(os.path.realpath(path)) for path in hidden)
-            view = cls(directory, launcher, state_point, paths, ca_cert_pem)
+            view = cls(directory, state_point, paths, ca_cert_pem)
             view.etc_for("/")
         except OSError as exc:
             raise HostError(f"prepare {directory}: {exc}") from exc
@@ -216,11 +215,3 @@ def _add_to_hashed_folder(root: Path, folder: str, ca_cert_pem: str) -> None:
         link = root / folder / f"{done.stdout.strip()}.0"
         link.unlink(missing_ok=True)
         link.symlink_to("clrk-ca.pem")
-
-
-def _copy_executable(source: Path, target: Path) -> None:
-    """Raises: HostError when it was not built."""
-    if not source.exists():
-        raise HostError(f"{source} is not built; run packaging/setup.sh")
-    shutil.copyfile(source, target)
-    target.chmod(0o755)

@@ -135,7 +135,7 @@ async def test_the_state_folder_is_covered_however_its_rootfs_is_written(image: 
     secret.mkdir(parents=True)
     try:
         (secret / "readable").write_text("x")
-        view = HostView(image, image, image, (PurePosixPath(secret),), "")
+        view = HostView(image, image, (PurePosixPath(secret),), "")
         template = agent_of(image if rootfs == "IMAGE" else Path("/"), "true").spec.template.spec
         template = template.model_copy(update={"rootfs": str(image) if rootfs == "IMAGE" else rootfs})
         options = plan_run(template, view, uid=FIRST_UID, memory=1 << 26).options
