@@ -23,9 +23,7 @@ def summarise(resources: Resources) -> list[str]:
             if gateway.spec.mode == "Enforce"
             else f", mode {gateway.spec.mode}: nothing is denied for lack of a rule"
         )
-        lines.append(
-            f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {count(rules, 'rule')}{mode}"
-        )
+        lines.append(f"  EgressGateway {namespace}/{name}: {gateway.spec.default_policy}, {count(rules, 'rule')}{mode}")
     governing: list[AIProviderRoute | MCPRoute] = [*resources.ai_routes.values(), *resources.mcp_routes.values()]
     for route in sorted(governing, key=lambda route: (route.kind, route.metadata.namespace, route.metadata.name)):
         where = f"{route.kind} {route.metadata.namespace}/{route.metadata.name}"
