@@ -32,6 +32,7 @@ _CONTROLS: Final = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F))
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
+_SHORTEST_SIZE: Final = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,14})\r\n")
 # RFC 9110, section 6.5.1: what frames, routes or authenticates a message has no place behind it. A server that merges
 # trailers into the headers would believe the agent's over what the gateway checked, or put there.
 _NOT_A_TRAILER: Final = frozenset(
@@ -130,8 +131,7 @@ def parse_request(head: bytes) -> Request:
 def parse_response(head: bytes) -> Response:
     """Read a response head. Raises: ProtocolError(status_line | header | …)."""
     line, headers = _split_head(head)
-    found = _STATUS_LINE.fullmatch(line)
-    if found is None:
+    if (found := _STATUS_LINE.fullmatch(line)) is None:
         raise ProtocolError("status_line", "status line is not HTTP/1.1 NNN reason")
     return Response(int(found[1]), int(found[2]), found[3] or "", headers)
 
@@ -258,7 +258,7 @@ class ChunkedBody(Body):
             if self._state == self._SIZE:
                 at = self._read_whole(data, at, pieces)
             if self._state == self._DATA:
-                piece = data[at : at + self._left] if at or self._left < len(data) else data
+                piece = data[at : at + self._left]
                 if not piece:
                     break
                 pieces.append(piece)
@@ -275,7 +275,7 @@ class ChunkedBody(Body):
                 at = after
         else:
             self.rest = data[at:]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     def framed(self, piece: bytes) -> bytes:
         """Return the chunks, or parts of them, of the last feed; without the last chunk and the trailers."""
@@ -283,14 +283,15 @@ class ChunkedBody(Body):
 
     def _read_whole(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         """Take the chunks that are here from size to end, as most are; return where the last one ends."""
-        while (found := _CHUNK_SIZE.match(data, at)) is not None:
+        first = at
+        while (found := _SHORTEST_SIZE.match(data, at)) is not None:
             start = found.end()
             end = start + int(found[1], 16)
-            if end == start or data[end : end + 2] != b"\r\n":
+            if not data.startswith(b"\r\n", end):
                 break
-            pieces.append(piece := data[start:end])
-            self._frames.append(render_chunk(piece))
+            pieces.append(data[start:end])
             at = end + 2
+        self._frames.append(data[first:at])
         return at
 
     def _read_line(self, data: bytes, at: int) -> int:
@@ -306,13 +307,12 @@ class ChunkedBody(Body):
             return -1
         found = (_CHUNK_SIZE if self._of_request else _CHUNK_LINE).fullmatch(data, at, end + 2)
         if found is None or end - at > MAX_CHUNK_LINE:
-            what = " without extension" if self._of_request else ""
-            raise ProtocolError("chunk", f"a chunk's size is not a hexadecimal number{what}")
+            raise ProtocolError("chunk", f"a chunk's size is no hexadecimal number{' by itself' * self._of_request}")
         self._left = int(found[1], 16)
         self._state = self._TRAILERS
         if self._left:
             self._state = self._DATA
-            self._frames.append(b"%x\r\n" % self._left)
+            self._frames.append(found[1].lstrip(b"0") + b"\r\n")
         return end + 2
 
     def _read_data_end(self, data: bytes, at: int) -> int:
