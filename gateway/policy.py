@@ -8,16 +8,17 @@ allowed in both (paths), or is refused (names that are not host names).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final, Literal
 
-from clrk.core.egress_resources import METHOD_PATTERN, EgressGateway, EgressL4Route, HttpMatch, L4Rule
+from clrk.core.egress_resources import EgressGateway, EgressL4Route, HttpMatch, L4Rule, is_rule_method
+from clrk.core.url_paths import path_readings
+from clrk.core.values import is_sandbox_itself
 from clrk.core.wire import IPAddress, map_address, unmap
 from clrk.gateway.policy_names import HostPattern, normalise_name, parse_ip
-from clrk.gateway.policy_paths import PathPattern, path_readings
+from clrk.gateway.policy_paths import PathPattern
 
 IPNetwork = IPv4Network | IPv6Network
 Mode = Literal["Enforce", "Shadow", "Record"]
@@ -34,7 +35,6 @@ BY_DEFAULT: Final = "default_policy"
 
 # What another rule would allow: these alone are let through where the mode only watches.
 _LACKS_A_RULE: Final = frozenset((NO_RULE, PORT_NOT_ALLOWED, HTTP_NOT_ALLOWED, HTTP_ONLY, NAME_NOT_ALLOWED))
-METHOD: Final = re.compile(METHOD_PATTERN)  # what a rule can name
 _MAX_HINT_PATH: Final = 1024
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 
@@ -239,10 +239,13 @@ class EgressPolicy:
             for rule in self.rules
         )
 
-    def is_passthrough(self, name: str | None) -> bool:
-        """Say whether TLS to this name is tunnelled unread. Does not allow anything."""
-        normal = normalise_name(name) if name is not None else None
-        return self.passthrough_all or (normal is not None and any(host.matches(normal) for host in self.passthrough))
+    def is_passthrough(self, name: str | None, address: IPAddress | None = None) -> bool:
+        """Say whether TLS to this name, or to an address without one, is tunnelled unread. Does not allow anything."""
+        if name is not None:
+            host = normalise_name(name)
+        else:
+            host = str(unmap(map_address(address))) if address is not None else None
+        return self.passthrough_all or (host is not None and any(one.matches(host) for one in self.passthrough))
 
     def alias(self, name: str) -> tuple[str, int] | None:
         """Return the address that the operator gave for a name. Does not allow anything."""
@@ -299,6 +302,8 @@ def _split_ip_port(text: str) -> tuple[str, int]:
 def _hint(target: _Target, request: tuple[str, tuple[str, ...]] | None, comment: str = "") -> str:
     """Return the rule to add. JSON strings are YAML strings, so that hostile bytes stay inside their quotes."""
     lines = [f"# {comment}"] if comment else []
+    if target.name is not None and is_sandbox_itself(target.name):
+        return "# no rule can allow this name, which is the sandbox itself: use another, with hostAliases\n"
     if target.name is not None:
         lines.append(f"- hostnames: [{json.dumps(target.name)}]")
     elif target.address is not None:
@@ -309,7 +314,7 @@ def _hint(target: _Target, request: tuple[str, tuple[str, ...]] | None, comment:
         lines.append(f"  ports: [{target.port}]")
     if request is not None:
         method, readings = request
-        if not METHOD.fullmatch(method):
+        if not is_rule_method(method):
             return "# no rule can name this method: rules name those in capitals; send it so, or leave http out\n"
         if not readings or not PathPattern.compile(readings[0]).matches(readings):
             return "# no rule can allow this path: it can be read in more than one way; send it without detours\n"

@@ -135,7 +135,7 @@ def _rule_to_add(steps: list[dict[str, Any]]) -> str:
 def _steps(policy: EgressPolicy, call: PlannedCall, *, is_http_only: bool) -> list[dict[str, Any]]:
     found = [_step("name", policy.name(call.name))] if call.name is not None else []
     where = (call.name, call.address, call.port)
-    if not call.method or (call.scheme in ("https", "wss") and policy.is_passthrough(call.name)):
+    if not call.method or (call.scheme in ("https", "wss") and policy.is_passthrough(call.name, call.address)):
         tunnel = policy.tunnel(*where)
         if tunnel.allowed and is_http_only:
             tunnel = Verdict(False, HTTP_ONLY, "an MCPRoute or a budget, which judge HTTP only", "")
@@ -171,7 +171,7 @@ def _address(
 def _tls(policy: EgressPolicy, call: PlannedCall) -> str:
     if call.scheme not in ("https", "wss", "tls"):
         return "none"
-    return "passthrough" if policy.is_passthrough(call.name) else "intercept"
+    return "passthrough" if policy.is_passthrough(call.name, call.address) else "intercept"
 
 
 def _applied(

@@ -8,10 +8,9 @@ from ipaddress import ip_address
 
 import idna
 
+from clrk.core.values import NUMERIC_LABEL
 from clrk.core.wire import IPAddress
 
-# What ends like this is an IPv4 address in one of its spellings to many parsers (WHATWG URL, ends-in-a-number checker).
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
@@ -24,7 +23,7 @@ def normalise_name(name: str) -> str | None:
             return None
     plain = name.lower().removesuffix(".")
     labels = plain.split(".")
-    if len(plain) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or _NUMBER.fullmatch(labels[-1]):
+    if len(plain) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or NUMERIC_LABEL.fullmatch(labels[-1]):
         return None
     return plain
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Any, Final
 
+from clrk.core.egress_resources import find_path_fault, is_rule_method
+from clrk.core.url_paths import path_readings
 from clrk.gateway.names import TOO_MANY_NAMES
-from clrk.gateway.policy import HTTP_NOT_ALLOWED, HTTP_ONLY, METHOD, NO_RULE, PORT_NOT_ALLOWED
+from clrk.gateway.policy import HTTP_NOT_ALLOWED, HTTP_ONLY, NO_RULE, PORT_NOT_ALLOWED
 from clrk.gateway.policy_names import normalise_name, parse_ip
-from clrk.gateway.policy_paths import PathPattern, path_readings
+from clrk.gateway.policy_paths import PathPattern
 from clrk.gateway.telemetry import attributes as attr
 
 _LACKED_A_RULE: Final = frozenset((NO_RULE, PORT_NOT_ALLOWED, HTTP_NOT_ALLOWED, HTTP_ONLY))
@@ -81,7 +83,7 @@ class Recorded:
             seen.tunnels += 1
             return
         pattern = generalise(_path_of(str(found.get(attr.URL_FULL, ""))))
-        if pattern is None or not isinstance(method, str) or not METHOD.fullmatch(method):
+        if pattern is None or not isinstance(method, str) or not is_rule_method(method):
             seen.odd += 1
         else:
             seen.requests.add((method, pattern))
@@ -107,7 +109,7 @@ def generalise(path: str) -> str | None:
         return None
     general = "/".join("*" if _ID.fullmatch(segment) else segment for segment in path.split("/"))
     for pattern in (general, path):
-        if PathPattern.compile(pattern).matches(readings):
+        if not find_path_fault(pattern) and PathPattern.compile(pattern).matches(readings):
             return pattern
     return None
 

@@ -215,7 +215,7 @@ class Acceptor:
             self._exit.spans.denied(call, "bad_client_hello", str(exc))
             return
         name, sni = origin.destination.name, hello.server_name
-        if self._exit.policy.is_passthrough(name or sni):
+        if self._exit.policy.is_passthrough(name or sni, origin.destination.address):
             if name is not None and sni is not None and name != sni:
                 self._exit.spans.denied(call, "sni_mismatch", f"dialled {name}, but TLS asked for {sni}")
                 return

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from clrk.core.egress_resources import EgressGateway
+from clrk.core.globs import fits_glob
 from clrk.core.route_resources import AIMatch, AIProviderRoute, AIRule, TokenBudget
+from clrk.core.url_paths import path_readings
 from clrk.gateway.budget import RUN_PREFIX, Account, Charge, limit_to_nano, merge_charges
-from clrk.gateway.globs import fits_glob
 from clrk.gateway.llm.completion import Provider
 from clrk.gateway.policy_names import HostPattern, normalise_name
-from clrk.gateway.policy_paths import path_readings
 from clrk.gateway.telemetry.spans import Identity
 
 _COMPATIBLE: Final = "openai_compatible"

@@ -14,8 +14,8 @@ from typing import Final, Protocol
 import re2
 
 from clrk.core.egress_resources import EgressGateway
+from clrk.core.globs import fits_glob
 from clrk.core.route_resources import MCPMatch, MCPRoute, MCPRule, ToolPolicy
-from clrk.gateway.globs import fits_glob
 from clrk.gateway.llm.values import clip
 from clrk.gateway.mcp.strict import TOOLS_CALL, Message
 from clrk.gateway.policy_names import HostPattern, plain_host

@@ -8,6 +8,7 @@ from clrk.core.egress_resources import EgressGateway
 from clrk.core.resources import AgentResource, TaskAgent
 from clrk.core.route_resources import AIProviderRoute
 from clrk.runtime.config.declared import Declared, Problems, Resources
+from clrk.runtime.config.unused import covers_host
 
 _LATER = "is part of the contract but not in this version; remove it"
 
@@ -25,7 +26,7 @@ def check_budgets(one: Declared, route: AIProviderRoute, gateway: EgressGateway 
             continue
         for number, match in enumerate(rule.matches):
             for place, host in enumerate(match.hostnames):
-                if any(_covers(pattern, host) for pattern in gateway.spec.tls.passthrough_hosts):
+                if any(covers_host(pattern, host) for pattern in gateway.spec.tls.passthrough_hosts):
                     text = (
                         f"{host} is in tls.passthroughHosts of EgressGateway {gateway.metadata.name!r}: unread calls "
                     )
@@ -54,13 +55,3 @@ def shared_accounts(resources: Resources) -> Iterator[str]:
 
 def _identity_of(agent: AgentResource) -> set[str]:
     return {one.field for one in agent.spec.identity.extractors} if isinstance(agent, TaskAgent) else set()
-
-
-def _covers(pattern: str, host: str) -> bool:
-    """Say whether every name that fits host fits pattern too: both as in core.values.HostPattern."""
-    if pattern == host:
-        return True
-    depth, plain = pattern.count("*"), pattern.lstrip("*")
-    if depth == 0 or not host.endswith(plain) or len(host) == len(plain):
-        return False
-    return depth == 2 or ("." not in host[: -len(plain)] and not host.startswith("**"))

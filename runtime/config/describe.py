@@ -37,6 +37,7 @@ PATTERNS = {
     "^[A-Z]+(?:-[A-Z]+)*$": "not a method in capitals, such as GET",
     "^[A-Za-z_][A-Za-z0-9_]*$": "not a variable name: letters, digits and _, no digit first",
     "^/[^?#]*$": "not a path of a URL: it begins with /, and has neither ? nor #",
+    "^[/*][^?#]*$": "not a path of a URL, or a glob of one: it begins with / or *, and has neither ? nor #",
     r"^https?://[^/?#@\s]+/?$": (  # what is written is not shown: it may hold a password
         "not the URL of a proxy, such as http://proxy.corp.example:3128; credentials stand in the Secret of secretRef"
     ),
@@ -132,7 +133,7 @@ def _describe(model: type[BaseModel], path: Path, detail: ErrorDetails, document
     if code == "string_pattern_mismatch":
         pattern = detail["ctx"]["pattern"]
         return PATTERNS.get(pattern) or f"must match {pattern}"
-    return _PLAIN.get(code) or detail["msg"].replace("Input should be", "must be", 1)
+    return _PLAIN.get(code) or re.sub("^(?:Input|String) should", "must", detail["msg"])
 
 
 def _describe_network(given: object) -> str:

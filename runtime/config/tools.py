@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+import re2
+
+from clrk.core.globs import fits_glob
 from clrk.core.route_resources import MCPMatch
 from clrk.runtime.config.declared import Resources
 
@@ -15,14 +17,21 @@ def idle_tool_policies(resources: Resources) -> Iterator[str]:
         for index, rule in enumerate(route.spec.rules):
             if rule.filters and rule.matches and not any(map(_may_be_tools_call, rule.matches)):
                 where = f"MCPRoute {namespace}/{name} rules[{index}]"
-                what = "no tools/call fits its matches (it has no resource), so its ToolPolicy judges nothing"
+                what = "no tools/call fits its matches (it has one tool, no resource), so its ToolPolicy judges nothing"
                 yield f"{where}: {what}"
 
 
 def _may_be_tools_call(match: MCPMatch) -> bool:
+    if match.tools_regex is not None and match.tools and not _names_some(match.tools_regex, match.tools):
+        return False
     return _fits(match.methods, "tools/call") and _fits(match.resources, "")
 
 
+def _names_some(regex: str, tools: list[str]) -> bool:
+    pattern = re2.compile(regex)
+    return any(pattern.fullmatch(tool) for tool in tools)
+
+
 def _fits(globs: list[str], text: str) -> bool:
-    """Say whether one of the globs, in which `*` is any text, fits; none given fits everything."""
-    return not globs or any(re.fullmatch(re.escape(glob).replace(r"\*", ".*"), text) for glob in globs)
+    """Say whether one of the globs fits; none given fits everything."""
+    return not globs or any(fits_glob(glob, text) for glob in globs)

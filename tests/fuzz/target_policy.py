@@ -7,10 +7,11 @@ from ipaddress import ip_address
 import yaml
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route, L4Rule
+from clrk.core.url_paths import path_readings
 from clrk.gateway.interpret import RequestHead
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.policy_names import normalise_name, parse_ip
-from clrk.gateway.policy_paths import PathPattern, path_readings
+from clrk.gateway.policy_paths import PathPattern
 from clrk.gateway.policy_requests import other_meanings
 from clrk.gateway.redact import redact_text, redact_url
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
+from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from resource_files import AGENT, GATEWAY, HEAD, documents, problems_of
 
+from clrk.core.egress_resources import HttpMatch, L4Rule
 from clrk.core.resources import NOT_YET_FIELDS, AnyResource
+from clrk.core.url_paths import path_readings
+from clrk.gateway.policy_names import plain_host
+from clrk.gateway.policy_paths import PathPattern
 from clrk.runtime.config import describe
 from clrk.runtime.config.load import load
 
@@ -163,6 +171,16 @@ def test_field_of_a_later_version(tmp_path, kind, field):
         ("{ports: [443]}", "spec.rules[0]: give hostnames or cidrs; a rule without either would match nothing"),
         ("{hostnames: [x], ports: [65536]}", "spec.rules[0].ports[0]: must be less than or equal to 65535"),
         ("{hostnames: [x], protocols: [UDP]}", "spec.rules[0].protocols[0]: 'UDP' is not allowed; valid: TCP"),
+        ("{hostnames: [x], http: {paths: [/a%2f..%2fb]}}", "spec.rules[0].http.paths[0]: '/a%2f..%2fb' can be read in more than one way, so no request fits it: write it plainly, without `..`, control characters, or escapes of escapes"),
+        ("{hostnames: [x], http: {paths: ['/a b']}}", "spec.rules[0].http.paths[0]: '/a b' holds a blank, which no request has: write %20"),
+        ("{hostnames: [x], http: {methods: [CONNECT]}}", "spec.rules[0].http.methods[0]: CONNECT is never served, since the gateway is no proxy: a rule without http allows a tunnel"),
+        ("{hostnames: [x], http: {methods: [" + "A" * 33 + "]}}", "spec.rules[0].http.methods[0]: must have at most 32 characters"),
+        ("{hostnames: [x.123]}", "spec.rules[0].hostnames[0]: 'x.123' ends in a number, so it is no host name to any client"),
+        ("{hostnames: ['*.0x7f']}", "spec.rules[0].hostnames[0]: '*.0x7f' ends in a number, so it is no host name to any client"),
+        ("{hostnames: [010.0.0.1]}", "spec.rules[0].hostnames[0]: '010.0.0.1' ends in a number, so it is no host name to any client; an address is written like 10.0.0.1"),
+        ("{hostnames: ['**.10.0.0.1']}", "spec.rules[0].hostnames[0]: '**.10.0.0.1' ends in a number, so it is no host name to any client; an address is written like 10.0.0.1"),
+        ("{hostnames: [localhost]}", "spec.rules[0].hostnames[0]: 'localhost' is the sandbox itself: give what runs on this host a name of its own, by hostAliases of the gateway"),
+        ("{hostnames: [x, '*.localhost']}", "spec.rules[0].hostnames[1]: '*.localhost' is the sandbox itself: give what runs on this host a name of its own, by hostAliases of the gateway"),
         ("{hostnames: [x], http: {method: [GET]}}", 'spec.rules[0].http.method: unknown field; did you mean "methods"?'),
     ],
 )  # fmt: skip
@@ -186,6 +204,50 @@ def test_field_of_a_target_is_judged_by_its_type(tmp_path, target, problem):
     assert [one for one in problems_of(tmp_path, text) if "spec.target" in one] == [
         f"4: CredentialInjectionPolicy/c: {problem}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("{hostAliases: [{hostnames: [10.0.0.1], address: '127.0.0.1:1'}]}", "spec.hostAliases[0].hostnames[0]: '10.0.0.1' is an address, which has no name to go by: write the host name that agents dial"),
+        ("{hostAliases: [{hostnames: [localhost], address: '127.0.0.1:1'}]}", "spec.hostAliases[0].hostnames[0]: 'localhost' is the sandbox itself: give what runs on this host a name of its own, by hostAliases of the gateway"),
+    ],
+)  # fmt: skip
+def test_names_that_nobody_is_asked_for(tmp_path, spec, problem):
+    assert problems_of(tmp_path, GATEWAY + f"spec: {spec}\n") == [f"4: EgressGateway/default: {problem}"]
+
+
+@pytest.mark.parametrize("endpoint", ["v1/messages", "/v1/messages?beta=true", "https://x/v1"])
+def test_an_endpoint_is_a_path(tmp_path, endpoint):
+    text = (
+        HEAD
+        + f"kind: AIProviderRoute\nmetadata: {{name: r}}\nspec:\n  rules: [{{matches: [{{endpoints: ['{endpoint}']}}]}}]\n"
+    )
+    assert problems_of(tmp_path, documents(GATEWAY, text)) == [
+        "9: AIProviderRoute/r: spec.rules[0].matches[0].endpoints[0]: not a path of a URL, or a glob of one: it begins "
+        "with / or *, and has neither ? nor #"
+    ]
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "x1.test", "1.test", "*.1.test", "a.1e", "a.0b1", "123", "a.0x", "1.2.3"])
+def test_a_host_is_taken_if_a_request_can_name_it(host):
+    named = plain_host(host.lstrip("*.")) is not None
+    with nullcontext() if named else pytest.raises(ValueError, match="ends in a number"):
+        L4Rule(hostnames=[host])
+
+
+@given(st.text(st.sampled_from("abé %2eE5cCfF0/\\;.*:@~+"), max_size=12))
+def test_a_path_pattern_that_is_taken_fits_the_request_that_spells_it(tail):
+    """Nothing that no request can fit passes, and the other way round."""
+    path = f"/{tail}"
+    try:
+        HttpMatch(paths=[path])
+    except ValueError:
+        if " " not in path:
+            assert path_readings(path) == ()
+        return
+    sent = quote(path, safe="".join(map(chr, range(128))))
+    assert PathPattern.compile(path).matches(path_readings(sent))
 
 
 def test_every_pattern_is_put_in_words():

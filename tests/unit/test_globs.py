@@ -7,7 +7,7 @@ from cost import assert_proportional
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clrk.gateway.globs import fits_glob
+from clrk.core.globs import fits_glob
 
 _FEW = st.text(alphabet="ab*/", max_size=8)
 

@@ -13,7 +13,7 @@ from policy_samples import API, NARROW, PUBLIC, brief, gateway, policy, route
 
 from clrk.gateway.egress.addresses import AddressGuard
 from clrk.gateway.policy import EgressPolicy, Verdict
-from clrk.gateway.policy_names import normalise_name
+from clrk.gateway.policy_names import normalise_name, plain_host
 
 # --- Which rules count ----------------------------------------------------------------------------------------------
 
@@ -258,6 +258,9 @@ def test_passthrough_is_not_permission() -> None:
     assert compiled.is_passthrough("pinned.test.")
     assert not compiled.is_passthrough(None)
     assert not compiled.connect("pinned.test", PUBLIC, 443).allowed
+    listed = policy(tls={"passthroughHosts": ["192.0.2.1"]})
+    assert listed.is_passthrough(None, ip_address("::ffff:192.0.2.1"))
+    assert not listed.is_passthrough(None, ip_address("192.0.2.2"))
     tunnel = policy(tls={"mode": "Passthrough"})
     assert tunnel.is_passthrough("a.test")
     assert tunnel.is_passthrough(None)
@@ -291,7 +294,8 @@ def test_aliases() -> None:
 def test_a_hint_pasted_into_a_route_allows_what_was_denied(
     name: str | None, address: Any, port: int, method: str, path: str
 ) -> None:
-    for rules in ((), ({"hostnames": [name or "x"], "cidrs": [str(address)], "http": {"paths": ["/only/this"]}},)):
+    taken = name if name and plain_host(name) else "x"
+    for rules in ((), ({"hostnames": [taken], "cidrs": [str(address)], "http": {"paths": ["/only/this"]}},)):
         denying = policy(*rules)
         denied = denying.request(name, address, port, method, path)
         if denied.allowed or denied.reason == "bad_name" or denied.hint.startswith("# no rule can"):
@@ -299,6 +303,14 @@ def test_a_hint_pasted_into_a_route_allows_what_was_denied(
         mended = policy(*rules, *yaml.safe_load(denied.hint))
         assert mended.request(name, address, port, method, path).allowed
         assert mended.connect(name, address, port).allowed
+
+
+def test_what_no_rule_can_name_is_never_in_a_hint() -> None:
+    """A rule that `clrk-runtime check` refuses is no help."""
+    assert "the sandbox itself" in policy().request("localhost", None, 8000, "GET", "/").hint
+    assert "the sandbox itself" in policy().connect("api.localhost", None, 8000).hint
+    for method in ("CONNECT", "A" * 33, "get"):  # an overriding header may say so
+        assert "no rule can name this method" in policy(NARROW).request("api.example.com", None, 443, method, "/").hint
 
 
 def test_a_hint_is_short_and_says_when_nothing_helps() -> None:

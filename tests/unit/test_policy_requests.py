@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_samples import API, NARROW, PUBLIC, brief, policy
 
+from clrk.core.url_paths import path_readings
 from clrk.gateway.interpret import RequestHead
-from clrk.gateway.policy_paths import PathPattern, path_readings
+from clrk.gateway.policy_paths import PathPattern
 from clrk.gateway.policy_requests import other_meanings
 
 

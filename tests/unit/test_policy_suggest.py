@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from policy_samples import gateway
 
 from clrk.core.egress_resources import EgressL4Route
+from clrk.core.url_paths import path_readings
 from clrk.gateway.egress.record import request_attributes
 from clrk.gateway.interpret import RequestHead
 from clrk.gateway.policy import EgressPolicy
 from clrk.gateway.policy_names import normalise_name, parse_ip
-from clrk.gateway.policy_paths import path_readings
 from clrk.gateway.policy_suggest import gather, generalise, render
 from clrk.gateway.redact import KNOWN_SECRETS
 

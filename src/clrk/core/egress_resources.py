@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from clrk.core.url_paths import path_readings
 from clrk.core.values import (
+    DialledHost,
+    DialledName,
     DnsLabel,
     GatewayRef,
     HostPattern,
@@ -25,7 +29,7 @@ from clrk.core.values import (
 class HostAlias(Model):
     """The operator's word on where a name lives; exempt from the address refusals of CONTRACT section 10."""
 
-    hostnames: Annotated[list[HostPattern], Field(min_length=1)]
+    hostnames: Annotated[list[DialledName], Field(min_length=1)]
     address: IpPort
 
 
@@ -33,7 +37,7 @@ class TlsSpec(Model):
     """Which TLS connections are opened and read."""
 
     mode: Literal["Intercept", "Passthrough"] = "Intercept"
-    passthrough_hosts: list[HostPattern] = []
+    passthrough_hosts: list[DialledHost] = []
 
 
 class UpstreamTls(Model):
@@ -145,19 +149,51 @@ class EgressGateway(Resource):
 
 METHOD_PATTERN: Final = "[A-Z]+(?:-[A-Z]+)*"  # of those that are registered, and of every other that anybody uses
 
+MAX_METHOD: Final = 32  # characters that the gateway takes for a method
+_NO_METHOD: Final = "CONNECT"
+
+
+def is_rule_method(method: str) -> bool:
+    """Say whether a rule can name a method."""
+    return len(method) <= MAX_METHOD and method != _NO_METHOD and re.fullmatch(METHOD_PATTERN, method) is not None
+
+
+def _check_method(value: str) -> str:
+    if value == _NO_METHOD:
+        raise ValueError("CONNECT is never served, since the gateway is no proxy: a rule without http allows a tunnel")
+    return value
+
+
+def find_path_fault(path: str) -> str:
+    """Return why a pattern fits no request, empty when one may: the readings of both are compared."""
+    if " " in path:
+        return "holds a blank, which no request has: write %20"
+    if not path_readings(path):
+        text = "so no request fits it: write it plainly, without `..`, control characters, or escapes of escapes"
+        return f"can be read in more than one way, {text}"
+    return ""
+
+
+def _check_path(value: str) -> str:
+    if fault := find_path_fault(value):
+        raise ValueError(f"{value!r} {fault}")
+    return value
+
 
 class HttpMatch(Model):
     """Narrows an HTTP host: methods upper-case, paths are prefixes or globs with `*`; a query is no part of a path."""
 
-    methods: list[Annotated[str, Field(pattern=f"^{METHOD_PATTERN}$")]] = []
-    paths: list[Annotated[str, Field(pattern=r"^/[^?#]*$")]] = []
+    methods: list[
+        Annotated[str, Field(pattern=f"^{METHOD_PATTERN}$", max_length=MAX_METHOD), AfterValidator(_check_method)]
+    ] = []
+    paths: list[Annotated[str, Field(pattern=r"^/[^?#]*$"), AfterValidator(_check_path)]] = []
 
 
 class L4Rule(Model):
     """Matches if (host or CIDR) and port match; with http, the request must match it too."""
 
     cidrs: list[IPv4Network | IPv6Network] = []
-    hostnames: list[HostPattern] = []
+    hostnames: list[DialledHost] = []
     ports: list[Port] = []
     protocols: list[Literal["TCP"]] = ["TCP"]
     http: HttpMatch | None = None

@@ -12,6 +12,7 @@ from clrk.core.values import DnsLabel, GatewayRef, HostPattern, Model, Regex, Re
 AI_PROVIDERS: Final = ("anthropic", "openai", "google_genai", "azure_openai", "aws_bedrock", "openai_compatible")
 ProviderName = Literal["anthropic", "openai", "google_genai", "azure_openai", "aws_bedrock", "openai_compatible"]
 Glob = Annotated[str, Field(min_length=1, max_length=256)]
+PathGlob = Annotated[str, Field(pattern=r"^[/*][^?#]*$", max_length=256)]
 
 
 def _parse_tokens(value: object) -> int:
@@ -70,7 +71,7 @@ class AIMatch(Model):
 
     provider: ProviderName | None = None
     hostnames: list[HostPattern] = []
-    endpoints: list[Glob] = []
+    endpoints: list[PathGlob] = []
     models: list[Glob] = []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 from typing import Annotated, Final, Literal
 
 import idna
@@ -27,6 +27,8 @@ CRON_MNEMONICS: Final = {
 API_VERSIONS: Final = ("clrk/v1alpha1", "clrk.apoxy.dev/v1alpha1")
 _SECRET_HEADERS: Final = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-goog-api-key")
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
+# A name that ends like this is an IPv4 address in one of its spellings to many parsers (WHATWG URL, ends-in-a-number).
+NUMERIC_LABEL: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _LABEL: Final = re.compile(r"[a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9_])?")
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|m)?")
 _MAX_QUANTITY_CHARS: Final = 32  # far from where a float becomes infinite
@@ -106,6 +108,31 @@ def _check_dns_label(value: str) -> str:
     return value
 
 
+def is_sandbox_itself(name: str) -> bool:
+    """Say whether a sandbox's resolver answers a name by itself (RFC 6761, section 6.3): nothing leaves."""
+    return name.rpartition(".")[2] == "localhost"
+
+
+def _check_no_localhost(value: str) -> str:
+    if is_sandbox_itself(value):
+        text = "give what runs on this host a name of its own, by hostAliases of the gateway"
+        raise ValueError(f"{value!r} is the sandbox itself: {text}")
+    return value
+
+
+def _check_no_address(value: str) -> str:
+    if _is_ipv4(value):
+        raise ValueError(f"{value!r} is an address, which has no name to go by: write the host name that agents dial")
+    return value
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return bool(IPv4Address(text).packed)
+    except ValueError:
+        return False
+
+
 def _check_host_pattern(value: str) -> str:
     """`example.com`, `*.example.com` (one label) or `**.example.com` (any depth); `bücher.example` as A-labels."""
     if not value.isascii():
@@ -117,6 +144,9 @@ def _check_host_pattern(value: str) -> str:
     labels = re.sub(r"^\*\*?\.", "", value).split(".")
     if len(value) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
         raise ValueError(f"{value!r} is not a host name; write it lower-case, no scheme, no port; *.x and **.x allowed")
+    if NUMERIC_LABEL.fullmatch(labels[-1]) and not _is_ipv4(value):
+        advice = "; an address is written like 10.0.0.1" if labels[-2:-1] and labels[-2].isdecimal() else ""
+        raise ValueError(f"{value!r} ends in a number, so it is no host name to any client{advice}")
     return value
 
 
@@ -147,6 +177,8 @@ Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
 ByteCount = Annotated[float, BeforeValidator(parse_quantity), Field(ge=0)]
 DnsLabel = Annotated[str, AfterValidator(_check_dns_label)]
 HostPattern = Annotated[str, AfterValidator(_check_host_pattern)]
+DialledHost = Annotated[HostPattern, AfterValidator(_check_no_localhost)]
+DialledName = Annotated[DialledHost, AfterValidator(_check_no_address)]
 IpPort = Annotated[str, AfterValidator(_check_ip_port)]
 Regex = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_regex)]
 Port = Annotated[int, Field(ge=1, le=65_535)]

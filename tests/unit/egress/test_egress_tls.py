@@ -180,6 +180,21 @@ async def test_passthrough_is_tunnelled_unread(spec):
     assert span.attributes["clrk.resp.bytes"] > 500
 
 
+async def test_passthrough_to_an_address_that_is_listed():
+    """What a client that pins is told to do holds for one that dials an address."""
+    theirs = Authority("upstream CA")
+    spec = {"tls": {"passthroughHosts": ["127.0.0.1"]}}
+    async with (
+        upstream(hello, theirs.server_context(["127.0.0.1"])) as port,
+        laboratory(gateway=spec, rules=[{"cidrs": ["127.0.0.0/8"]}]) as lab,
+    ):
+        wire = await lab.dial_tls("127.0.0.1", port, context=theirs.client_context(), sni=None)
+        assert (await wire.ask(GET)).endswith(b"secure")
+        wire.close()
+        span = (await lab.recorder.wait())[0]
+    assert span.name == "egress.tcp"
+
+
 async def test_passthrough_to_another_name_than_was_dialled_is_denied():
     spec = {"tls": {"mode": "Passthrough"}}
     async with laboratory(gateway=spec, rules=ALLOW) as lab:
