@@ -107,11 +107,11 @@ def _read_hello(body: _Cursor) -> ClientHello:
     found: dict[int, _Cursor] = {}
     extensions = body.block(2) if body.more else body
     while extensions.more:
-        kind, data = extensions.number(2), extensions.block(2)
+        kind, data = extensions.number(2), extensions.take(extensions.number(2))
         if kind in (_SERVER_NAME, _ALPN):
             if kind in found:  # RFC 8446, section 4.2: one of each type
                 raise ProtocolError("client_hello", "two extensions of one type")
-            found[kind] = data
+            found[kind] = _Cursor(data)
     name = _host_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None
     return ClientHello(name, _protocols(found[_ALPN]) if _ALPN in found else ())
 
