@@ -13,8 +13,6 @@ from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from clrk.core.json_path import compile_json_path
-
 CRON_MNEMONICS: Final = {
     "@yearly": "0 0 1 1 *",
     "@annually": "0 0 1 1 *",
@@ -98,6 +96,8 @@ def _check_identity_header(value: str) -> str:
 
 
 def _check_json_path(value: str) -> str:
+    from clrk.core.json_path import compile_json_path  # its library takes 40 ms, and few resources have a JSONPath
+
     compile_json_path(value)
     return value
 
