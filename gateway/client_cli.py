@@ -172,7 +172,7 @@ def _add_run_task(verbs: Any) -> None:
 
 def _add_trace(commands: Any) -> None:
     trace = commands.add_parser("trace", help="everything that one invocation caused, as a tree")
-    trace.add_argument("invocation", metavar="INVOCATION", help="its id, or the beginning of it")
+    trace.add_argument("invocation", type=_written, metavar="INVOCATION", help="its id, or the beginning of it")
     trace.add_argument("--json", action="store_true", help="one span a line, as JSON")
     _add_output(trace)
     trace.set_defaults(command=_lazy("tree", "show_trace"))

@@ -188,6 +188,10 @@ class _Daemon:
                 _LOG.error("reload: nothing was changed")
                 await supervisor.refuse_reload(exc.problems)
                 continue
+            except Exception:  # a bug of ours, met in somebody's file: what runs is worth more than the reload
+                _LOG.exception("reload: nothing was changed")
+                await supervisor.refuse_reload(["a bug of ours in reading the resources; the daemon's log has it"])
+                continue
             try:
                 if self._reload_ca():
                     _LOG.warning("reload: a new CA: sandboxes trust it from now on; those that run keep the former one")

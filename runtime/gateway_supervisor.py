@@ -40,8 +40,8 @@ _READY_DEADLINE_S: Final = 60.0  # imports on a busy two-core machine
 _STOP_GRACE_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.3  # for a gateway that ends by itself to log why
 _COUNTERS_INTERVAL_S: Final = 1.0
-_MAX_PROBLEMS: Final = 64
-_MAX_PROBLEM_BYTES: Final = 512  # 64 of them fit a packet
+_MAX_TOLD: Final = 63
+_MAX_PROBLEM_BYTES: Final = 512  # so many fit a packet
 
 
 class GatewaySupervisor:
@@ -230,6 +230,8 @@ class GatewaySupervisor:
 
 def _told(lines: Sequence[str]) -> list[str]:
     """Return what the gateway is told of them. Names of files hold whatever bytes: what is no text becomes `?`."""
-    return [
-        line.encode("utf-8", "replace")[:_MAX_PROBLEM_BYTES].decode("utf-8", "ignore") for line in lines[:_MAX_PROBLEMS]
+    told = [
+        line.encode("utf-8", "replace")[:_MAX_PROBLEM_BYTES].decode("utf-8", "ignore") for line in lines[:_MAX_TOLD]
     ]
+    more = len(lines) - len(told)
+    return [*told, f"and {more} more: `clrk-runtime check` has them all"] if more else told

@@ -15,6 +15,7 @@ from clrk.core.errors import ClrkError
 _CONNECT_TIMEOUT_S: Final = 5.0
 _ANSWER_TIMEOUT_S: Final = 120.0
 _CHUNK: Final = 65_536
+_MAX_TARGET: Final = 8000  # the daemon reads request lines of 8,190
 USAGE: Final = 2  # the exit code of argparse for what can not be understood
 _POSITIONAL: Final = {"invocation": "INVOCATION", "method": "METHOD", "url": "URL"}
 
@@ -82,10 +83,11 @@ class Admin:
         self, segments: tuple[str, ...], query: Mapping[str, str] | None, timeout_s: float | None = _ANSWER_TIMEOUT_S
     ) -> http.client.HTTPResponse:
         connection = AdminConnection(self.path, timeout_s)
+        target = url_path(*segments) + (f"?{urlencode(query, errors='surrogateescape')}" if query else "")
+        if len(target) > _MAX_TARGET:
+            raise CommandError(f"the arguments make {len(target)} characters of a URL, of at most {_MAX_TARGET}", USAGE)
         try:
-            connection.request(
-                "GET", url_path(*segments) + (f"?{urlencode(query, errors='surrogateescape')}" if query else "")
-            )
+            connection.request("GET", target)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as exc:
             raise CommandError(f"the daemon at {self.path} does not answer: {type(exc).__name__} {exc}") from exc

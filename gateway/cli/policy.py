@@ -7,11 +7,11 @@ import json
 import sys
 from typing import Any
 
+from clrk.core.printable import printable
 from clrk.gateway.cli import terminal
 from clrk.gateway.cli.agents import agent_key
 from clrk.gateway.cli.connection import USAGE, Admin, CommandError
 from clrk.gateway.policy_suggest import gather, render
-from clrk.gateway.printable import printable
 
 
 def explain_call(admin: Admin, args: argparse.Namespace) -> int:

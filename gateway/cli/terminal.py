@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from clrk.gateway.printable import printable as printable  # noqa: PLC0414 - for those who have the terminal at hand
+from clrk.core.printable import printable as printable  # noqa: PLC0414 - for those who have the terminal at hand
 
 if TYPE_CHECKING:
     from rich.console import Console

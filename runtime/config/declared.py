@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route
+from clrk.core.printable import printable
 from clrk.core.resources import DaemonAgent, RuntimeSpec, TaskAgent
 from clrk.core.route_resources import AIProviderRoute, CredentialInjectionPolicy, MCPRoute
 from clrk.core.values import Resource
@@ -75,13 +76,13 @@ class Problems:
     def add(self, file: FilePath, line: int, subject: str, path: Path, text: str) -> None:
         """Note one problem; the same line twice is noted once."""
         parts = [f"{file}:{line}", subject, format_path(path), text]
-        rendered = ": ".join(part for part in parts if part)
+        rendered = printable(": ".join(part for part in parts if part))
         if (one := (str(file), line, rendered)) not in self.found:
             self.found.append(one)
 
     def add_file(self, file: FilePath, text: str) -> None:
         """Note that a file could not be used at all."""
-        self.found.append((str(file), 0, f"{file}: {text}"))
+        self.found.append((str(file), 0, printable(f"{file}: {text}")))
 
     def lines(self) -> tuple[str, ...]:
         """Return the problems by file, in the order the files were read, then by line."""

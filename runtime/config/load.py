@@ -147,7 +147,7 @@ def _check_head(document: Document) -> Iterable[Finding]:
         yield Finding(document.line_of(("apiVersion",)), ("apiVersion",), f"{version!r} is not accepted{hint}")
     if "kind" not in value:
         yield Finding(document.line, ("kind",), f"is missing{nearest('', KINDS)}")
-    elif kind not in _MODELS:
+    elif not isinstance(kind, str) or kind not in _MODELS:
         yield Finding(document.line_of(("kind",)), ("kind",), describe_kind(str(kind)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from clrk.core.printable import printable
 from clrk.runtime.config.budgets import shared_accounts
 from clrk.runtime.config.credentials import missing_credentials
 from clrk.runtime.config.declared import Resources
@@ -31,4 +32,4 @@ _KINDS: Final[tuple[Callable[[Resources], Iterator[str]], ...]] = (
 
 def notes_of(resources: Resources) -> list[str]:
     """Return what to tell, one line each; none has a value of a Secret."""
-    return [note for notes in _KINDS for note in notes(resources)]
+    return [printable(note) for notes in _KINDS for note in notes(resources)]

@@ -21,6 +21,7 @@ from clrk.gateway.policy_names import plain_host
 from clrk.gateway.policy_paths import PathPattern
 from clrk.runtime.config import describe
 from clrk.runtime.config.load import load
+from clrk.runtime.config.notes import notes_of
 
 # --- head -----------------------------------------------------------------------------------------------------------
 
@@ -171,6 +172,8 @@ def test_field_of_a_later_version(tmp_path, kind, field):
         ("{ports: [443]}", "spec.rules[0]: give hostnames or cidrs; a rule without either would match nothing"),
         ("{hostnames: [x], ports: [65536]}", "spec.rules[0].ports[0]: must be less than or equal to 65535"),
         ("{hostnames: [x], protocols: [UDP]}", "spec.rules[0].protocols[0]: 'UDP' is not allowed; valid: TCP"),
+        ("{cidrs: [1]}", "spec.rules[0].cidrs[0]: 1 is not a network; write for example 10.0.0.0/8 or fd00::/8"),
+        ("{hostnames: [x], ports: [yes]}", "spec.rules[0].ports[0]: not a whole number"),
         ("{hostnames: [x], http: {paths: [/a%2f..%2fb]}}", "spec.rules[0].http.paths[0]: '/a%2f..%2fb' can be read in more than one way, so no request fits it: write it plainly, without `..`, control characters, or escapes of escapes"),
         ("{hostnames: [x], http: {paths: ['/a b']}}", "spec.rules[0].http.paths[0]: '/a b' holds a blank, which no request has: write %20"),
         ("{hostnames: [x], http: {methods: [CONNECT]}}", "spec.rules[0].http.methods[0]: CONNECT is never served, since the gateway is no proxy: a rule without http allows a tunnel"),
@@ -255,6 +258,24 @@ def test_every_pattern_is_put_in_words():
     written = {json.loads(found) for found in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schema)}
     assert len(written) > 10
     assert written - set(describe.PATTERNS) == set()
+
+
+@pytest.mark.parametrize("kind", ["{}", "[]", "1", "null"])
+def test_a_kind_that_is_no_text(tmp_path, kind):
+    assert (
+        "1: a: kind: unknown kind"
+        in problems_of(tmp_path, f"kind: {kind}\napiVersion: clrk/v1alpha1\nmetadata: {{name: a}}\n")[0]
+    )
+
+
+def test_what_is_written_does_not_speak_to_the_terminal(tmp_path):
+    """Neither in a problem nor in a note, wherever they are read."""
+    name = '"\\x1b[2J\\u202e"'
+    for problem in problems_of(tmp_path, HEAD + f"kind: Secret\nmetadata: {{name: {name}}}\n{name}: 1\n"):
+        assert problem.isprintable()
+    (tmp_path / "f.yaml").write_text(HEAD + f"kind: Secret\nmetadata: {{name: s}}\nfromEnv: {{a: {name}}}\n")
+    (note,) = notes_of(load([tmp_path], {}))
+    assert note.isprintable()
 
 
 def test_regular_expressions_are_refused_in_re2s_words(tmp_path):

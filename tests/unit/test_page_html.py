@@ -8,11 +8,11 @@ from page_samples import HOSTILE, PAYLOADS, fill, invocation_record, page_config
 from span_samples import MS, identity, record
 
 from clrk.core.messages import Counters
+from clrk.core.printable import printable
 from clrk.gateway.admin.page.details import ALONE, IN_WATERFALL, details_of
 from clrk.gateway.admin.page.rendering import path, render, show_ago, show_bytes, show_moment
 from clrk.gateway.health import DaemonHealth
 from clrk.gateway.outcome import Phase
-from clrk.gateway.printable import printable
 from clrk.gateway.telemetry.pipeline import Telemetry
 from clrk.gateway.telemetry.spans import Component
 

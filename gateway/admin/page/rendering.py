@@ -16,8 +16,8 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from clrk import __version__
+from clrk.core.printable import printable
 from clrk.gateway.cli.facts import show_cost, show_duration
-from clrk.gateway.printable import printable
 
 _FOLDER: Final = resources.files("clrk.gateway.admin.page")
 _STATIC_TYPES: Final = {"page.css": "text/css", "page.js": "text/javascript"}

@@ -189,10 +189,16 @@ class HttpMatch(Model):
     paths: list[Annotated[str, Field(pattern=r"^/[^?#]*$"), AfterValidator(_check_path)]] = []
 
 
+def _check_no_number(value: object) -> object:
+    if isinstance(value, int):  # IPv4Network(1) is 0.0.0.1/32
+        raise ValueError(f"{value} is not a network; write for example 10.0.0.0/8 or fd00::/8")
+    return value
+
+
 class L4Rule(Model):
     """Matches if (host or CIDR) and port match; with http, the request must match it too."""
 
-    cidrs: list[IPv4Network | IPv6Network] = []
+    cidrs: list[Annotated[IPv4Network | IPv6Network, BeforeValidator(_check_no_number)]] = []
     hostnames: list[DialledHost] = []
     ports: list[Port] = []
     protocols: list[Literal["TCP"]] = ["TCP"]

@@ -150,6 +150,12 @@ def _check_host_pattern(value: str) -> str:
     return value
 
 
+def _check_no_flag(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("not a whole number")
+    return value
+
+
 def _check_ip_port(value: str) -> str:
     host, sep, port = value.rpartition(":")
     try:
@@ -181,7 +187,7 @@ DialledHost = Annotated[HostPattern, AfterValidator(_check_no_localhost)]
 DialledName = Annotated[DialledHost, AfterValidator(_check_no_address)]
 IpPort = Annotated[str, AfterValidator(_check_ip_port)]
 Regex = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_regex)]
-Port = Annotated[int, Field(ge=1, le=65_535)]
+Port = Annotated[int, BeforeValidator(_check_no_flag), Field(ge=1, le=65_535)]
 Schedule = Annotated[str, AfterValidator(_check_schedule)]
 IdentityHeader = Annotated[str, AfterValidator(_check_identity_header)]
 JsonPath = Annotated[str, Field(pattern=r"^\$", max_length=1024), AfterValidator(_check_json_path)]

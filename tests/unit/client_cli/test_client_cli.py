@@ -76,7 +76,7 @@ async def test_without_a_daemon_it_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        pytest.param(arguments, option, id=" ".join(arguments))
+        pytest.param(arguments, option, id=" ".join(arguments)[:60])
         for arguments, option in (
             (("traces", "--since", "never"), "--since"),
             (("traces", "--until", "2026-13-01"), "--until"),
@@ -107,6 +107,9 @@ async def test_without_a_daemon_it_says_what_to_do(tmp_path):
             (("budgets", "--day", ""), "--day"),
             (("budgets", "--agent", "a/b/c"), "--agent"),
             (("trace", "not an id"), "INVOCATION"),
+            (("trace", ""), "INVOCATION"),
+            (("traces", "--model", "m" * 70_000), "characters"),
+            (("policy", "explain", "support", "GET", f"https://x.test/{'a' * 70_000}"), "characters"),
             (("--socket", "", "status"), "--socket"),
         )
     ],
