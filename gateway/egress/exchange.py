@@ -35,7 +35,7 @@ from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import AGENT_DISCONNECTED, Call
 from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem
 from clrk.gateway.egress.reply import read_final_head
-from clrk.gateway.egress.tcp import tunnel
+from clrk.gateway.egress.tcp import RUN_ENDED, tunnel
 from clrk.gateway.egress.tunnels import TunnelRevokedError
 from clrk.gateway.egress.upload import AgentGoneError, Upload, end_of
 from clrk.gateway.govern import Answer, Cut, Governor
@@ -100,7 +100,8 @@ class Exchange:
             spans.failed(call, exc.error_type, str(exc), self._events())
             self._answer(502, exc.error_type, str(exc))
         except asyncio.CancelledError:
-            self._record(admitted, "cancelled", "the run ended", complete=False)
+            over = self._switched and self._agent.is_at_end
+            self._record(admitted, None if over else "cancelled", RUN_ENDED, complete=over)
             raise
         except (OSError, ProtocolError) as exc:
             self._fail(admitted, upload, exc)

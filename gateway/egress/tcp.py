@@ -23,6 +23,8 @@ RUN_ENDED: Final = "the run ended"  # the message of a cancellation: the agent i
 FLUSH_S: Final = 0.5  # for what is on its way up when the run ends; the sandbox is gone within a second
 
 Admission = Callable[[], Awaitable[None]]
+_Broken = list[tuple[Channel, OSError | ClrkError]]  # which side, and how
+_Pump = asyncio.Task[bool]
 
 
 class AgentResetError(ConnectionResetError):
@@ -68,24 +70,35 @@ async def carry_tunnel(
     try:
         carried = tunnel(agent, upstream, admission, FirstLine())
         await way_out.tunnels.carry(lambda now: allows_tunnel(now, origin, sni), carried)
-    except AgentResetError:
-        pass  # how it ends is the agent's affair, and nothing that failed: a client that leaves TLS early is one
-    except HiddenHttpError as exc:
-        error, message = "http_in_tunnel", f"{call.destination.host}:{call.destination.port}: {exc}"
     except OSError as exc:
-        error, message = error_type_of(exc), f"{call.destination.host}:{call.destination.port}: {exc}"
-        agent.reset()
-        upstream.reset()  # it may not have been used at all
+        error, message = _error_of(exc, call)
+        if not isinstance(exc, AgentResetError | HiddenHttpError):
+            agent.reset()
+            upstream.reset()  # it may not have been used at all
     except ClrkError as exc:
-        error, message = "not_admitted", str(exc)
+        error, message = _error_of(exc, call)
         raise
-    except asyncio.CancelledError:
-        if not agent.is_at_end:
-            error, message = "cancelled", "the run ended"
+    except asyncio.CancelledError as exc:
+        if exc.__cause__ is not None or not agent.is_at_end:
+            error, message = _error_of(exc.__cause__ or exc, call)
         raise
     finally:
         call.request_bytes, call.response_bytes = upstream.sent_bytes, upstream.received_bytes
         way_out.spans.tcp(call, error, message)
+
+
+def _error_of(exc: BaseException, call: Call) -> tuple[str | None, str]:
+    """Say in the words of a span how a tunnel ended: error.type and message."""
+    match exc:
+        case AgentResetError():  # its own affair, and nothing that failed: a client that leaves TLS early is one
+            return None, ""
+        case OSError():
+            kind = "http_in_tunnel" if isinstance(exc, HiddenHttpError) else error_type_of(exc)
+            return kind, f"{call.destination.host}:{call.destination.port}: {exc}"
+        case ClrkError():
+            return "not_admitted", str(exc)
+        case _:
+            return "cancelled", RUN_ENDED
 
 
 async def is_client_first(
@@ -113,10 +126,11 @@ async def tunnel(
 
     Shape: admission, if given, is awaited before the agent's first byte goes up; what it raises ends the tunnel. first
         watches what the agent says.
-    Raises: OSError of the side that broke, or admission's ClrkError; both sides have then been reset.
+    Raises: OSError of the side that broke, or admission's ClrkError; both sides have then been reset. CancelledError of
+        a run that ended: what broke by then, also while the agent's last words were passed on, is its cause.
     Side effects: the upstream is closed; the agent's side stays the caller's.
     """
-    broken: list[tuple[Channel, OSError | ClrkError]] = []
+    broken: _Broken = []
     up = spawn(_pump(agent, upstream, broken, admission, first), name="tunnel-up")
     down = spawn(_pump(upstream, agent, broken, None), name="tunnel-down")
     try:
@@ -126,18 +140,21 @@ async def tunnel(
             await _let_arrive(agent, upstream, up, down)
         else:
             await _cut(agent, upstream, up, down)
-        raise
+        raise exc from _cause(agent, broken)
     finally:
         upstream.close()
-    await asyncio.gather(up, down)
-    if broken:  # the first is the cause; the other pump has seen its consequences
-        side, error = broken[0]
-        if side is agent and isinstance(error, OSError):
-            raise AgentResetError(str(error)) from error
-        raise error
+    for pump in (up, down):  # not awaited: what it was shall not depend on when the run ends
+        pump.result()
+    if (cause := _cause(agent, broken)) is not None:
+        raise cause
 
 
-_Pump = asyncio.Task[bool]
+def _cause(agent: Channel, broken: _Broken) -> OSError | ClrkError | None:
+    """The first to break is the cause; the other pump has seen its consequences."""
+    if not broken:
+        return None
+    side, error = broken[0]
+    return AgentResetError(str(error)) if side is agent and isinstance(error, OSError) else error
 
 
 async def _let_arrive(agent: Channel, upstream: Channel, up: _Pump, down: _Pump) -> None:
@@ -161,7 +178,7 @@ async def _cut(agent: Channel, upstream: Channel, up: _Pump, down: _Pump) -> Non
 async def _pump(
     source: Channel,
     sink: Channel,
-    broken: list[tuple[Channel, OSError | ClrkError]],
+    broken: _Broken,
     admission: Admission | None,
     first: FirstLine | None = None,
 ) -> bool:
