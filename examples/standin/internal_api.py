@@ -29,9 +29,9 @@ def application() -> web.Application:
     app.router.add_get("/orders/{order}", _order)
     app.router.add_get("/blob/{size}", _blob)
     app.router.add_route("*", "/digest", _digest)
-    app.router.add_get("/events/{count}/{gap_ms}", _events)
     app.router.add_route("*", "/echo", _echo)
     gates = Gates()
+    app.router.add_get("/events/{count}/{name}", gates.events)
     app.router.add_get("/gate/{name}", gates.wait)
     app.router.add_get("/gate/{name}/arrived/{count}", gates.arrived)
     app.router.add_post("/gate/{name}/open", gates.open)
@@ -57,6 +57,18 @@ class Gates:
             finally:
                 self._waiting[name] -= 1
         return web.Response(text="open\n")
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """SSE: `count` events; after event n the next one comes when the gate `name`-n is open."""
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
+        await response.prepare(request)
+        for number in range(int(request.match_info["count"])):
+            await response.write(f"data: {number}\n\n".encode())
+            gate = f"{request.match_info['name']}-{number}"
+            async with self._changed:
+                await self._changed.wait_for(lambda gate=gate: gate in self._open)
+        await response.write_eof()
+        return response
 
     async def arrived(self, request: web.Request) -> web.Response:
         """Answer when `count` requests wait at the gate."""
@@ -110,20 +122,6 @@ async def _digest(request: web.Request) -> web.Response:
         digest.update(chunk)
     framing = "chunked" if request.headers.get("transfer-encoding") == "chunked" else "length"
     return web.json_response({"bytes": size, "sha256": digest.hexdigest(), "framing": framing})
-
-
-async def _events(request: web.Request) -> web.StreamResponse:
-    """SSE: `count` events, `gap_ms` apart, each with its number and the time it was sent (CLOCK_MONOTONIC ns)."""
-    count, gap_ms = int(request.match_info["count"]), float(request.match_info["gap_ms"])
-    response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
-    await response.prepare(request)
-    loop = asyncio.get_running_loop()
-    start = loop.time()
-    for number in range(count):
-        await asyncio.sleep(max(0.0, start + number * gap_ms / 1000 - loop.time()))
-        await response.write(f"id: {number}\ndata: {int(loop.time() * 1e9)}\n\n".encode())
-    await response.write_eof()
-    return response
 
 
 async def _echo(request: web.Request) -> web.Response:
