@@ -24,6 +24,7 @@ const VIEWS = {
   health: "/health",
   missing: "/nowhere",
 };
+const PATIENCE_MS = 120_000; // of every wait: what is on its way comes long before, also on a busy machine
 const EXPECTED_ERRORS = /status of (400|401|404)/; // Chromium's word on views that are no 200
 const LOOKS = {
   light: { colorScheme: "light", viewport: { width: 1360, height: 850 } },
@@ -47,6 +48,7 @@ async function open(look) {
   context.on("request", (request) => {
     if (!request.url().startsWith(base)) complaints.push(`asked ${request.url()}`);
   });
+  context.setDefaultTimeout(PATIENCE_MS);
   const page = await context.newPage();
   await page.addInitScript(() => {
     addEventListener("securitypolicyviolation", (event) => console.error(`CSP: ${event.violatedDirective} ${event.blockedURI}`));
@@ -84,7 +86,7 @@ for (const [look, options] of Object.entries(LOOKS)) {
       if (view === "invocation" || view === "hostile") {
         await page.locator(".waterfall summary", { hasText: view === "hostile" ? "script" : "claude-sonnet-5" }).first().click();
       }
-      await page.screenshot({ path: `${output}/${view}-${look}.png`, fullPage: view !== "large", timeout: 60_000 });
+      await page.screenshot({ path: `${output}/${view}-${look}.png`, fullPage: view !== "large" });
       const wider = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
       if (wider > 0) tooWide.push(`${view} by ${wider} px`);
     }
@@ -153,6 +155,7 @@ await check("waterfall", async (start) => {
   await visit(page, VIEWS.large);
   assert.equal(await page.locator(".waterfall > li").count(), 200);
   await page.getByRole("link", { name: "9,805 more" }).click();
+  await page.waitForURL(/offset=200/);
   assert.equal(await page.locator(".waterfall > li").first().getAttribute("id"), "r-200");
 });
 
@@ -252,6 +255,7 @@ await check("filters", async (start) => {
   assert.equal(await page.getByLabel("Agent").inputValue(), "team-b/orders");
   await page.getByRole("link", { name: "Clear" }).click();
   await page.getByRole("link", { name: "Older" }).click();
+  await page.waitForURL(/before=/);
   const older = await page.locator("tbody tr").count();
   assert.ok(older > 0 && older < 50, String(older));
   await page.getByLabel("Invocation id").fill(ids.plain.slice(0, 36));
@@ -266,7 +270,7 @@ await check("live", async (start) => {
   const focus = await focused(page);
   say({ ask: "arrive" });
   const { id } = await next();
-  await page.locator(`#i-${id}`).waitFor({ timeout: 60_000 });
+  await page.locator(`#i-${id}`).waitFor();
   assert.notEqual(await page.locator("tbody tr").first().getAttribute("id"), before);
   assert.equal(await focused(page), focus, "the focus stays where it was");
   assert.match(await page.textContent("#said"), /1 new/);
@@ -275,7 +279,7 @@ await check("live", async (start) => {
   await page.locator("#s-0 > summary").click();
   say({ ask: "finish" });
   await next();
-  await page.locator("h1 .phase.succeeded").waitFor({ timeout: 60_000 });
+  await page.locator("h1 .phase.succeeded").waitFor();
   assert.equal(await page.locator("#s-0").evaluate((element) => element.open), true, "what was open stays open");
   await page.locator("#live").waitFor({ state: "hidden" });
 
@@ -294,6 +298,7 @@ await check("copy", async (start) => {
 
 await check("without script", async () => {
   const context = await browser.newContext({ ...LOOKS.light, javaScriptEnabled: false });
+  context.setDefaultTimeout(PATIENCE_MS);
   const page = await context.newPage();
   await page.goto(`${base}/?token=${token}`);
   await page.locator("tbody a.row").nth(2).click();
@@ -304,7 +309,8 @@ await check("without script", async () => {
 });
 
 await check("another site", async () => {
-  const { stranger } = { stranger: await browser.newContext() };
+  const stranger = await browser.newContext();
+  stranger.setDefaultTimeout(PATIENCE_MS);
   const mine = await stranger.newPage();
   await mine.goto(`${base}/?token=${token}`);
   const page = await stranger.newPage();
