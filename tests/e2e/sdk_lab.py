@@ -59,6 +59,11 @@ def attributes(span: dict[str, Any], *names: str) -> list[Any]:
     return [span["attributes"].get(name) for name in names]
 
 
+def lasted_s(span: dict[str, Any]) -> float:
+    """Return how long a call took."""
+    return (span["end_time_unix_nano"] - span["start_time_unix_nano"]) / 1e9
+
+
 def tokens(span: dict[str, Any]) -> list[Any]:
     """Return the counts of input and output."""
     return attributes(span, "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens")

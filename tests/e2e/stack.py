@@ -5,6 +5,7 @@ Everything belongs to one instance name and one temporary folder; nothing of ano
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from instances import DEADLINE_S, DIES_WITH_US, OWNER
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SOURCE = {"content-type": "text/plain"}
+EVENT = {"content-type": "application/json"}
 # Run the source that comes as the event's data: most tests want a line or two of hostile agent.
 RUN_PYTHON = "import json,sys; event=json.load(sys.stdin); exec(event['data'])"
 RUN_SHELL = "import json,os,sys; os.execv('/bin/bash', ['bash', '-c', json.load(sys.stdin)['data']])"
@@ -179,12 +181,15 @@ class Daemon:
         """Return the end of the daemon's log."""
         return self.log_path.read_text(errors="replace")[-6000:]
 
-    def clrk(self, *arguments: str, code: int = 0) -> str:
-        """Run the client; its exit code must be `code`."""
-        done = subprocess.run(
+    def _ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [BIN / "clrk", *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False,
             env=os.environ | {"CLRK_INSTANCE": self.instance, "NO_COLOR": "1", "COLUMNS": "200"},
         )  # fmt: skip
+
+    def clrk(self, *arguments: str, code: int = 0) -> str:
+        """Run the client; its exit code must be `code`."""
+        done = self._ask(*arguments)
         assert done.returncode == code, f"clrk {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -193,25 +198,46 @@ class Daemon:
         return [json.loads(line) for line in self.clrk("trace", invocation_id, "--json").splitlines()]
 
     def spans_when_complete(self, invocation_id: str) -> list[dict[str, Any]]:
-        """Return the spans once the sandbox is gone: `sandbox.teardown` is the last to be recorded."""
+        """Return the spans once the answer is out and the sandbox is gone, which is recorded after all its calls."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             spans = self.spans(invocation_id)
-            if any(span["name"] == "sandbox.teardown" for span in spans):
+            if {"ingress.dispatch", "sandbox.teardown"} <= {span["name"] for span in spans}:
                 return spans
-            assert time.monotonic() < deadline, [span["name"] for span in spans]
+            assert time.monotonic() < deadline, ([span["name"] for span in spans], self.log())
+
+    def kept(self) -> dict[Path, bytes]:
+        """Return every file of the state folder; what is rotated away meanwhile is none."""
+        found = {}
+        for path in self.state_dir.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    found[path] = path.read_bytes()
+        return found
+
+    def report(self, name: str, invocation_id: str) -> str:
+        """Return all that is known of a run that went wrong: its log, its spans, the kernel's counters, our log."""
+        with contextlib.suppress(AssertionError):
+            self.spans_when_complete(invocation_id)  # by then all that it wrote is logged
+        questions = (("agents", "logs", f"{name}/{invocation_id}"), ("trace", invocation_id), ("status",))
+        answers = [self._ask(*question) for question in questions]
+        return "\n".join([*(f"{one.stdout}{one.stderr}"[-6000:] for one in answers), self.log()])
 
 
-async def invoke(caller: aiohttp.ClientSession, daemon: Daemon, name: str, source: str) -> tuple[str, str]:
+async def invoke(
+    caller: aiohttp.ClientSession, daemon: Daemon, name: str, source: str, headers: Mapping[str, str] = SOURCE
+) -> tuple[str, str]:
     """Run an agent with a text as its event; return what it printed, and the invocation's id."""
-    answer = await caller.post(f"{daemon.url}/agents/{name}", data=source, headers=SOURCE)
-    async with answer:
-        text = await answer.text()
-    invocation_id = answer.headers.get("X-Clrk-Invocation-ID", "")
-    if answer.status != 200:
-        logs = [daemon.clrk("agents", "logs", f"{name}/{invocation_id}")[-6000:]] if invocation_id else []
-        pytest.fail("\n".join([f"{answer.status} {text}", *logs, daemon.log()]))
-    return text, invocation_id
+    async with caller.post(f"{daemon.url}/agents/{name}", data=source, headers=headers) as answer:
+        invocation_id = answer.headers["X-Clrk-Invocation-ID"]
+        try:
+            text = await answer.text()
+        except aiohttp.ClientPayloadError as exc:  # it failed after its first byte
+            text = repr(exc)
+        else:
+            if answer.status == 200:
+                return text, invocation_id
+    pytest.fail(f"{answer.status} {text}\n{await asyncio.to_thread(daemon.report, name, invocation_id)}")
 
 
 def _is_ready(notify: socket.socket) -> bool:

@@ -20,7 +20,7 @@ from instances import DEADLINE_S, instance
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from stack import ROOT, Daemon, StandIn, agent, document, egress
+from stack import EVENT, ROOT, Daemon, StandIn, agent, document, egress, invoke
 
 pytestmark = pytest.mark.e2e
 TRACESTATE = "vendor=opaque , other@x=1"
@@ -150,18 +150,16 @@ def is_watcher(span: Any) -> bool:
     return text_attributes(span).get("agent.name") == "watcher"
 
 
-async def invoke(
+async def traced_run(
     caller: aiohttp.ClientSession, daemon: Daemon, name: str, data: Any, flags: str = "01"
 ) -> tuple[dict[str, Any], str, tuple[str, str]]:
     """Run an agent as a traced caller; return its answer, the invocation id, and the caller's trace and span id."""
     context = (secrets.token_hex(16), secrets.token_hex(8))
-    headers = {
+    headers = EVENT | {
         "traceparent": f"00-{context[0]}-{context[1]}-{flags}", "tracestate": TRACESTATE, "baggage": BAGGAGE,
     }  # fmt: skip
-    async with caller.post(f"{daemon.url}/agents/{name}", json=data, headers=headers) as answer:
-        text = await answer.text()
-        assert answer.status == 200, (text, daemon.log())
-        return json.loads(text), answer.headers["X-Clrk-Invocation-ID"], context
+    text, invocation_id = await invoke(caller, daemon, name, json.dumps(data), headers)
+    return json.loads(text), invocation_id, context
 
 
 def one(spans: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
@@ -184,7 +182,7 @@ async def test_an_unmodified_sdk_joins_the_trace(
     traced: Daemon, collector: Collector, providers: StandIn, caller: aiohttp.ClientSession, name: str, mode: str
 ) -> None:
     seen_before = len(providers.seen())
-    answer, invocation_id, (trace_id, caller_span) = await invoke(caller, traced, name, mode)
+    answer, invocation_id, (trace_id, caller_span) = await traced_run(caller, traced, name, mode)
     spans = traced.spans_when_complete(invocation_id)
     assert {span["trace_id"] for span in spans} == {trace_id}
     assert {span["attributes"]["invocation.id"] for span in spans} == {invocation_id}
@@ -250,13 +248,13 @@ async def test_an_unsampled_trace_is_kept_here_and_exported_nowhere(
     traced: Daemon, collector: Collector, providers: StandIn, caller: aiohttp.ClientSession
 ) -> None:
     seen_before = len(providers.seen())
-    answer, unsampled, (trace_id, _) = await invoke(caller, traced, "py", "none", flags="00")
+    answer, unsampled, (trace_id, _) = await traced_run(caller, traced, "py", "none", flags="00")
     spans = traced.spans_when_complete(unsampled)
     assert len(of_agent(spans)) == 2
     out = one(spans, name="GET tools.internal")
     assert providers.seen()[seen_before]["traceparent"] == [f"00-{trace_id}-{out['span_id']}-00"]
     assert answer["env"]["TRACEPARENT"].endswith("-00")
-    _, later, _ = await invoke(caller, traced, "py", "none")  # exported behind it: then it is not still on its way
+    _, later, _ = await traced_run(caller, traced, "py", "none")  # exported behind it: then it is not still on its way
     collector.wait("spans", lambda _, span: text_attributes(span).get("invocation.id") == later and span.name == "work")
     assert not [span for _, span in collector.spans() if span.trace_id.hex() == trace_id]
     assert not [span for _, span in collector.spans() if text_attributes(span).get("invocation.id") == unsampled]
@@ -280,10 +278,10 @@ def test_a_daemons_sdk_reports_for_the_daemon(traced: Daemon, collector: Collect
 
 async def test_an_agent_can_not_claim_to_be_another_or_to_be_us(traced: Daemon, caller: aiohttp.ClientSession) -> None:
     """Its forged spans are its own: in its own invocation, marked as an agent's word, and nowhere added up."""
-    _, victim, (victim_trace, _) = await invoke(caller, traced, "py", "env")
+    _, victim, (victim_trace, _) = await traced_run(caller, traced, "py", "env")
     victim_spans = traced.spans_when_complete(victim)
     data = {"invocation_id": victim, "trace_id": victim_trace}
-    answers, invocation_id, (trace_id, _) = await invoke(caller, traced, "forger", data)
+    answers, invocation_id, (trace_id, _) = await traced_run(caller, traced, "forger", data)
     (status, partial), *refused = answers
     assert status == 200
     assert partial == {"partialSuccess": {"rejectedSpans": "1", "errorMessage": "1 span id is that of a span of clrk"}}
@@ -291,7 +289,7 @@ async def test_an_agent_can_not_claim_to_be_another_or_to_be_us(traced: Daemon, 
 
     spans = traced.spans_when_complete(invocation_id)
     forged = of_agent(spans)
-    assert [span["name"] for span in forged] == ["egress.dial.denied", "chat claude-forged"]
+    assert sorted(span["name"] for span in forged) == ["chat claude-forged", "egress.dial.denied"]
     for span in forged:
         assert (span["trace_id"], span["attributes"]["invocation.id"]) == (trace_id, invocation_id)
         assert (span["attributes"]["agent.name"], span["attributes"]["agent.kind"]) == ("forger", "TaskAgent")

@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from instances import DEADLINE_S, instance
-from stack import BIN, Daemon, StandIn, agent, document, egress
+from stack import BIN, Daemon, StandIn, agent, document, egress, invoke
 
 INSTANCE = instance("ro")
 TLS_ONCE = """
@@ -46,10 +46,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Iterato
 
 
 async def ask(daemon: Daemon, caller: aiohttp.ClientSession, name: str) -> str:
-    async with caller.get(f"{daemon.url}/agents/{name}") as answer:
-        text = await answer.text()
-        assert answer.status == 200, (text, daemon.log())
-        return text
+    return (await invoke(caller, daemon, name, ""))[0]
 
 
 async def lines_of(answer: aiohttp.ClientResponse) -> AsyncIterator[str]:
@@ -90,8 +87,7 @@ async def test_running_sandboxes_keep_their_ca_and_new_ones_get_the_new_one(
             assert await anext(steady) + "\n" == before
     assert sorted(os.listdir(own.state_dir / "ca")) == ["ca.crt", "ca.key"]
     secret = key.splitlines()[1]
-    left = [path for path in own.state_dir.rglob("*") if path.is_file() and secret in path.read_bytes()]
-    assert left == []  # of the former key
+    assert [path for path, raw in own.kept().items() if secret in raw] == []  # of the former key
 
 
 async def test_a_daemon_outlives_more_rotations_than_are_kept_for_nobody(own: Daemon) -> None:

@@ -12,14 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from instances import DEADLINE_S, instance
 from span_contract import violations
-from stack import ROOT, Daemon, agent, document, free_port
+from stack import ROOT, Daemon, agent, document, free_port, invoke
 
 sys.path.insert(0, str(ROOT / "tests/unit"))
 from issuer import EC, OTHER, RSA, jwks, jwt_extractor, public_jwk, token
@@ -160,18 +159,14 @@ def own(tmp_path_factory: pytest.TempPathFactory, upstream: int) -> Iterator[Dae
     assert sorted(set(violations(spans))) == []
 
 
-def stored(state_dir: Path) -> bytes:
+def stored(daemon: Daemon) -> bytes:
     """Return every byte that the daemon keeps, but its certificate authority."""
-    files = [path for path in state_dir.rglob("*") if path.is_file() and path.parent.name != "ca"]
-    return b"\0".join(path.read_bytes() for path in files)
+    return b"\0".join(raw for path, raw in daemon.kept().items() if path.parent.name != "ca")
 
 
 async def test_what_is_captured_holds_no_secret(own: Daemon, caller: aiohttp.ClientSession) -> None:
-    async with caller.post(f"{own.url}/agents/python", data=AGENT, headers={"Content-Type": "text/plain"}) as answer:
-        said = (await answer.read()).decode()
-        assert answer.status == 200
-        sizes = json.loads(said)
-        invocation_id = answer.headers["X-Clrk-Invocation-ID"]
+    said, invocation_id = await invoke(caller, own, "python", AGENT)
+    sizes = json.loads(said)
     spans = await asyncio.to_thread(own.spans_when_complete, invocation_id)
     calls = {span["attributes"]["url.full"].partition("?")[0].rpartition("/")[2]: span for span in spans
              if span["kind"] == "SPAN_KIND_CLIENT"}  # fmt: skip
@@ -195,7 +190,7 @@ async def test_what_is_captured_holds_no_secret(own: Daemon, caller: aiohttp.Cli
     assert events["long"]["http.response.body"]["clrk.body.truncated"] is True
     assert events["form"]["http.request.body"]["http.request.body.content"] == "user=alice&password=[redacted]"
 
-    raw = stored(own.state_dir)
+    raw = stored(own)
     for canary in (b"sent-by-the-agent", b"said-by-the-upstream", b"out-of-the-zip", b"the-end-of-the-stream"):
         assert canary in raw  # else a search for secrets would prove nothing
     assert b"hunter2" not in raw
@@ -229,7 +224,7 @@ async def test_who_calls_is_on_every_span_and_in_the_envelope(own: Daemon, calle
 async def test_a_bad_token_runs_nothing(own: Daemon, caller: aiohttp.ClientSession, bearer: str | None) -> None:
     status, invocation_id, problem = await ask(caller, own, bearer)
     assert (status, problem["status"], problem["invocation_id"]) == (401, 401, invocation_id)
-    spans = await asyncio.to_thread(own.spans, invocation_id)
+    spans = await asyncio.to_thread(_spans_when_there_are_some, own, invocation_id)
     assert [span["name"] for span in spans] == ["ingress.dispatch"]
     assert not [name for name in spans[0]["attributes"] if name.startswith("agent.identity.")]
 
@@ -260,7 +255,7 @@ c.getresponse()
     invocation_id = target.rpartition("/")[2]
     assert await asyncio.to_thread(own.kill_gateway)
     assert isinstance(await running, aiohttp.ClientError)
-    spans = await asyncio.to_thread(_spans_of_the_next_gateway, own, invocation_id)
+    spans = await asyncio.to_thread(_spans_when_there_are_some, own, invocation_id)
     (call,) = [span for span in spans if span["kind"] == "SPAN_KIND_CLIENT"]
     assert call["name"] == "GET tools.internal"
     assert call["attributes"]["url.full"] == f"http://tools.internal{target}"
@@ -276,12 +271,11 @@ async def _post(caller: aiohttp.ClientSession, own: Daemon, code: str) -> Except
     return None
 
 
-def _spans_of_the_next_gateway(own: Daemon, invocation_id: str) -> list[dict[str, Any]]:
+def _spans_when_there_are_some(own: Daemon, invocation_id: str) -> list[dict[str, Any]]:
     deadline = time.monotonic() + DEADLINE_S
     while True:
         try:
-            if spans := own.spans(invocation_id):
-                return spans
+            return own.spans(invocation_id)
         except AssertionError:  # the client found nobody, or nothing yet
             if time.monotonic() > deadline:
                 raise

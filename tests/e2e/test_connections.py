@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from instances import instance
-from stack import Daemon, agent, document
+from stack import Daemon, agent, document, invoke
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
@@ -69,9 +69,9 @@ async def test_no_connection_is_used_by_two_invocations(
     try:
         ids = []
         for _ in range(3):
-            async with caller.post(f"{daemon.url}/agents/three") as answer:
-                assert (answer.status, await answer.text()) == (200, "done\n"), daemon.log()
-                ids.append(answer.headers["X-Clrk-Invocation-ID"])
+            text, invocation_id = await invoke(caller, daemon, "three", "")
+            assert text == "done\n"
+            ids.append(invocation_id)
     finally:
         assert daemon.stop() == 0, daemon.log()
     by_connection = [{path.split("/")[1] for path in paths} for paths in upstream.paths.values()]

@@ -14,11 +14,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 from instances import DEADLINE_S, instance
-from stack import ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, invoke, stand_in
+from stack import EVENT, ROOT, RUN_PYTHON, Daemon, StandIn, agent, document, egress, invoke, stand_in
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
-EVENT = {"content-type": "application/json"}
 # Of no shape that redaction knows by itself.
 KEYS = {host: f"real{secrets.token_hex(16)}" for host in ("api.openai.com", "api.anthropic.com")}
 BEDROCK = "bedrock-runtime.us-east-1.amazonaws.com"
@@ -116,17 +115,15 @@ def policy(name: str, host: str, secret: str, key: str, target: dict[str, str]) 
 
 def places_of(daemon: Daemon, *values: str) -> list[str]:
     """Every file of the daemon in which a value stands: store, write-ahead log, journal, log."""
-    files = [path for path in daemon.state_dir.rglob("*") if path.is_file()] + [daemon.log_path]
+    files = daemon.kept() | {daemon.log_path: daemon.log_path.read_bytes()}
     assert any(path.name == "traces.db" for path in files)
-    return [f"{path}: {value[:4]}…" for path in files for value in values if value.encode() in path.read_bytes()]
+    return [f"{path}: {value[:4]}…" for path, raw in files.items() for value in values if value.encode() in raw]
 
 
 async def test_official_sdks_with_placeholder_keys_reach_providers_that_demand_the_real_ones(
     keyed: Keyed, caller: aiohttp.ClientSession
 ) -> None:
-    async with caller.post(f"{keyed.daemon.url}/agents/sdk", data=json.dumps({}), headers=EVENT) as answer:
-        assert answer.status == 200, await answer.text() + keyed.daemon.log()
-        invocation = answer.headers["X-Clrk-Invocation-ID"]
+    _, invocation = await invoke(caller, keyed.daemon, "sdk", "{}", EVENT)
     seen = {one["host"]: one["headers"] for one in keyed.providers.seen() if one["host"] in KEYS}
     assert seen["api.openai.com"]["authorization"] == [f"Bearer {KEYS['api.openai.com']}"]
     assert seen["api.anthropic.com"]["x-api-key"] == [KEYS["api.anthropic.com"]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from sdk_lab import lasted_s
 from stack import Daemon, StandIn, invoke
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -51,10 +52,11 @@ async def test_googles_sdk(daemon: Daemon, caller: aiohttp.ClientSession) -> Non
         ("express", "aiplatform.googleapis.com", "gcp.vertex_ai"),
     ):
         plain = select(spans, "generate_content gemini-2.5-flash", host)[0]["attributes"]
-        streamed = select(spans, "generate_content gemini-2.5-flash", host, stream=True)[0]["attributes"]
+        stream = select(spans, "generate_content gemini-2.5-flash", host, stream=True)[0]
+        streamed = stream["attributes"]
         for attributes, kind in ((plain, "plain"), (streamed, "streamed")):
             check_gemini(attributes, provider, said[f"{name} {kind}"])
-        assert 0 <= streamed["gen_ai.response.time_to_first_chunk"] < 60
+        assert 0 < streamed["gen_ai.response.time_to_first_chunk"] <= lasted_s(stream)
         assert "gen_ai.response.time_to_first_chunk" not in plain
     check_rest_of_gemini(said, spans)
     check_claude_on_vertex(said, spans)
@@ -124,7 +126,8 @@ async def test_awss_sdk(daemon: Daemon, caller: aiohttp.ClientSession) -> None:
     assert {span["attributes"]["gen_ai.provider.name"] for span in spans} == {"aws.bedrock"}
     assert all(span["attributes"]["aws.request_id"] for span in spans)
     plain, tool, claude = (span["attributes"] for span in select(spans, f"chat {HAIKU}", BEDROCK))
-    streamed = select(spans, f"chat {NOVA}", BEDROCK, stream=True)[0]["attributes"]
+    stream = select(spans, f"chat {NOVA}", BEDROCK, stream=True)[0]
+    streamed = stream["attributes"]
     for attributes, (_, usage) in ((plain, said["converse"]), (streamed, said["converse streamed"])):
         assert attributes["gen_ai.operation.name"] == "chat"
         assert attributes["gen_ai.request.max_tokens"] == 200
@@ -141,7 +144,7 @@ async def test_awss_sdk(daemon: Daemon, caller: aiohttp.ClientSession) -> None:
     assert streamed["clrk.cost.usd"] == pytest.approx(
         (usage["inputTokens"] * 0.06 + 12 * 0.015 + usage["outputTokens"] * 0.24) / 1e6
     )
-    assert 0 <= streamed["gen_ai.response.time_to_first_chunk"] < 60
+    assert 0 < streamed["gen_ai.response.time_to_first_chunk"] <= lasted_s(stream)
     assert said["tool"] == ["tool_use", {"country": "DE"}]
     assert tool["gen_ai.response.finish_reasons"] == ["tool_use"]
     assert claude["gen_ai.response.id"] == said["claude"]["id"]

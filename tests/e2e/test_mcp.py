@@ -17,7 +17,7 @@ import pytest
 from instances import instance
 from mcp_servers import behind_tls, everything
 from span_contract import violations
-from stack import ROOT, Daemon, StandIn, agent, document, egress
+from stack import EVENT, ROOT, Daemon, StandIn, agent, document, egress, invoke
 from tls_material import Authority
 
 pytestmark = pytest.mark.e2e
@@ -72,10 +72,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, providers: StandIn) -> Ite
 
 async def use(running: Daemon, caller: aiohttp.ClientSession, name: str, asked: dict[str, Any]) -> tuple[Any, list]:
     """Run an agent; return what it printed, and its spans."""
-    async with caller.post(f"{running.url}/agents/{name}", json=asked) as answer:
-        printed = await answer.read()
-    invocation = answer.headers["X-Clrk-Invocation-ID"]
-    assert answer.status == 200, printed + running.clrk("agents", "logs", f"{name}/{invocation}").encode()
+    printed, invocation = await invoke(caller, running, name, json.dumps(asked), EVENT)
     return json.loads(printed), running.spans_when_complete(invocation)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import aiohttp
 import pytest
-from sdk_lab import attributes, run, tokens
+from sdk_lab import attributes, lasted_s, run, tokens
 from stack import Daemon
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -62,7 +62,7 @@ said.append(client.chat.completions.create(model="gpt-4.1", messages=result, too
     assert attributes(streamed, "gen_ai.request.stream", "clrk.body.request_rewritten") == [True, True]
     assert streamed["attributes"]["gen_ai.request.max_tokens"] == 9
     assert streamed["attributes"]["gen_ai.usage.output_tokens"] == -(-len(said[1][0]) // 4)
-    assert 0 < streamed["attributes"]["gen_ai.response.time_to_first_chunk"] < 30
+    assert 0 < streamed["attributes"]["gen_ai.response.time_to_first_chunk"] <= lasted_s(streamed)
     assert "clrk.body.request_rewritten" not in asked["attributes"]
     assert said[3:] == [{"words": 2}, {"words": 3}, "stop"]
     for span in (called, called_streamed):
@@ -197,12 +197,12 @@ for chunk in stream:
     if "[endless]" in (chunk.choices[0].delta.content or ""):
         stream.close()
         break
-client.close()
+client.completions.create(model="gpt-3.5-turbo-instruct", prompt="x")  # by its answer the gateway has seen us leave
 """)  # fmt: skip
-    broken, left = spans
+    broken, left, _ = spans
     assert said[-1] == "broken"
     assert "".join(said[:-1]).endswith("[broken]")
-    for span in spans:
+    for span in (broken, left):
         assert span["name"] == "chat gpt-4.1"
         assert span["status"]["code"] == "STATUS_CODE_ERROR"
         assert attributes(span, "gen_ai.response.model", "clrk.body.usage_visible") == ["gpt-4.1-2025-04-14", False]

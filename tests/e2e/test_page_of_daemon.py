@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from instances import DEADLINE_S
+from stack import invoke
 
 pytestmark = pytest.mark.e2e
 
@@ -23,9 +24,7 @@ def get(daemon, path, **headers):
 
 async def test_clrk_page_opens_the_page(daemon, caller):
     source = "import sys; print('<b>out</b>'); print('<i>err</i>', file=sys.stderr)"
-    async with caller.post(daemon.url + "/agents/python", json=source) as response:
-        assert response.status == 200
-        invocation = response.headers["X-Clrk-Invocation-ID"]
+    _, invocation = await invoke(caller, daemon, "python", source)
     daemon.spans_when_complete(invocation)
 
     address = urlsplit(daemon.clrk("page").strip())

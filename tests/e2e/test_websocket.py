@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 import websockets.asyncio.server
 from instances import DEADLINE_S, instance
-from stack import ROOT, RUN_PYTHON, Daemon, agent, document, free_port
+from stack import ROOT, RUN_PYTHON, Daemon, agent, document, free_port, invoke
 from tls_material import Authority
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -83,13 +83,12 @@ async def test_a_websocket_passes_untouched_through_a_sandbox(
     name = NAME if scheme == "ws" else f"tls.{NAME}"
     async with asyncio.timeout(DEADLINE_S), websockets.asyncio.server.serve(
         _echo, "127.0.0.1", ports[scheme], ssl=context, compression="deflate", max_size=2**22
-    ), caller.post(f"{daemon.url}/agents/py", json=f"URL = '{scheme}://{name}/x'\n{CLIENT}") as answer:  # fmt: skip
-        text = await answer.text()
-        assert answer.status == 200, f"{text}\n{daemon.clrk('agents', 'logs', 'py')[-3000:]}"
+    ):  # fmt: skip
+        text, invocation_id = await invoke(caller, daemon, "py", f"URL = '{scheme}://{name}/x'\n{CLIENT}")
     same, extensions, code = json.loads(text)
     assert same == [True] * 6
     assert (extensions, code) == (["PerMessageDeflate"], 4001)
-    spans = daemon.spans_when_complete(answer.headers["X-Clrk-Invocation-ID"])
+    spans = daemon.spans_when_complete(invocation_id)
     (span,) = [span for span in spans if span["kind"] == "SPAN_KIND_CLIENT"]
     found = span["attributes"]
     assert found["http.response.status_code"] == 101
