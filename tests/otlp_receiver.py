@@ -13,6 +13,7 @@ from aiohttp import web
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
+from instances import DEADLINE_S
 from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
@@ -149,7 +150,7 @@ class Receiver:
             for span in scope.spans
         ]
 
-    async def wait(self, condition, timeout_s=20):
+    async def wait(self, condition, timeout_s=DEADLINE_S):
         """Wait until condition() holds; asked after each request."""
         async with asyncio.timeout(timeout_s), self.changed:
             await self.changed.wait_for(condition)

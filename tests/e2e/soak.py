@@ -64,6 +64,7 @@ else:
 sys.exit(plan["code"])
 """
 PATHS = ["/ok"] * 6 + ["/v1/chat/completions"] * 3 + ["/error", "/reset", "/cut", "/slow", "/big"]
+TIMEOUT = "8s"  # of every agent: what does not sleep ends long before, also on a machine that is ten times slower
 ENDS = ["well"] * 12 + ["crash", "sleep", "flood", "half"]
 
 
@@ -81,11 +82,11 @@ def soak_daemon(folder: Path, plain: str, tls: str, ca_file: Path, instance: str
             "EgressL4Route", "soak",
             rules=[{"hostnames": ["plain.soak"], "ports": [80]}, {"hostnames": ["tls.soak"], "ports": [443]}],
         ),
-        agent("worker", command, timeout="3s"),
-        agent("warm", command, timeout="3s", warmPoolSize=2),
-        agent("narrow", command, timeout="3s", maxConcurrent=2),
-        agent("whole", command, timeout="3s", streaming={"enabled": False}),
-        agent("meta", command, timeout="3s", delivery={"mode": "Metadata"}, env={"SOAK_METADATA": "1"}),
+        agent("worker", command, timeout=TIMEOUT),
+        agent("warm", command, timeout=TIMEOUT, warmPoolSize=2),
+        agent("narrow", command, timeout=TIMEOUT, maxConcurrent=2),
+        agent("whole", command, timeout=TIMEOUT, streaming={"enabled": False}),
+        agent("meta", command, timeout=TIMEOUT, delivery={"mode": "Metadata"}, env={"SOAK_METADATA": "1"}),
     ]  # fmt: skip
     daemon = Daemon(folder, instance, documents)
     daemon.start()

@@ -102,7 +102,8 @@ async def test_the_environment_joins_the_trace(daemon: Daemon, caller: aiohttp.C
     assert environment["CLRK_INVOCATION_ID"] == invocation_id
     assert environment["CLRK_METADATA_URL"] == "http://169.254.169.254"
     assert environment["CLRK_METADATA_URL_V6"] == "http://[fd00:ec2::254]"
-    (run,) = [span for span in daemon.spans(invocation_id) if span["name"] == "invoke_agent python"]
+    spans = await asyncio.to_thread(daemon.spans_when_complete, invocation_id)
+    (run,) = [span for span in spans if span["name"] == "invoke_agent python"]
     assert traceparent == f"00-{run['trace_id']}-{run['span_id']}-01"
 
 
@@ -128,8 +129,9 @@ async def test_failure_before_the_first_byte(daemon: Daemon, caller: aiohttp.Cli
         check_problem(answer, body, 500)
         assert answer.headers["X-Clrk-Exit-Code"] == "7"
         assert "for the log" not in json.dumps(body)
-    logged = daemon.clrk("agents", "logs", f"python/{answer.headers['X-Clrk-Invocation-ID']}")
-    assert "for the log" in logged
+        invocation_id = answer.headers["X-Clrk-Invocation-ID"]
+    await asyncio.to_thread(daemon.spans_when_complete, invocation_id)
+    assert "for the log" in daemon.clrk("agents", "logs", f"python/{invocation_id}")
 
 
 async def test_failure_after_the_first_byte_is_visible(daemon: Daemon, caller: aiohttp.ClientSession) -> None:

@@ -185,10 +185,9 @@ async def test_postgresql(host: Host, caller: aiohttp.ClientSession, tls: str) -
     (span,) = spans
     if span["status"]["code"] == "STATUS_CODE_UNSET":
         found = tunnel_of(spans, "pg", 5432)
-    else:  # PostgreSQL leaves at the client's Terminate, often before it has read the goodbye of TLS: then it resets,
-        found = span["attributes"]  # or, on a host that is busy, the run is over before either has left
-        assert (span["name"], tls) == ("egress.tcp", "verify-full"), span
-        assert found["error.type"] in ("connection_reset", "cancelled"), span
+    else:  # PostgreSQL leaves at the client's Terminate, often before it has read the goodbye of TLS: then it resets
+        found = span["attributes"]
+        assert (span["name"], tls, found["error.type"]) == ("egress.tcp", "verify-full", "connection_reset"), span
     assert found["process.executable.name"] == "psql"
     assert found["clrk.resp.bytes"] > 70_000
 
@@ -203,7 +202,7 @@ async def test_redis(host: Host, caller: aiohttp.ClientSession) -> None:
 
 async def test_redis_is_counted_to_the_byte(host: Host, caller: aiohttp.ClientSession) -> None:
     source = (
-        "import socket; s = socket.create_connection(('redis.internal', 6379), 10)\n"
+        "import socket; s = socket.create_connection(('redis.internal', 6379), 60)\n"
         f"s.sendall(b'AUTH {PASSWORD}\\r\\nPING\\r\\nQUIT\\r\\n')\n"
         "data = b''\nwhile piece := s.recv(99): data += piece\nprint(data)"
     )
@@ -217,7 +216,7 @@ async def test_redis_is_counted_to_the_byte(host: Host, caller: aiohttp.ClientSe
 # --- a peer that does as the test says --------------------------------------------------------------------------------
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-CONNECT = "import socket, time\ns = socket.create_connection(('peer.internal', {port}), 20)\n"
+CONNECT = "import socket, time\ns = socket.create_connection(('peer.internal', {port}), 60)\n"
 
 
 @contextlib.asynccontextmanager
@@ -321,7 +320,7 @@ async def test_what_no_rule_allows_is_reset_and_reaches_nobody(host: Host, calle
         return
 
     source = (
-        CONNECT.format(port=8) + "s.sendall(b'\\x00hello')\ntry: print(s.recv(9))\nexcept OSError as e: print(e.errno)"
+        CONNECT.format(port=8) + "try: s.sendall(b'\\x00hello'); print(s.recv(9))\nexcept OSError as e: print(e.errno)"
     )
     async with peer(host, handle) as ends:
         text, (span,) = await run(caller, host, "python", source)

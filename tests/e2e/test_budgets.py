@@ -45,17 +45,28 @@ try:
 except openai.APIError as error:
     print(json.dumps([type(error).__name__, error.message, seen]))
 """
+# All but the last byte of each request goes out one connection after the other: on a busy host a hundred handshakes at
+# once do not end in time, neither the gateway's nor the client's. The last bytes come at once.
 CROWD = """
-import concurrent.futures, openai
-client = openai.OpenAI(max_retries=0, timeout=60)
-def call(number):
-    try:
-        client.chat.completions.create(model="crowd", max_tokens=300, messages=[{"role": "user", "content": "hi"}])
-        return 200
-    except openai.RateLimitError:
-        return 429
+import concurrent.futures, http.client, ssl
+context = ssl.create_default_context()
+body = json.dumps({"model": "crowd", "max_tokens": 300, "messages": [{"role": "user", "content": "hi"}]}).encode()
+headers = {"Content-Type": "application/json", "Authorization": "Bearer placeholder", "Content-Length": len(body)}
+def begun():
+    line = http.client.HTTPSConnection("api.openai.com", context=context, timeout=240)
+    line.putrequest("POST", "/v1/chat/completions")
+    for name, value in headers.items():
+        line.putheader(name, value)
+    line.endheaders(body[:-1])
+    return line
+def call(line):
+    line.send(body[-1:])
+    answer = line.getresponse()
+    answer.read()
+    return answer.status
+lines = [begun() for _ in range(100)]
 with concurrent.futures.ThreadPoolExecutor(100) as pool:
-    print(json.dumps(list(pool.map(call, range(100)))))
+    print(json.dumps(list(pool.map(call, lines))))
 """
 ONE = """
 import openai
@@ -88,7 +99,11 @@ def make_daemon(folder: Path, providers: StandIn, tag: str = "bu") -> Daemon:
         *egress(providers),
         document("AIProviderRoute", "llm", rules=rules),
         agent(
-            "sdk", ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON], mounts={"/agent/venv": ROOT / ".venv"}, env=keys
+            "sdk",
+            ["/agent/venv/bin/python", "-I", "-c", RUN_PYTHON],
+            mounts={"/agent/venv": ROOT / ".venv"},
+            env=keys,
+            timeout="280s",
         ),
     ]
     return Daemon(folder, instance(tag), documents)
@@ -157,10 +172,11 @@ async def test_a_stream_that_overruns_is_cut_and_the_sdk_raises(
 
 
 async def test_a_hundred_calls_at_once_do_not_pass_the_limit(spending: Daemon, caller: aiohttp.ClientSession) -> None:
+    await within_one_day()
     text, invocation = await invoke(caller, spending, "sdk", CROWD)
     statuses = json.loads(text)
     assert len(statuses) == 100
-    assert 200 in statuses
+    assert set(statuses) == {200, 429}
     spans = [span["attributes"] for span in spending.spans_when_complete(invocation) if span["name"] == "chat crowd"]
     assert len(spans) == 100
     used = sum(
@@ -175,6 +191,7 @@ async def test_a_hundred_calls_at_once_do_not_pass_the_limit(spending: Daemon, c
 
 
 async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, caller: aiohttp.ClientSession) -> None:
+    await within_one_day()
     with stand_in(tmp_path / "standin") as providers:
         daemon = make_daemon(tmp_path, providers, "bk")
         daemon.start()
@@ -187,7 +204,7 @@ async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, cal
             reserved = account(daemon)["reserved"]
             before = daemon.gateway_pid()
             assert daemon.kill_gateway()
-            with pytest.raises((aiohttp.ClientError, AssertionError)):
+            with pytest.raises(aiohttp.ClientError):
                 await hanging
             await until(lambda: daemon.gateway_pid() not in (None, before) and is_up(daemon), daemon)
             found = account(daemon)
@@ -199,6 +216,13 @@ async def test_kill_9_of_gateway_and_runtime_forgets_nothing(tmp_path: Path, cal
             assert account(daemon)["used"] == used + reserved + int(more)
         finally:
             daemon.stop()
+
+
+async def within_one_day() -> None:
+    """Return when midnight (UTC) is some time away: a day's budget begins again then."""
+    left_s = 86_400 - time.time() % 86_400
+    if left_s < 2 * DEADLINE_S:
+        await asyncio.sleep(left_s)
 
 
 def is_up(daemon: Daemon) -> bool:

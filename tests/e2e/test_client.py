@@ -102,8 +102,8 @@ def test_traces_filter(daemon: Daemon) -> None:
     assert "chat claude-sonnet-5" in names("--agent", "sdk", "--min-input-tokens", "10")
     assert names("--agent", "sdk", "--min-input-tokens", "1000000") == []
     assert set(names("--agent", "sdk", "--denied")) == {"egress.dial.denied"}
-    assert names("--agent", "sdk", "--until", "1h") == []
-    assert "ingress.dispatch" in names("--agent", "sdk", "--since", "1m")
+    assert names("--agent", "sdk", "--until", "100h") == []
+    assert "ingress.dispatch" in names("--agent", "sdk", "--since", "100h")
 
 
 def test_the_tree_shows_the_chain(daemon: Daemon) -> None:

@@ -30,7 +30,7 @@ def call(order):
 def bye(*_):
     call('bye')
     print('bye', flush=True)
-    sys.exit(0)
+    os._exit(0)  # SystemExit is lost where the signal came in the middle of a finalizer
 signal.signal(signal.SIGTERM, bye)
 print('up', 'CLRK_INVOCATION_ID' in os.environ, 'TRACEPARENT' in os.environ, flush=True)
 print('and no', len(sys.stdin.read()), file=sys.stderr, flush=True)
@@ -126,8 +126,8 @@ async def test_what_a_daemon_calls_is_attributed_to_it_alone(
         assert (await answer.json(content_type=None))["status"] == 405
 
     before = host_footprint(own)
-    last_seen = len(providers.seen())
     assert own.kill_gateway()
+    last_seen = len(providers.seen())
     until(lambda: len(providers.seen()), lambda count: count > last_seen + 3)  # the next gateway has started it again
     ended = until(lambda: runs(own, "watcher"), lambda found: len(found) >= 1)
     assert ended[0]["status"]["code"] == "STATUS_CODE_ERROR"  # the run that died with its gateway
@@ -156,7 +156,9 @@ def test_a_daemon_that_crashes_comes_back_later_and_later(own: Daemon) -> None:
     assert waits[0] >= 1, waits
     assert waits[1] >= 2, waits
     assert len({span["trace_id"] for span in ended}) == 3
-    names = [span["name"] for span in spans(own, "crasher")]
+    names = until(
+        lambda: [span["name"] for span in spans(own, "crasher")], lambda found: found.count("sandbox.teardown") >= 3
+    )
     assert [names.count(name) for name in ("sandbox.acquire", "sandbox.spawn", "sandbox.teardown")] == [3, 3, 3]
 
 

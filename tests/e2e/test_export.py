@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -96,13 +97,18 @@ async def test_backends_get_what_the_store_has_and_nobody_elses(
         assert sorted(found, key=lambda one: one["span_id"]) == sorted(stored, key=lambda one: one["span_id"])
         assert {one["attributes"]["invocation.id"] for one in receiver.documents()} == {invocation}
         assert [value for value in receiver.requests[0].metadata.values() if "of-the-" in value] == [secret]
-        await receiver.wait(lambda receiver=receiver: len(receiver.logs) >= 1)
+        await receiver.wait(lambda receiver=receiver: {"out", "err"} <= lines_of(receiver).keys())
         run = next(one for one in found if one["name"].startswith("invoke_agent"))
-        lines = {log.body.string_value: log for log in receiver.logs}
+        lines = lines_of(receiver)
         assert {log.trace_id.hex() for log in lines.values()} == {run["trace_id"]}
         assert {log.span_id.hex() for log in lines.values()} == {run["span_id"]}
         assert attributes(lines["err"])["log.iostream"] == "stderr"
     await _metrics_are_there(exporting, caller)
+
+
+def lines_of(receiver: Receiver) -> dict[str, Any]:
+    """What the agent printed, each line with its record."""
+    return {log.body.string_value: log for log in receiver.logs}
 
 
 async def test_a_dead_backend_and_a_killed_gateway_lose_nothing(

@@ -43,7 +43,7 @@ kind = {"Content-Type": "application/json", "Accept": "application/json, text/ev
 get("https://api.openai.com/v1/chat/completions", body, Authorization="Bearer sk-AGENT-SECRET", **kind)
 call = b'{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "refund_policy", "arguments": {}}}'
 get("https://mcp.internal/mcp", call, **kind)
-line = socket.create_connection(("tcp.internal", 2525), 10)
+line = socket.create_connection(("tcp.internal", 2525), 60)
 assert line.recv(64) == b"220 hello\\r\\n"
 line.sendall(b"QUIT\\r\\n")
 assert line.recv(64) == b""

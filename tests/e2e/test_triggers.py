@@ -69,5 +69,5 @@ def test_a_record_has_its_phases_times_and_caller(daemon: Daemon) -> None:
     assert (shown["phase"], shown["trigger"], shown["exitCode"], shown["caller"]) == ("Succeeded", "cli", 0, "uid 0")
     times = [before, *(shown[f"{name}TimeUnixNano"] for name in ("created", "start", "end")), time.time_ns()]
     assert times == sorted(times)
-    root = [span for span in daemon.spans(shown["invocation"]) if span["name"] == "ingress.dispatch"]
+    root = [span for span in daemon.spans_when_complete(shown["invocation"]) if span["name"] == "ingress.dispatch"]
     assert [(span["parent_span_id"], span["attributes"]["clrk.trigger"]) for span in root] == [("", "cli")]
