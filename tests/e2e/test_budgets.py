@@ -176,7 +176,8 @@ async def test_a_hundred_calls_at_once_do_not_pass_the_limit(spending: Daemon, c
     text, invocation = await invoke(caller, spending, "sdk", CROWD)
     statuses = json.loads(text)
     assert len(statuses) == 100
-    assert set(statuses) == {200, 429}
+    assert 200 in statuses
+    assert set(statuses) <= {200, 429}
     spans = [span["attributes"] for span in spending.spans_when_complete(invocation) if span["name"] == "chat crowd"]
     assert len(spans) == 100
     used = sum(
