@@ -50,7 +50,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, providers: StandIn, raw_dia
         agent("python", [*python, RUN_PYTHON], mounts={"/agent/raw": raw_dial}),
         agent("shell", [*python, RUN_SHELL], mounts={"/agent/raw": raw_dial}),
         agent("deaf", ["/bin/echo", "done"]),
-        agent("flood", ["/usr/bin/yes", "no end of words"], timeout="2s"),
+        agent("flood", ["/usr/bin/yes", "no end of words"], timeout="10s"),
         agent("sleepy", ["/bin/sleep", "3600"], timeout="1s"),
         agent("single", [*python, RUN_PYTHON], maxConcurrent=1),
         agent("teapot", [*python, FETCH_AND_RUN], delivery={"mode": "Metadata"}),
