@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import ssl
 import subprocess
@@ -22,10 +23,11 @@ EVERYTHING = ROOT / "tests/node/node_modules/@modelcontextprotocol/server-everyt
 @contextlib.contextmanager
 def everything(folder: Path, mode: str) -> Iterator[int]:
     """Run the server (`streamableHttp` or `sse`); yields its port."""
-    port = free_port()
+    port, node = free_port(), shutil.which("node")
+    assert node is not None
     with (folder / f"everything-{mode}.log").open("wb") as log:
         process = subprocess.Popen(
-            [*DIES_WITH_US, "/usr/bin/node", EVERYTHING, mode],
+            [*DIES_WITH_US, node, EVERYTHING, mode],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={"PORT": str(port), "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
         try:
