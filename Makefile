@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -P -m pytest -o cache_dir=$(CACHE)/pytest
 LANES := -n auto --maxprocesses=4 --dist=loadfile -m "not alone"
 # Through src/, where a relative import has its true name: at the top level ruff would take `runtime` for the package.
 PY_PATHS := src $(foreach part,runtime ebpf gateway netns,src/clrk/$(part)/) tests examples setup.py
-C_FILES := $(shell find ebpf runtime src/clrk/core examples tests -name '*.[ch]' ! -name '_stamp.c' 2>/dev/null)
+C_FILES := $(shell find ebpf runtime src/clrk/core examples tests -name node_modules -prune -o -name '*.[ch]' ! -name '_stamp.c' -print 2>/dev/null)
 C_WARNINGS := -Wall -Wextra -Werror -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wundef \
 	-Wpointer-arith -Wwrite-strings -Wformat=2 -Wvla
 

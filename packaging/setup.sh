@@ -238,7 +238,7 @@ pip_run() {
 # --- Node: what tests drive or run as agents, exactly as the lock files say ------------------------------------------
 
 # tests/nodejs is Node itself: Debian 12 has 18, and what drives the tests needs 20.
-node_is_new() { node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>>"$LOGS/npm.log"; }
+node_is_new() { node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' 2>>"$LOGS/npm.log"; }
 
 install_node_modules() {
 	local lock folder stamp

@@ -8,7 +8,7 @@ from clrk.core.egress_resources import EgressGateway
 from clrk.core.resources import AgentResource, TaskAgent
 from clrk.core.route_resources import AIProviderRoute
 from clrk.runtime.config.declared import Declared, Problems, Resources
-from clrk.runtime.config.unused import covers_host
+from clrk.runtime.config.unused import is_covered
 
 _LATER = "is part of the contract but not in this version; remove it"
 
@@ -26,7 +26,7 @@ def check_budgets(one: Declared, route: AIProviderRoute, gateway: EgressGateway 
             continue
         for number, match in enumerate(rule.matches):
             for place, host in enumerate(match.hostnames):
-                if any(covers_host(pattern, host) for pattern in gateway.spec.tls.passthrough_hosts):
+                if is_covered(host, gateway.spec.tls.passthrough_hosts):
                     text = (
                         f"{host} is in tls.passthroughHosts of EgressGateway {gateway.metadata.name!r}: unread calls "
                     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Final, TypeVar
 
 from clrk.core.egress_resources import EgressGateway, EgressL4Route, L4Rule
@@ -16,14 +16,20 @@ _PLAIN_HTTP: Final = [80]
 M = TypeVar("M")
 
 
-def covers_host(pattern: str, other: str) -> bool:
-    """Say whether every name that fits other fits pattern too: both as in core.values.HostPattern."""
-    if pattern == other:
-        return True
-    depth, plain = pattern.count("*"), pattern.lstrip("*")
-    if depth == 0 or not other.endswith(plain) or len(other) == len(plain):
-        return False
-    return depth == 2 or ("." not in other[: -len(plain)] and not other.startswith("**"))
+def covering_hosts(host: str) -> Iterator[str]:
+    """Yield the patterns that every name fits that fits host: all as in core.values.HostPattern."""
+    yield host
+    first, _, rest = host.partition(".")
+    if first != "**":
+        yield f"*.{rest}"
+    while rest:
+        yield f"**.{rest}"
+        rest = rest.partition(".")[2]
+
+
+def is_covered(host: str, patterns: Container[str]) -> bool:
+    """Say whether every name that fits host fits one of the patterns too."""
+    return any(one in patterns for one in covering_hosts(host))
 
 
 def shadowed_rules(resources: Resources) -> Iterator[str]:
@@ -66,13 +72,13 @@ def dotted_paths(resources: Resources) -> Iterator[str]:
 def shadowed_aliases(resources: Resources) -> Iterator[str]:
     """Yield the names that an earlier of hostAliases has already."""
     for key, gateway in sorted(resources.gateways.items()):
-        earlier: list[tuple[int, str]] = []
+        earlier: dict[str, int] = {}
         for index, alias in enumerate(gateway.spec.host_aliases):
             for host in alias.hostnames:
-                if (first := next((place for place, name in earlier if covers_host(name, host)), None)) is not None:
+                if places := [earlier[name] for name in covering_hosts(host) if name in earlier]:
                     where = f"EgressGateway {'/'.join(key)} hostAliases[{index}]"
-                    yield f"{where}: {host} is not looked for here, since hostAliases[{first}] has it"
-                earlier.append((index, host))
+                    yield f"{where}: {host} is not looked for here, since hostAliases[{min(places)}] has it"
+                earlier.setdefault(host, index)
 
 
 def hostless_credentials(resources: Resources) -> Iterator[str]:
@@ -121,7 +127,7 @@ def _covers_ai(earlier: AIMatch, later: AIMatch) -> bool:
     """Say whether every call that fits later fits earlier: where hostnames are given, they say who the provider is."""
     if bool(earlier.hostnames) != bool(later.hostnames):
         return False
-    same_host = all(any(covers_host(one, host) for one in earlier.hostnames) for host in later.hostnames)
+    same_host = all(is_covered(host, earlier.hostnames) for host in later.hostnames)
     same_provider = bool(later.hostnames) or earlier.provider in (None, later.provider)
     lower = [[glob.casefold() for glob in globs] for globs in (earlier.endpoints, later.endpoints)]
     models = [[glob.casefold() for glob in globs] for globs in (earlier.models, later.models)]
@@ -148,5 +154,5 @@ def _is_unread(gateway: EgressGateway, rule: L4Rule) -> bool:
     tls = gateway.spec.tls
     if tls.mode == "Passthrough":
         return True
-    hosts = [any(covers_host(one, host) for one in tls.passthrough_hosts) for host in rule.hostnames]
+    hosts = [is_covered(host, tls.passthrough_hosts) for host in rule.hostnames]
     return not rule.cidrs and all(hosts)
