@@ -23,14 +23,7 @@ from clrk.gateway.egress.download import Download
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of, explain
 from clrk.gateway.egress.forward import Framing, choose_framing
 from clrk.gateway.egress.guarded import find_client_errors_guarded
-from clrk.gateway.egress.http1 import (
-    Body,
-    Request,
-    Response,
-    render_chunk,
-    render_last_chunk,
-    response_body,
-)
+from clrk.gateway.egress.http1 import Body, Request, Response, render_chunk, render_last_chunk, response_body
 from clrk.gateway.egress.origin import Exit, Origin
 from clrk.gateway.egress.record import AGENT_DISCONNECTED, Call
 from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem

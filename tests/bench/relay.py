@@ -313,13 +313,15 @@ def compare(names: list[str], calls: int, rounds: int, against: Path | None, *, 
 def main() -> None:
     """Measure here for a parent that compares, else compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=4000)
+    parser.add_argument("--calls", type=int, default=4000, help=f"a multiple of {CONNECTIONS}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--only", action="append", help="a kind of call")
     parser.add_argument("--count", action="store_true", help="calls of functions, not time")
     parser.add_argument("--json", action="store_true", help="one measurement in this process")
     given = parser.parse_args()
+    if given.calls % CONNECTIONS:
+        parser.error(f"--calls: {given.calls} can not be shared by {CONNECTIONS} connections")
     kinds = _kinds()
     names = given.only or list(kinds)
     if not given.json:
