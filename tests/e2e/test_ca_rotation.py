@@ -132,7 +132,7 @@ def test_nobody_else_reads_the_key(own: Daemon) -> None:
 
 # The checkout may be where no other user gets: what is needed of it is read before root is given up.
 AS_NOBODY = (
-    "import os, sys; from clrk.runtime import ca, cli, reconcile; "
+    "import os, sys; from clrk.runtime import ca, cli, reconcile; from clrk.runtime.config import load; "
     "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(cli.main(sys.argv[1:]))"
 )
 
