@@ -136,6 +136,7 @@ def test_the_program_refuses_to_start_without_the_power_to_drop():
     done = run_as_root(
         f"""
         import sys
+        import uvloop
         from clrk.gateway import serve
         from clrk.gateway.main import main
         os.setgroups([])
