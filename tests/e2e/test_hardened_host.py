@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import stack
 from instances import instance
-from stack import BIN, Daemon, agent
+from stack import BIN, Daemon, agent, invoke
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
@@ -47,18 +47,13 @@ def without_programs_in_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert running.stop() == 0, running.log()
 
 
-async def sees_its_files(daemon: Daemon, caller: aiohttp.ClientSession) -> None:
-    async with caller.post(f"{daemon.url}/agents/cat", data="x", headers={"content-type": "text/plain"}) as answer:
-        text = await answer.text()
-    assert answer.status == 200, text + daemon.log()
-    assert text.startswith("nameserver 169.254.0.1\n")
-
-
 async def test_umask_077(hardened: Daemon, caller: aiohttp.ClientSession) -> None:
-    await sees_its_files(hardened, caller)
+    text, _ = await invoke(caller, hardened, "cat", "x")
+    assert text.startswith("nameserver 169.254.0.1\n")
 
 
 async def test_no_program_can_run_from_the_run_folder(
     without_programs_in_run: Daemon, caller: aiohttp.ClientSession
 ) -> None:
-    await sees_its_files(without_programs_in_run, caller)
+    text, _ = await invoke(caller, without_programs_in_run, "cat", "x")
+    assert text.startswith("nameserver 169.254.0.1\n")

@@ -157,6 +157,13 @@ async def until_gone(count: Callable[[], Counter[str]], before: Counter[str]) ->
         await asyncio.sleep(0.01)
 
 
+async def assert_nothing_left(before: Counter[str]) -> None:
+    """What remove() answers for is gone when it returns; processes that left their cgroup follow."""
+    left = count_leftovers() - before
+    assert set(left) <= {"processes"}, left
+    await until_gone(count_leftovers, before)
+
+
 def count_leftovers(prefix: str = LAYOUT.netns_prefix) -> Counter[str]:
     """Everything of the host that a sandbox could leave behind, counted."""
     hierarchy = find_hierarchy(Path("/proc/self/mounts").read_text())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import Host, count_leftovers, run_in, running_host, task_agent, until_gone
+from host_harness import Host, assert_nothing_left, count_leftovers, run_in, running_host, task_agent, until_gone
 
 from clrk.core.errors import HostError
 from clrk.runtime.sandbox import Sandbox
@@ -231,7 +231,7 @@ async def test_removed_without_a_run(host: Host) -> None:
         os.close(fd)
     await sandbox.remove()
     await sandbox.remove()
-    await until_gone(count_leftovers, before)
+    await assert_nothing_left(before)
 
 
 async def test_one_spawn_for_each_sandbox(host: Host) -> None:
@@ -286,4 +286,4 @@ async def test_fifty_runs_leave_nothing(host: Host) -> None:
     before = count_leftovers()
     for batch in range(10):
         await asyncio.gather(*(host.sh(f"echo {batch} > /tmp/x; sleep 600 & exit 0") for _ in range(5)))
-    await until_gone(count_leftovers, before)
+    await assert_nothing_left(before)

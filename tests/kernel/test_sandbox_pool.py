@@ -14,7 +14,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from host_harness import LAYOUT, count_leftovers, running_host, start_runtime, task_agent, until_gone
+from host_harness import (
+    LAYOUT,
+    assert_nothing_left,
+    count_leftovers,
+    running_host,
+    start_runtime,
+    task_agent,
+    until_gone,
+)
 from instances import DEADLINE_S, DIES_WITH_US
 
 from clrk.core.errors import HostError
@@ -115,7 +123,7 @@ async def test_close_removes_running_sandboxes_and_refuses_more() -> None:
         await host.pool.close()
         with pytest.raises(PoolExhaustedError):
             await host.pool.acquire()
-    await until_gone(count_leftovers, before)
+    await assert_nothing_left(before)
     assert not LAYOUT.run_dir.exists()
 
 
@@ -138,7 +146,7 @@ async def test_a_taken_cgroup_name_fails_the_making_and_leaves_nothing(monkeypat
         before = count_leftovers()
         with pytest.raises(HostError, match="File exists"):
             await host.pool.acquire()
-        await until_gone(count_leftovers, before)
+        await assert_nothing_left(before)
         taken.remove()
         await (await host.pool.acquire()).remove()
 
@@ -152,7 +160,7 @@ async def test_a_namespace_that_can_not_be_made_leaves_no_process_and_no_cgroup(
         monkeypatch.setattr("clrk.netns.namespace.ADDRESSES", (("203.0.113.1", 99),))
         with pytest.raises(HostError, match="configure lo"):
             await host.pool.acquire()
-        await until_gone(count_leftovers, before)
+        await assert_nothing_left(before)
 
 
 @asynccontextmanager
@@ -181,7 +189,7 @@ async def test_kill_9_of_the_runtime_ends_the_sandboxes_and_the_next_start_is_cl
     assert len(remove_leftovers(LAYOUT.netns_prefix)) >= 3
     assert cgroups.remove_leftovers() == ()
     cgroups.close()
-    await until_gone(count_leftovers, before)
+    await assert_nothing_left(before)
     async with running_host() as host:
         assert (await host.sh("echo again")).out == "again\n"
 
@@ -191,7 +199,7 @@ async def test_kill_9_of_the_spawner_lets_the_runtime_remove_everything() -> Non
     async with other_runtime("at once") as (runtime, spawner_pid):
         os.kill(spawner_pid, signal.SIGKILL)
         assert await asyncio.to_thread(runtime.wait, DEADLINE_S) == 0
-    await until_gone(count_leftovers, before)
+    await assert_nothing_left(before)
 
 
 def wait_empty(name: str) -> None:

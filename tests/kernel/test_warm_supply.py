@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from host_harness import Host, count_leftovers, running_host, start_runtime, until_gone
+from host_harness import Host, assert_nothing_left, count_leftovers, running_host, start_runtime, until_gone
 from instances import DEADLINE_S
 from warm_host import OTHER_LAYOUT, Clock, filled, finish, run, until, waiting_processes, warm_agent
 
@@ -169,7 +169,7 @@ async def test_no_agents_any_more_and_close_leave_nothing(host: Host) -> None:
         await filled(other, warm_agent("/bin/true", size=3))
     assert waiting_processes() == []
     assert count_leftovers(OTHER_LAYOUT.netns_prefix)["namespaces"] == 0
-    await until_gone(count_leftovers, before)
+    await assert_nothing_left(before)
 
 
 RUNTIME = """
