@@ -60,7 +60,7 @@ def path_readings(path: str) -> tuple[str, ...]:
         return plain, plain, plain
     plain = plain if plain.isascii() else quote(plain.encode("utf-8", "surrogateescape"), safe=_ASCII)
     generous = _decode_all(plain)
-    if generous is None or _CONTROL.search(generous) or not plain.startswith("/"):
+    if generous is None or " " in plain or _CONTROL.search(generous) or not plain.startswith("/"):
         return ()
     strict = _ESCAPE.sub(_keep_reserved, plain)
     if any(part.rstrip() == ".." for part in _SEPARATORS.split(generous)) and _AMBIGUOUS.search(strict):
