@@ -335,8 +335,8 @@ class Channel(asyncio.Protocol):
 
     @property
     def is_broken(self) -> bool:
-        """Say whether the connection failed or is gone."""
-        return self._error is not None or self._tail
+        """Say whether nothing more can be written: it failed, is gone, or is about to be, as TLS behind a goodbye."""
+        return self._error is not None or self._transport is None or self._transport.is_closing()
 
     @property
     def peer(self) -> tuple[str, int]:

@@ -25,7 +25,7 @@ from clrk.gateway.egress.forward import Framing, choose_framing
 from clrk.gateway.egress.guarded import find_client_errors_guarded
 from clrk.gateway.egress.http1 import Body, Request, Response, render_chunk, render_last_chunk, response_body
 from clrk.gateway.egress.origin import Exit, Origin
-from clrk.gateway.egress.record import AGENT_DISCONNECTED, Call
+from clrk.gateway.egress.record import AGENT_DISCONNECTED, CANCELLED, Call
 from clrk.gateway.egress.refusal import RefusedError, render_answer, render_problem
 from clrk.gateway.egress.reply import read_final_head
 from clrk.gateway.egress.tcp import RUN_ENDED, tunnel
@@ -94,7 +94,7 @@ class Exchange:
             self._answer(502, exc.error_type, str(exc))
         except asyncio.CancelledError:
             over = self._switched and self._agent.is_at_end
-            self._record(admitted, None if over else "cancelled", RUN_ENDED, complete=over)
+            self._record(admitted, None if over else CANCELLED, RUN_ENDED, complete=over)
             raise
         except (OSError, ProtocolError) as exc:
             self._fail(admitted, upload, exc)

@@ -32,6 +32,7 @@ from clrk.gateway.telemetry.spans import (
 )
 
 AGENT_DISCONNECTED: Final = "agent_disconnected"  # error.type
+CANCELLED: Final = "cancelled"  # error.type: the run ended
 MAX_URL_SIZE: Final = 4096
 MAX_TOLD: Final = 256
 _LOG: Final = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class EgressSpans:
 
         An exchange whose answer comes on another one is recorded when it has come, or late_s later.
         """
-        left = error == AGENT_DISCONNECTED
+        left = error in (AGENT_DISCONNECTED, CANCELLED)
         if facts is not None and (facts.elsewhere or (facts.answered and left)):  # who has it does not read to the end
             error, message = None, ""
         if facts is not None and facts.later is not None and error is None:

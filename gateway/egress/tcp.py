@@ -17,7 +17,7 @@ from clrk.gateway.egress.channel import Channel, RaggedEndError
 from clrk.gateway.egress.failure import DialDeniedError, DialFailedError, error_type_of
 from clrk.gateway.egress.hidden_http import FirstLine, HiddenHttpError
 from clrk.gateway.egress.origin import Exit, Origin
-from clrk.gateway.egress.record import Call
+from clrk.gateway.egress.record import CANCELLED, Call
 
 RUN_ENDED: Final = "the run ended"  # the message of a cancellation: the agent is dead, and may have said its last
 FLUSH_S: Final = 0.5  # for what is on its way up when the run ends; the sandbox is gone within a second
@@ -98,7 +98,7 @@ def _error_of(exc: BaseException, call: Call) -> tuple[str | None, str]:
         case ClrkError():
             return "not_admitted", str(exc)
         case _:
-            return "cancelled", RUN_ENDED
+            return CANCELLED, RUN_ENDED
 
 
 async def is_client_first(

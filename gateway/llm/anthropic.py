@@ -124,6 +124,8 @@ class AnthropicMessages(JsonDialect):
         elif document.type == "message_delta" and streamed:
             self._stop(values.member(document.delta, "stop_reason"))
             self._usage(document.usage, final=True)
+        elif document.type == "message_stop":
+            self.completion.ended = True
         elif document.type == "error":
             self.completion.error_type = values.code(values.member(document.error, "type")) or names.ERROR_TYPE_OTHER
             self.completion.error_message = values.message(values.member(document.error, "message"))

@@ -80,8 +80,8 @@ class Completion:
 
     Shape: extra holds attributes of one API only. output_bytes counts what a stream has generated so far, in bytes of
     UTF-8 (text, reasoning, arguments of tools; media by their share), for whoever has to judge it before the usage
-    comes. refused: the model declined. off_list: the call is billed by other prices than the listed ones (service tier,
-    fast mode, region).
+    comes. ended: a stream has said its last word, if its API has one. refused: the model declined. off_list: the call
+    is billed by other prices than the listed ones (service tier, fast mode, region).
     """
 
     response_id: str | None = None
@@ -91,6 +91,7 @@ class Completion:
     error_type: str | None = None
     error_message: str = ""
     output_bytes: int = 0
+    ended: bool = False
     refused: bool = False
     off_list: bool = False
     extra: dict[str, AttributeValue] = field(default_factory=dict)

@@ -159,4 +159,6 @@ class LlmInterpreter:
         if error_type is not None:
             found[names.ERROR_TYPE] = error_type
         name = f"{self.dialect.operation} {model}" if model else self.dialect.operation
-        return Facts(name, found, error_type, done.error_message)
+        # Clients of streams leave at the last event, or at an error, without the end of the body.
+        answered = done.ended or (done.error_type is not None and self.body is not None and self.body.is_stream)
+        return Facts(name, found, error_type, done.error_message, answered=answered)

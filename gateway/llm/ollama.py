@@ -104,6 +104,7 @@ class OllamaChat(JsonDialect):
         done = self.completion
         done.model = values.text(document.model) or done.model
         if document.done is True:
+            done.ended = True
             done.finished(0, values.text(document.done_reason) or "stop")
             done.usage = Usage(values.count(document.prompt_eval_count), values.count(document.eval_count))
         if isinstance(document.error, str):

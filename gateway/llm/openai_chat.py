@@ -134,7 +134,8 @@ class OpenAiChat(OpenAiDialect):
 
     def event(self, event: SseEvent) -> bool:
         """Take one event; True for the chunk that exists only because usage was asked for."""
-        if not event.data or event.data.strip() == b"[DONE]":
+        self.completion.ended |= (is_done := event.data.strip() == b"[DONE]")
+        if is_done or not event.data:
             return False
         document = self._take(event.data)
         return document is not None and document.choices == [] and isinstance(document.usage, dict)

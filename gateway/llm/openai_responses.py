@@ -80,6 +80,7 @@ _read_envelope = reader(_Envelope)
 _read_event = reader(_Event)
 _PARTS: Final = msgspec.json.Decoder(list[_Part])
 _ENDED: Final = frozenset(("completed", "incomplete", "failed", "cancelled"))
+_LAST: Final = frozenset(("response.completed", "response.incomplete", "response.failed"))
 
 
 class OpenAiResponses(OpenAiDialect):
@@ -130,6 +131,7 @@ class OpenAiResponses(OpenAiDialect):
             take_error(self.completion, found.error or {"code": found.code, "message": found.message})
         elif raw := bytes(found.response):
             self._response(raw)
+            self.completion.ended |= kind in _LAST
         return False
 
     def error_event(self, code: str, message: str) -> bytes:

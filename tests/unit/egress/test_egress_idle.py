@@ -120,7 +120,7 @@ def test_a_channel_that_is_gone_keeps_no_timer(run):
         async with connected() as (channel, _):
             channel.set_idle_timeout(LATER_S)
             channel.abort()
-            while not channel.is_broken or channel._transport is not None:
+            while channel._transport is not None:
                 await asyncio.sleep(0)
             assert channel._timer is None
             channel.set_idle_timeout(LATER_S)

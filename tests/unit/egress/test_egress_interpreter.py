@@ -169,6 +169,58 @@ async def test_the_real_recogniser_understands_a_real_provider_name():
     assert span.attributes["gen_ai.usage.output_tokens"] == 3
 
 
+LAST_WORDS = {
+    "OpenAI": ("/v1/chat/completions", b'data: {"choices":[]}\n\n', b"data: [DONE]\n\n", None),
+    "Responses": (
+        "/v1/responses", b'data: {"type":"response.output_text.delta","delta":"a"}\n\n',
+        b'data: {"type":"response.completed","response":{"status":"completed"}}\n\n', None,
+    ),
+    "Anthropic": (
+        "/v1/messages", b'event: message_start\ndata: {"type":"message_start","message":{}}\n\n',
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n', None,
+    ),
+    "Ollama": ("/api/chat", b'{"model":"m","done":false}\n', b'{"model":"m","done":true}\n', None),
+    "an error": (
+        "/v1/chat/completions", b'data: {"choices":[]}\n\n',
+        b'data: {"error":{"code":"server_error","message":"no"}}\n\n', "server_error",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("api", LAST_WORDS)
+@pytest.mark.parametrize("last", [True, False], ids=["behind the last event", "before it"])
+@pytest.mark.parametrize("how", ["agent_disconnected", "cancelled"])
+async def test_a_client_leaves_a_stream_behind_its_last_event(api: str, last: bool, how: str) -> None:
+    """As the openai package does: it closes the connection at [DONE], whether the last chunk has come or not."""
+    path, first, end, error = LAST_WORDS[api]
+    media = "application/x-ndjson" if api == "Ollama" else "text/event-stream"
+    said = first + end if last else first
+
+    async def handle(reader, writer):
+        await read_request(reader)
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {media}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head.encode() + b"%x\r\n%b\r\n" % (len(said), said))
+        await reader.read()
+
+    known = {"matches": [{"provider": "openai_compatible", "hostnames": [NAME]}]}
+    config = {"ai_routes": [{"kind": "AIProviderRoute", "metadata": {"name": "ai"}, "spec": {"rules": [known]}}]}
+    async with (
+        upstream(handle) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, recognise="real", config=config) as lab,
+    ):
+        wire = await lab.dial(NAME, 80)
+        body = b'{"model": "m", "stream": true, "messages": []}'
+        head = f"POST {path} HTTP/1.1\r\nHost: {NAME}\r\nContent-Type: application/json\r\n"
+        wire.writer.write(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        await wire.reader.readuntil(said + b"\r\n")
+        if how == "cancelled":
+            await lab.egress.close()  # its run ends with it
+        wire.reset()
+        (span,) = await lab.recorder.wait()
+    assert span.name == "chat m"
+    assert span.attributes.get("error.type") == (error if last else how)
+
+
 @pytest.mark.parametrize(
     "broken",
     [

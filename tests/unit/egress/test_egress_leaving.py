@@ -9,6 +9,8 @@ import pytest
 from egress_lab import Lab, Wire, aliased, answer, laboratory, read_request, upstream
 from tls_material import Authority
 
+from clrk.gateway.egress.channel import Channel
+
 NAME = "api.example.com"
 ALLOW = [{"hostnames": [NAME]}]
 GET = f"GET / HTTP/1.1\r\nHost: {NAME}\r\n\r\n".encode()
@@ -190,3 +192,48 @@ async def test_a_tunnel_inside_tls_ends_as_the_upstream_ended_it(how):
         span = (await lab.recorder.wait())[0]
     assert span.name == "egress.tcp"
     assert "error.type" not in span.attributes
+
+
+# --- who left -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_an_agent_that_leaves_tls_is_not_its_upstreams_failure(monkeypatch, turns):
+    """It is over some turns of the event loop behind its close_notify, and its upstream may speak in any."""
+    loop, theirs = asyncio.get_running_loop(), Authority("upstream CA")
+    channels: list[Channel] = []
+    made, ended = Channel.connection_made, Channel.eof_received
+
+    def connection_made(channel, transport):
+        channels.append(channel)
+        made(channel, transport)
+
+    def speak(left):
+        if left:
+            loop.call_soon(speak, left - 1)
+        else:
+            (channel,) = (one for one in channels if one.peer[1] == port)
+            channel.data_received(b"1\r\nb\r\n")
+
+    def eof_received(channel):
+        if channel.peer[1] != port:
+            speak(turns)
+        return ended(channel)
+
+    async def handle(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        await reader.read()
+
+    monkeypatch.setattr(Channel, "connection_made", connection_made)
+    monkeypatch.setattr(Channel, "eof_received", eof_received)
+    async with (
+        upstream(handle, theirs.server_context([NAME])) as port,
+        laboratory(gateway=aliased(port, NAME), rules=ALLOW, upstream_ca=theirs.cert_pem) as lab,
+    ):
+        wire = await lab.dial_tls(NAME)
+        wire.writer.write(GET)
+        await wire.reader.readuntil(b"1\r\na\r\n")
+        wire.writer.close()
+        (span,) = await lab.recorder.wait()
+    assert span.attributes["error.type"] == "agent_disconnected"
