@@ -8,6 +8,7 @@ raised to whoever waits and to whoever comes later. Only a clean end of stream r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import struct
@@ -202,7 +203,8 @@ class Channel(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         if self._transport.can_write_eof():
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # ENOTCONN: the peer has reset it, as the reader is about to hear
+                self._transport.write_eof()
         else:
             self.close()
 
