@@ -332,8 +332,9 @@ class Channel(asyncio.Protocol):
 
     @property
     def is_at_end(self) -> bool:
-        """Say whether the other side has said everything, and all of it was read."""
-        return self._eof and not self._size and self._error is None
+        """Say whether the other side has said everything and all was read; in TLS, with its goodbye or without."""
+        ended = self._eof if self._error is None else isinstance(self._error, RaggedEndError)
+        return ended and not self._size
 
     @property
     def is_broken(self) -> bool:

@@ -37,6 +37,7 @@ from clrk.gateway.telemetry import attributes as attr
 from clrk.gateway.telemetry.spans import SpanEvent
 
 _BUG: Final = "internal_error", "the gateway failed in this call; its log says why"
+_CANCELLED: Final = CANCELLED, RUN_ENDED
 _REPEATABLE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
@@ -62,6 +63,7 @@ class Exchange:
         self._governor: Governor | None = None  # until it has settled
         self._cut_short: Cut | None = None
         self._switched = False  # what is said now is no HTTP
+        self._relayed = False  # the agent has all of the answer that it gets
         self._capture = way_out.new_capture() if way_out.new_capture is not None else None
         self._upload: Upload | None = None
 
@@ -93,14 +95,13 @@ class Exchange:
             spans.failed(call, exc.error_type, str(exc), self._events())
             self._answer(502, exc.error_type, str(exc))
         except asyncio.CancelledError:
-            over = self._switched and self._agent.is_at_end
-            self._record(admitted, None if over else CANCELLED, RUN_ENDED, complete=over)
+            over = self._relayed or (self._switched and self._agent.is_at_end)
+            self._record(admitted, *(() if over else _CANCELLED))
             raise
         except (OSError, ProtocolError) as exc:
             self._fail(admitted, upload, exc)
         else:
-            cut = self._cut_short
-            self._record(admitted, cut.reason if cut else None, cut.message if cut else "", complete=cut is None)
+            self._record(admitted)
             return self._continues and upload.done
         finally:
             self._settle(None)
@@ -150,6 +151,7 @@ class Exchange:
                     raise _DeadPooledError from exc
                 raise
             goes_on = await self._relay(admitted, upload, upstream, response)
+            self._relayed = True
             if sending is not None and not sending.done() and self._can_complete:
                 await end_of(sending, upstream)  # the upstream has answered, and may go on reading
             kept_s = forward.kept_for_s(response) if goes_on and upload.done else 0.0
@@ -312,10 +314,11 @@ class Exchange:
         if answer.rule:
             self._call.attributes[attr.CLRK_EGRESS_ROUTE] = answer.rule
         self._status, self._answered, self._continues = answer.status, True, not self._asks_close()
-        raw = render_answer(answer, head_only=self._request.method == "HEAD", close=not self._continues)
-        self._call.response_bytes = len(answer.body)
-        self._agent.write_nowait(raw)
-        self._record(admitted, answer.reason, answer.message, complete=False)
+        if not self._agent.is_broken:  # else nobody waits for it; it was denied all the same
+            raw = render_answer(answer, head_only=self._request.method == "HEAD", close=not self._continues)
+            self._call.response_bytes = len(answer.body)
+            self._agent.write_nowait(raw)
+        self._record(admitted, answer.reason, answer.message)
 
     def _settle(self, facts: Facts | None) -> None:
         """Tell the governor, once, how it ended."""
@@ -335,21 +338,21 @@ class Exchange:
             return
         if isinstance(exc, AgentGoneError | TunnelRevokedError) or self._agent.is_broken:
             why = error_type_of(exc) if isinstance(exc, TunnelRevokedError) else AGENT_DISCONNECTED
-            self._record(admitted, why, str(exc), complete=False)
+            self._record(admitted, why, str(exc))
             self._agent.abort()
             return
         if isinstance(exc, TimeoutError) and upload.waits_for_agent and not upload.done and not self._answered:
             text = f"the request's body did not go on for {self._exit.request_timeout_s:g} s"
-            self._record(admitted, "request_timeout", text, complete=False)
+            self._record(admitted, "request_timeout", text)
             self._answer(408, "request_timeout", text)
             return
         kind = exc.code if isinstance(exc, ProtocolError) else error_type_of(exc)
         message = f"{admitted.target.label}: {explain(exc)}"
         if self._answered:
-            self._record(admitted, kind, message, complete=False)
+            self._record(admitted, kind, message)
             self._cut(exc)
         elif kind == "timeout":
-            self._record(admitted, kind, message, complete=False)
+            self._record(admitted, kind, message)
             self._answer(504, kind, f"no answer within {self._exit.request_timeout_s:g} s from {admitted.target.label}")
         else:
             kind = f"bad_response_{exc.code}" if isinstance(exc, ProtocolError) else kind
@@ -376,10 +379,13 @@ class Exchange:
         raw = render_problem(status, reason, detail, hint=hint, head_only=is_head, invocation_id=run_id, errors=errors)
         self._agent.write_nowait(raw)
 
-    def _record(self, admitted: Admitted, error: str | None, message: str, *, complete: bool) -> None:
+    def _record(self, admitted: Admitted, error: str | None = None, message: str = "") -> None:
+        """Record the span. Without an error, the answer went to its end, or to where it was cut."""
+        if error is None and (cut := self._cut_short) is not None:
+            error, message = cut.reason, cut.message
         facts = None
         if (interpreter := admitted.interpreter) is not None and not self._switched:
-            if not complete:
+            if error is not None:
                 interpreter.response_end(complete=False)
             facts = interpreter.facts()
         self._settle(facts)

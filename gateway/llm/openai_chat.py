@@ -134,8 +134,10 @@ class OpenAiChat(OpenAiDialect):
 
     def event(self, event: SseEvent) -> bool:
         """Take one event; True for the chunk that exists only because usage was asked for."""
-        self.completion.ended |= (is_done := event.data.strip() == b"[DONE]")
-        if is_done or not event.data:
+        if event.data.strip() == b"[DONE]":
+            self.completion.ended = True
+            return False
+        if not event.data:
             return False
         document = self._take(event.data)
         return document is not None and document.choices == [] and isinstance(document.usage, dict)

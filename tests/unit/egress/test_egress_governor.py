@@ -270,6 +270,19 @@ async def test_an_agent_that_leaves_settles_once():
     assert judge.settled == [(None, True)]
 
 
+async def test_a_denial_that_nobody_waits_for_has_its_span():
+    """Behind its goodbye TLS takes no more, so that the answer can not be written any more."""
+    judge = Judge(verdict=DENIAL)
+    async with laboratory(gateway={}, rules=ALLOW, govern=lambda *_: judge) as lab:
+        wire = await lab.dial_tls(NAME)
+        wire.writer.write(post(extra=b""))
+        wire.writer.close()
+        (span,) = await lab.recorder.wait()
+    assert span.status.message == "no tokens are left"
+    assert (span.attributes["error.type"], span.attributes["clrk.egress.deny_reason"]) == ("budget_exceeded",) * 2
+    assert judge.settled == [(None, False)]
+
+
 async def test_an_agent_that_leaves_inside_its_request_was_never_judged():
     judge = Judge()
     async with laboratory(gateway=aliased(1, NAME), rules=ALLOW, govern=lambda *_: judge) as lab:
